@@ -1,0 +1,10 @@
+//! What Umbra's monitor and its firmware agree on.
+//!
+//! One definition serves both sides: [`pattern`] is executed by the firmware and evaluated by the monitor (that
+//! evaluation is the *truth*), [`layout`] is the guest's physical map, [`protocol`] the doorbells and the pages that
+//! both read. Nothing here knows KVM or the host.
+#![cfg_attr(not(test), no_std)]
+
+pub mod gfn;
+
+pub use gfn::{Gfn, L2Gfn, Level, PAGE_SHIFT, PAGE_SIZE};
