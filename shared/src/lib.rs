@@ -6,5 +6,9 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod gfn;
+pub mod histogram;
+pub mod layout;
+pub mod pattern;
+pub mod protocol;
 
 pub use gfn::{Gfn, L2Gfn, Level, PAGE_SHIFT, PAGE_SIZE};

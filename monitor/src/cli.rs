@@ -1,0 +1,272 @@
+//! The command line. `umbra lab SCENARIO options` runs inside the lab exactly what `umbra run SCENARIO options` runs here, so
+//! both share [`RunArgs`], and the lab's PID 1 parses the same words again.
+
+use crate::failure::Failure;
+use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use umbra_shared::pattern;
+
+/// Umbra: a laboratory for KVM's memory management.
+#[derive(Debug, Parser)]
+#[command(name = "umbra", version, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// What this host can do, and which scenarios it can run.
+    Probe {
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Scenarios, trackers, patterns, kernels.
+    List,
+    /// Run a scenario on this machine's /dev/kvm.
+    Run(RunArgs),
+    /// Run a scenario inside the lab: real Linux KVM in an emulated machine.
+    Lab(LabArgs),
+    /// The shelf of kernels.
+    Kernels {
+        /// What to do with it.
+        #[command(subcommand)]
+        command: KernelsCommand,
+    },
+}
+
+/// What can be done with the shelf.
+#[derive(Debug, Subcommand)]
+pub enum KernelsCommand {
+    /// The kernels, what each is good for, and whether it is in the cache.
+    List,
+    /// Download and unpack kernels into the cache.
+    Fetch {
+        /// Names of kernels (default: the lab's default kernel).
+        kernels: Vec<String>,
+    },
+}
+
+/// A scenario and its options.
+#[derive(Clone, Debug, Args)]
+pub struct RunArgs {
+    /// The scenario (see `umbra list`).
+    pub scenario: String,
+    /// Tracked memory over all slots, as 64M or 1G.
+    #[arg(long, default_value = "64M", value_parser = parse_bytes)]
+    pub memory: u64,
+    /// Memory slots that the tracked memory is cut into, with gaps between them.
+    #[arg(long, default_value_t = 1)]
+    pub slots: usize,
+    /// vCPUs.
+    #[arg(long, default_value_t = 1)]
+    pub vcpus: usize,
+    /// Rounds of dirty, get and clear.
+    #[arg(long, default_value_t = 3)]
+    pub rounds: u64,
+    /// What backs the tracked memory: anonymous, thp, hugetlb, shmem.
+    #[arg(long, default_value = "thp")]
+    pub backing: String,
+    /// The order in which pages are touched (see `umbra list`).
+    #[arg(long, default_value = "sequential", value_parser = parse_kind)]
+    pub pattern: pattern::Kind,
+    /// Seed of everything random.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Percent of the accesses that write.
+    #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(0..=100))]
+    pub write_percent: u64,
+    /// Accesses in a round for each page.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1024))]
+    pub accesses_per_page: u64,
+    /// Leaf size of the firmware's own page tables: 4k, 2m.
+    #[arg(long, default_value = "4k")]
+    pub guest_page: String,
+    /// Trackers, separated by commas (default: all).
+    #[arg(long, value_delimiter = ',')]
+    pub tracker: Vec<String>,
+    /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).
+    #[arg(long)]
+    pub chunk: Option<u64>,
+    /// Seconds that `soak` runs.
+    #[arg(long, default_value_t = 5)]
+    pub seconds: u64,
+    /// Another firmware, an ELF file.
+    #[arg(long)]
+    pub firmware: Option<PathBuf>,
+    /// A fault to inject, for tests of the checks: lose-page, extra-page.
+    #[arg(long)]
+    pub inject: Option<String>,
+    /// Write the Record to this file.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+/// The lab and what runs in it.
+#[derive(Clone, Debug, Args)]
+pub struct LabArgs {
+    /// The emulated machine: svm.
+    #[arg(long, default_value = "svm")]
+    pub machine: String,
+    /// A kernel of the shelf (default: the shelf's default).
+    #[arg(long)]
+    pub kernel: Option<String>,
+    /// `instructions` (exact, one CPU) or `wall` (two CPUs, faster, not deterministic).
+    #[arg(long, default_value = "instructions")]
+    pub clock: String,
+    /// A module parameter, as `kvm.tdp_mmu=0`; may be repeated.
+    #[arg(long = "param")]
+    pub params: Vec<String>,
+    /// The scenario and its options.
+    #[command(flatten)]
+    pub run: RunArgs,
+}
+
+impl RunArgs {
+    /// The options as words, in the order and spelling that [`Cli`] parses, without `--out` and `--firmware`, which concern files of
+    /// the machine outside.
+    #[must_use]
+    pub fn to_words(&self) -> Vec<String> {
+        let mut words = vec![self.scenario.clone()];
+        for (name, value) in self.config() {
+            let value = match value {
+                Value::String(text) => text,
+                other => other.to_string(),
+            };
+            words.push(format!("--{name}={value}"));
+        }
+        words
+    }
+
+    /// Every option in effect, by its name on the command line. Files are not part of it: the caller adds them by hash.
+    #[must_use]
+    pub fn config(&self) -> BTreeMap<String, Value> {
+        let mut config: BTreeMap<String, Value> = BTreeMap::from([
+            ("memory".into(), self.memory.into()),
+            ("slots".into(), self.slots.into()),
+            ("vcpus".into(), self.vcpus.into()),
+            ("rounds".into(), self.rounds.into()),
+            ("backing".into(), self.backing.clone().into()),
+            ("pattern".into(), self.pattern.to_string().into()),
+            ("seed".into(), self.seed.into()),
+            ("write-percent".into(), self.write_percent.into()),
+            ("accesses-per-page".into(), self.accesses_per_page.into()),
+            ("guest-page".into(), self.guest_page.clone().into()),
+        ]);
+        if !self.tracker.is_empty() {
+            config.insert("tracker".into(), self.tracker.join(",").into());
+        }
+        if let Some(chunk) = self.chunk {
+            config.insert("chunk".into(), chunk.into());
+        }
+        if self.scenario == "soak" {
+            config.insert("seconds".into(), self.seconds.into());
+        }
+        if let Some(inject) = &self.inject {
+            config.insert("inject".into(), inject.clone().into());
+        }
+        config
+    }
+}
+
+/// Parses the command line of this process. Help and version are printed by the parser itself.
+///
+/// # Errors
+/// [`Failure::Input`] with the parser's complaint in one line.
+pub fn parse<I: IntoIterator<Item = String>>(words: I) -> Result<Cli, Failure> {
+    use clap::error::ErrorKind;
+    Cli::try_parse_from(words).map_err(|error| {
+        if matches!(
+            error.kind(),
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+        ) {
+            error.exit()
+        }
+        let text = error.render().to_string();
+        // The complaint ends at the first empty line; usage and hints follow it.
+        let complaint: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+        Failure::Input(format!(
+            "{} (umbra --help shows all options)",
+            complaint.join(" ").trim_start_matches("error: ")
+        ))
+    })
+}
+
+/// Bytes, with an optional K, M, G or T (powers of 1024).
+fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        Some((at, 'T' | 't')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| "not a size; write bytes, or a number with K, M, G or T".to_owned())
+}
+
+fn parse_kind(text: &str) -> Result<pattern::Kind, String> {
+    text.parse().map_err(|_| format!("not a pattern; there are {}", pattern::NAMES.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run_args(words: &[&str]) -> RunArgs {
+        let words = ["umbra", "run"].iter().chain(words).map(ToString::to_string);
+        match parse(words).unwrap().command {
+            Command::Run(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn words_parse_to_what_they_came_from() {
+        let args = run_args(&[
+            "dirty-log",
+            "--memory",
+            "16M",
+            "--pattern",
+            "hotspot:10/90",
+            "--tracker",
+            "ring,clear",
+            "--chunk",
+            "64",
+        ]);
+        let words = args.to_words();
+        let again = run_args(&words.iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(again.config(), args.config());
+        assert_eq!(again.memory, 16 << 20);
+        assert_eq!(again.tracker, ["ring", "clear"]);
+    }
+
+    #[test]
+    fn complaints_are_one_line() {
+        for words in
+            [["run", "x", "--pattern", "zigzag"], ["run", "x", "--memory", "many"], ["run", "x", "--vcpus", "-1"]]
+        {
+            let words = std::iter::once("umbra").chain(words).map(str::to_owned);
+            let failure = parse(words).unwrap_err();
+            assert!(matches!(failure, Failure::Input(_)));
+            assert!(!failure.to_string().contains('\n'), "{failure}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        assert_eq!(parse_bytes("64M"), Ok(64 << 20));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        for bad in ["", "M", "1.5G", "99999999999T", "-1"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+}

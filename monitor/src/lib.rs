@@ -1,0 +1,13 @@
+//! Umbra: a laboratory for KVM's memory management.
+//!
+//! The layers, each of which knows only those below it: `scenario` (one file a scenario), `track` (dirty trackers) and `guest` (the
+//! firmware), `kvm` (everything that talks to /dev/kvm). `report` and `lab` know scenarios only through the
+//! [`report::Record`] and the command line.
+
+pub mod cli;
+pub mod failure;
+pub mod ground;
+pub mod progress;
+pub mod report;
+
+pub use failure::Failure;

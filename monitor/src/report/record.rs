@@ -1,0 +1,243 @@
+//! The Record, schema 1. Nothing in it holds wall-clock dates or host paths, so two runs under the instruction clock give
+//! byte-identical files. Parts that a scenario does not have are left out.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+
+/// The schema that this code writes and reads.
+pub const SCHEMA: u32 = 1;
+
+/// One scenario's run on one host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// [`SCHEMA`].
+    pub schema: u32,
+    /// The scenario's name.
+    pub scenario: String,
+    /// Where it ran.
+    pub host: Host,
+    /// Every option in effect, by its name on the command line; files by name and hash.
+    pub config: BTreeMap<String, Value>,
+    /// A row for each tracker, strategy or toggle.
+    pub rows: Vec<Rows>,
+}
+
+/// Where a run took place.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// `kvm`, `lab` or `model`.
+    pub ground: String,
+    /// Kernel release (`uname -r`).
+    pub kernel: String,
+    /// Lab: the package's name, version and SHA-256.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub kernel_package: Option<String>,
+    /// `amd`, `intel`, `pvm` or `none`: who runs the guest.
+    pub vendor: String,
+    /// As CPUID's brand string says it.
+    pub cpu_model: String,
+    /// Levels of the page tables that KVM builds, where it can be known.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub paging_levels: Option<u32>,
+    /// Module parameters, as `kvm.tdp_mmu`.
+    pub params: BTreeMap<String, String>,
+    /// `instructions`, `nanoseconds` or `none`.
+    pub clock: String,
+    /// Whether a second run gives the same file.
+    pub deterministic: bool,
+    /// Lab: name and version.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub emulator: Option<String>,
+    /// Lab: hash of the initramfs.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub image_sha256: Option<String>,
+    /// Umbra's version.
+    pub umbra: String,
+    /// Hash of the firmware's ELF file.
+    pub firmware_sha256: String,
+}
+
+/// A row: measured, or why not.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Rows {
+    /// What this host cannot do.
+    NotHere {
+        /// The row's name.
+        name: String,
+        /// The capability that is missing.
+        not_here: String,
+    },
+    /// What was measured.
+    Measured(Box<Row>),
+}
+
+/// A measured row.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// The tracker's name.
+    pub name: String,
+    /// Phases in the order in which they ran.
+    pub phases: Vec<Phase>,
+    /// Events, by name.
+    pub counters: BTreeMap<String, Counter>,
+    /// Whether the reported pages were the written ones.
+    pub truth: Truth,
+    /// How long single writes took in the guest.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub stall: Option<Stall>,
+}
+
+/// One phase of one round.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Phase {
+    /// populate, enable, dirty, get, clear, disable, retouch.
+    pub phase: String,
+    /// The round, from 1; 0 for phases outside the rounds.
+    pub round: u64,
+    /// `timed` or `observed`.
+    pub pass: String,
+    /// How long it took.
+    pub value: u64,
+    /// `instructions` or `nanoseconds`.
+    pub unit: String,
+    /// False when another task ran inside the window.
+    pub clean: bool,
+}
+
+/// A counted event.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counter {
+    /// How often.
+    pub value: u64,
+    /// `stats`, `tracepoint`, `umbra` or `umbra-mmu`.
+    pub source: String,
+    /// The pass it was counted in.
+    pub pass: String,
+}
+
+/// Six numbers about the pages of a round, or of all rounds together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// Pages that the guest wrote.
+    pub written: u64,
+    /// Pages that the tracker reported.
+    pub reported: u64,
+    /// Written and not reported: a lost update.
+    pub missed: u64,
+    /// Reported, not written, and explained by nothing.
+    pub extra: u64,
+    /// Reported, not written, and predicted from the tracker's definition.
+    pub explained: u64,
+    /// Written with the bytes they already held.
+    pub unchanged: u64,
+}
+
+impl std::ops::AddAssign for Pages {
+    fn add_assign(&mut self, other: Self) {
+        self.written += other.written;
+        self.reported += other.reported;
+        self.missed += other.missed;
+        self.extra += other.extra;
+        self.explained += other.explained;
+        self.unchanged += other.unchanged;
+    }
+}
+
+/// The truth check of a row: all rounds of both passes summed, and each by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Truth {
+    /// The sums.
+    #[serde(flatten)]
+    pub pages: Pages,
+    /// A round each.
+    pub rounds: Vec<TruthRound>,
+}
+
+/// The truth check of one round.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TruthRound {
+    /// The round, from 1.
+    pub round: u64,
+    /// The pass it was checked in.
+    pub pass: String,
+    /// The numbers.
+    #[serde(flatten)]
+    pub pages: Pages,
+}
+
+/// The distribution of the time that single accesses took, measured by the guest in the observed pass.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stall {
+    /// `instructions` or `nanoseconds`.
+    pub unit: String,
+    /// Accesses.
+    pub count: u64,
+    /// Median.
+    pub p50: u64,
+    /// 99th percentile.
+    pub p99: u64,
+    /// 99.9th percentile.
+    pub p999: u64,
+    /// The longest.
+    pub max: u64,
+    /// The sum.
+    pub total: u64,
+}
+
+impl Record {
+    /// The file's text: JSON with two spaces of indent and a newline at the end.
+    ///
+    /// # Panics
+    /// Never: a Record has only string keys.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let mut text = serde_json::to_string_pretty(self).expect("a Record has only string keys");
+        text.push('\n');
+        text
+    }
+
+    /// Measured rows.
+    pub fn measured(&self) -> impl Iterator<Item = &Row> {
+        self.rows.iter().filter_map(|row| match row {
+            Rows::Measured(row) => Some(&**row),
+            Rows::NotHere { .. } => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_survives_its_file() {
+        let row = Row {
+            name: "clear".into(),
+            phases: vec![Phase {
+                phase: "enable".into(),
+                round: 0,
+                pass: "timed".into(),
+                value: 7,
+                unit: "instructions".into(),
+                clean: true,
+            }],
+            truth: Truth { pages: Pages { written: 3, ..Pages::default() }, rounds: vec![TruthRound::default()] },
+            ..Row::default()
+        };
+        let record = Record {
+            schema: SCHEMA,
+            scenario: "dirty-log".into(),
+            host: Host { ground: "lab".into(), ..Host::default() },
+            config: BTreeMap::from([("memory".into(), Value::from(64))]),
+            rows: vec![
+                Rows::Measured(Box::new(row)),
+                Rows::NotHere { name: "ring".into(), not_here: "KVM_CAP_DIRTY_LOG_RING".into() },
+            ],
+        };
+        let text = record.to_json();
+        assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), record);
+        assert!(text.contains("\"written\": 3"), "{text}");
+    }
+}

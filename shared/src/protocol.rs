@@ -1,0 +1,181 @@
+//! Doorbells, boot page and mailbox.
+//!
+//! The firmware talks to the monitor by a 32-bit OUT to [`DOORBELL_PORT`]: one exit, no memory access that KVM would have
+//! to emulate. Everything else lies in pages of the system slot: the [`BootPage`] (monitor to firmware, once) and a
+//! [`Mailbox`] for each vCPU (command in, report out). A vCPU that rings [`Doorbell::Ready`] finds a command in its
+//! mailbox when it is entered again.
+//!
+//! The monitor treats all of it as untrusted: every number is checked before it is used, every length is cut to the field.
+
+use crate::layout::MAX_SLOTS;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// The port of all doorbells.
+pub const DOORBELL_PORT: u16 = 0x5b0;
+/// `BootPage::magic`: "umbraFW1" in memory order.
+pub const BOOT_MAGIC: u64 = u64::from_le_bytes(*b"umbraFW1");
+/// What RDI holds when the monitor enters a vCPU (the PVH entry has 0 there).
+pub const ENTERED_BY_MONITOR: u64 = BOOT_MAGIC;
+
+/// What an OUT to [`DOORBELL_PORT`] means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Doorbell {
+    /// The last command is done (or this is the first time); the next one is expected in the mailbox.
+    Ready = 1,
+    /// `Mailbox::text` holds `text_bytes` bytes of output.
+    Print = 2,
+    /// The program ended with `Mailbox::exit_code`.
+    Exit = 3,
+    /// An exception: `Mailbox::exception` says which.
+    Exception = 4,
+    /// The firmware panicked: `Mailbox::text` says why.
+    Panic = 5,
+}
+
+impl Doorbell {
+    /// The doorbell of that number, or `None`.
+    #[must_use]
+    pub const fn from_number(number: u32) -> Option<Self> {
+        match number {
+            1 => Some(Self::Ready),
+            2 => Some(Self::Print),
+            3 => Some(Self::Exit),
+            4 => Some(Self::Exception),
+            5 => Some(Self::Panic),
+            _ => None,
+        }
+    }
+}
+
+/// What the firmware is told once. Pattern fields are those of [`crate::pattern::Pattern`], see there.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct BootPage {
+    /// [`BOOT_MAGIC`].
+    pub magic: u64,
+    /// vCPUs that take part, 1..=8.
+    pub vcpus: u64,
+    /// Tracked pages over all slots.
+    pub pages: u64,
+    /// 1 for 4 KiB leaves in the firmware's own tables, 2 for 2 MiB ([`crate::Level`]).
+    pub guest_page_level: u64,
+    /// Frequency of the TSC in kHz as KVM says it, 0 if unknown.
+    pub tsc_khz: u64,
+    /// Physical address of the plans (4 bytes for each access of a round).
+    pub plans: u64,
+    /// Accesses that the plans have room for.
+    pub plan_entries: u64,
+    /// Physical address of the page-table pool.
+    pub tables: u64,
+    /// Bytes of the pool.
+    pub table_bytes: u64,
+    /// The pattern, encoded.
+    pub pattern: [u64; 8],
+    /// Slots in use.
+    pub slot_count: u64,
+    /// First frame and pages of each tracked slot.
+    pub slots: [[u64; 2]; MAX_SLOTS],
+}
+
+/// What a vCPU is asked to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Command {
+    /// Compute this vCPU's share of round `argument` into its part of the plans. Touches no tracked page.
+    Plan = 1,
+    /// Execute the plan: the bare loop.
+    Timed = 2,
+    /// Execute the plan, each access timed into the histogram.
+    Observed = 3,
+    /// Write every page of this vCPU's share once, with the stamp of round `argument`.
+    Populate = 4,
+    /// Plan and execute rounds from `argument` on, counting finished ones in `rounds_done`, until `stop` is set.
+    FreeRun = 5,
+    /// Empty the histogram.
+    ClearHistogram = 6,
+}
+
+impl Command {
+    /// The command of that number, or `None`.
+    #[must_use]
+    pub const fn from_number(number: u64) -> Option<Self> {
+        match number {
+            1 => Some(Self::Plan),
+            2 => Some(Self::Timed),
+            3 => Some(Self::Observed),
+            4 => Some(Self::Populate),
+            5 => Some(Self::FreeRun),
+            6 => Some(Self::ClearHistogram),
+            _ => None,
+        }
+    }
+}
+
+/// An exception that the firmware did not expect.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct ExceptionReport {
+    /// Vector, 0..=255 (Intel SDM 3A, table 6-1).
+    pub vector: u64,
+    /// The error code, 0 for vectors without one.
+    pub error_code: u64,
+    /// Where it happened.
+    pub rip: u64,
+    /// CR2: the address, for a page fault.
+    pub cr2: u64,
+    /// The stack pointer at that moment.
+    pub rsp: u64,
+    /// The code segment: its low two bits are the privilege level.
+    pub cs: u64,
+}
+
+/// Bytes of `Mailbox::text`.
+pub const TEXT_BYTES: usize = 2048;
+
+/// One page for each vCPU.
+#[derive(Clone, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Mailbox {
+    /// [`Command`], written by the monitor.
+    pub command: u64,
+    /// Its argument.
+    pub argument: u64,
+    /// Set by the monitor to end [`Command::FreeRun`].
+    pub stop: u64,
+    /// Accesses that the last plan holds for this vCPU.
+    pub accesses: u64,
+    /// Writes the last executed command made.
+    pub writes: u64,
+    /// TSC ticks between the first and the last access of the last executed command.
+    pub ticks: u64,
+    /// Rounds that [`Command::FreeRun`] has finished, counted from its argument: the number of the next round.
+    pub rounds_done: u64,
+    /// With [`Doorbell::Exit`].
+    pub exit_code: u64,
+    /// With [`Doorbell::Exception`].
+    pub exception: ExceptionReport,
+    /// Bytes of `text` in use.
+    pub text_bytes: u64,
+    /// With [`Doorbell::Print`] and [`Doorbell::Panic`]: UTF-8, cut where it does not fit.
+    pub text: [u8; TEXT_BYTES],
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_fit_a_page() {
+        assert!(size_of::<BootPage>() <= 4096);
+        assert!(size_of::<Mailbox>() <= 4096);
+    }
+
+    #[test]
+    fn numbers_and_names_agree() {
+        for number in 0..10 {
+            assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
+            assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
+        }
+    }
+}
