@@ -7,7 +7,9 @@
 pub mod cli;
 pub mod failure;
 pub mod ground;
+pub mod lab;
 pub mod progress;
 pub mod report;
+pub mod scenario;
 
 pub use failure::Failure;

@@ -1,5 +1,7 @@
 //! What a run leaves: the Record (JSON), and its table on the terminal.
 
+pub mod output;
 pub mod record;
 
+pub use output::Output;
 pub use record::{Host, Phase, Record, Row, Rows};
