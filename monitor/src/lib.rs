@@ -10,6 +10,7 @@ pub mod ground;
 pub mod guest;
 pub mod host;
 pub mod kvm;
+pub mod lab;
 pub mod pages;
 pub mod probe;
 pub mod progress;

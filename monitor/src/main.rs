@@ -1,15 +1,18 @@
 //! The `umbra` command.
 
 use std::process::ExitCode;
-use umbra::cli::{self, Cli, Command, RunArgs};
+use umbra::cli::{self, Cli, Command, KernelsCommand, RunArgs};
 use umbra::ground::Ground;
+use umbra::lab::{self, shelf};
 use umbra::probe::{self, Probe};
 use umbra::progress::Progress;
-use umbra::report::output::Output;
-use umbra::report::{Record, table};
+use umbra::report::{Output, Record, table};
 use umbra::{Failure, scenario};
 
 fn main() -> ExitCode {
+    if lab::init::inside() {
+        lab::init::main();
+    }
     match cli::parse(std::env::args()).and_then(|cli| run(&cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
@@ -23,25 +26,28 @@ fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
         Command::Probe { json: false } => print!("{}", Probe::run().to_text()),
         Command::Probe { json: true } => println!("{}", Probe::run().to_json()?),
-        Command::List => print!("{}", probe::list()),
-        Command::Run(args) => {
-            return measure(args, |progress| scenario::run(args, Ground::Kvm, progress));
+        Command::List => print!("{}{}", probe::list(), shelf::list()?),
+        Command::Run(args) => return measure(args, |progress| scenario::run(args, Ground::Kvm, progress)),
+        Command::Lab(args) => return measure(&args.run, |progress| lab::run(args, progress)),
+        Command::Kernels { command: KernelsCommand::List } => print!("{}", shelf::list()?),
+        Command::Kernels { command: KernelsCommand::Fetch { kernels } } => {
+            print!("{}", shelf::fetch(kernels, &Progress::stderr())?);
         }
-        Command::Lab(_) | Command::Kernels { .. } => todo!(),
     }
     Ok(())
 }
 
-/// Makes a Record, shows it, writes it, and fails if its truth did not hold.
+/// Makes a Record, shows it, writes it, and fails if its truth did not hold. Whether `--out` can be written is known before the run.
 fn measure(args: &RunArgs, run: impl FnOnce(&Progress) -> Result<Record, Failure>) -> Result<(), Failure> {
-    let output = args.out.as_deref().map(Output::prepare).transpose()?;
+    scenario::check(args)?;
+    let output = args.out.as_deref().map(Output::check).transpose()?;
     let progress = Progress::stderr();
     let record = run(&progress);
     drop(progress);
     let record = record?;
     print!("{}", table::render(&record));
     if let Some(output) = output {
-        output.write(&record)?;
+        output.write(&record.to_json())?;
     }
     let faults = record.faults();
     if faults.is_empty() {

@@ -4,4 +4,5 @@ pub mod output;
 pub mod record;
 pub mod table;
 
+pub use output::Output;
 pub use record::{Host, Phase, Record, Row, Rows};

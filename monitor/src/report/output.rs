@@ -1,62 +1,68 @@
-//! `--out`: the Record's file, whose place is tried before the run and filled after it.
+//! `--out`: whether the file can be written is known before the run, and it is written whole or not at all.
 
-use super::Record;
 use crate::failure::Failure;
-use std::fs::Permissions;
+use std::fs::{self, File, Permissions};
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use tempfile::{Builder, NamedTempFile};
 
-/// A place that could be written before the run.
+/// Where the Record goes.
 #[derive(Debug)]
 pub struct Output {
     path: PathBuf,
+    /// A device or a pipe is written to; a file is replaced.
+    special: bool,
 }
 
 impl Output {
-    /// Makes sure that `path` can be written, by a temporary file beside it that is gone again when this returns: nothing is left
-    /// behind if the run is interrupted.
+    /// Checks that the file can be written. Nothing is left behind, and a file that is there stays as it is.
     ///
     /// # Errors
-    /// [`Failure::Input`] if it cannot.
-    pub fn prepare(path: &Path) -> Result<Self, Failure> {
-        let output = Self { path: path.to_owned() };
-        if path.is_dir() {
-            return Err(output.refused(&std::io::ErrorKind::IsADirectory.into()));
+    /// [`Failure::Input`] that says why not.
+    pub fn check(path: &Path) -> Result<Self, Failure> {
+        let refuse = |why: &dyn std::fmt::Display| Failure::Input(format!("--out {}: {why}", path.display()));
+        let special = match fs::metadata(path) {
+            Ok(found) if found.is_dir() => return Err(refuse(&"is a directory")),
+            Ok(found) => {
+                File::options().append(true).open(path).map_err(|error| refuse(&error))?;
+                !found.is_file()
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+            Err(error) => return Err(refuse(&error)),
+        };
+        let output = Self { path: path.to_owned(), special };
+        if !special {
+            output.scratch().map_err(|error| refuse(&error))?;
         }
-        match output.temporary() {
-            Ok(_) => Ok(output),
-            Err(error) => Err(output.refused(&error)),
-        }
+        Ok(output)
     }
 
-    /// Writes the Record. The file has its name only when it is whole.
+    /// A file beside the one that is wanted, which is gone when it is dropped.
+    fn scratch(&self) -> std::io::Result<tempfile::NamedTempFile> {
+        let parent = match self.path.parent() {
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        tempfile::Builder::new().prefix(".umbra-").permissions(Permissions::from_mode(0o666)).tempfile_in(parent)
+    }
+
+    /// Writes the file.
     ///
     /// # Errors
-    /// [`Failure::Check`] if the disk is full or the directory has gone.
-    pub fn write(&self, record: &Record) -> Result<(), Failure> {
-        self.fill(record).map_err(|error| Failure::Check(format!("--out {}: {error}", self.path.display())))
-    }
-
-    fn fill(&self, record: &Record) -> std::io::Result<()> {
-        let mut file = self.temporary()?;
-        file.write_all(record.to_json().as_bytes())?;
-        file.persist(&self.path)?;
-        Ok(())
-    }
-
-    fn temporary(&self) -> std::io::Result<NamedTempFile> {
-        let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // A Record is no secret; the umask still applies.
-        Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(directory)
-    }
-
-    fn refused(&self, error: &std::io::Error) -> Failure {
-        Failure::Input(format!(
-            "--out {}: {error} (name a file in a directory that you may write)",
-            self.path.display()
-        ))
+    /// [`Failure::Check`]: it could be written before the run, and now it cannot.
+    pub fn write(&self, text: &str) -> Result<(), Failure> {
+        let write = || -> std::io::Result<()> {
+            if self.special {
+                return File::options().append(true).open(&self.path)?.write_all(text.as_bytes());
+            }
+            // A link's target is replaced, not the link.
+            let place = fs::canonicalize(&self.path).unwrap_or_else(|_| self.path.clone());
+            let mut file = Self { path: place.clone(), special: false }.scratch()?;
+            file.write_all(text.as_bytes())?;
+            file.persist(place)?;
+            Ok(())
+        };
+        write().map_err(|error| Failure::Check(format!("--out {}: {error}", self.path.display())))
     }
 }
 
@@ -65,13 +71,32 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_cannot_be_written_is_refused_before_the_run() {
+    fn a_checked_file_is_written_whole() {
         let directory = tempfile::tempdir().unwrap();
-        for bad in [directory.path().join("missing/x.json"), directory.path().to_owned()] {
-            let failure = Output::prepare(&bad).unwrap_err();
-            assert!(matches!(failure, Failure::Input(_)) && failure.to_string().starts_with("--out"), "{failure}");
+        let path = directory.path().join("a.json");
+        let output = Output::check(&path).unwrap();
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0, "a check leaves nothing");
+        output.write("{}\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "{}\n");
+        Output::check(&path).unwrap().write("[]\n").unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "[]\n");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        assert_ne!(fs::metadata(&path).unwrap().permissions().mode() & 0o044, 0, "others may read it");
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        for path in [directory.path().to_owned(), directory.path().join("no/such/a.json"), "/proc/a.json".into()] {
+            let failure = Output::check(&path).unwrap_err();
+            assert!(matches!(failure, Failure::Input(_)));
+            assert!(failure.to_string().starts_with("--out /"), "{failure}");
         }
-        Output::prepare(&directory.path().join("x.json")).unwrap();
-        assert_eq!(directory.path().read_dir().unwrap().count(), 0, "preparing leaves nothing");
+    }
+
+    #[test]
+    fn a_device_is_written_to() {
+        Output::check(Path::new("/dev/null")).unwrap().write("{}").unwrap();
+        assert!(Path::new("/dev/null").exists());
     }
 }

@@ -1,0 +1,59 @@
+//! Waiting until the machine is idle: kernels run self-tests of their own for seconds after the boot, and a figure taken meanwhile is
+//! not one.
+
+use std::time::{Duration, Instant};
+
+/// The machine must be idle for this long,
+const WINDOW: Duration = Duration::from_secs(1);
+/// and this share of the time (in thousandths) may be used nevertheless.
+const BUSY: u32 = 1;
+/// After this much time the wait is given up.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The time that tasks have run so far, over all CPUs: the seventh number of a CPU's line in /proc/schedstat, in nanoseconds
+/// (kernel: Documentation/scheduler/sched-stats.rst).
+fn run_time(schedstat: &str) -> Option<Duration> {
+    let mut sum = None;
+    for line in schedstat.lines().filter(|line| line.starts_with("cpu")) {
+        let nanoseconds: u64 = line.split_whitespace().nth(7)?.parse().ok()?;
+        sum = Some(sum.unwrap_or(0) + nanoseconds);
+    }
+    sum.map(Duration::from_nanos)
+}
+
+/// Sleeps until the machine was idle for a second.
+///
+/// # Errors
+/// A line that says why it cannot be known, or how busy the machine still was after the longest wait.
+pub fn wait() -> Result<(), String> {
+    let now = || {
+        let text = std::fs::read_to_string("/proc/schedstat").map_err(|error| format!("/proc/schedstat: {error}"))?;
+        run_time(&text).ok_or_else(|| "/proc/schedstat has no CPU".to_owned())
+    };
+    let begun = Instant::now();
+    loop {
+        let before = now()?;
+        std::thread::sleep(WINDOW);
+        let busy = now()?.saturating_sub(before);
+        if busy <= WINDOW * BUSY / 1000 {
+            return Ok(());
+        }
+        if begun.elapsed() >= PATIENCE {
+            return Err(format!("still busy for {busy:?} of a second after {PATIENCE:?}"));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn run_time_is_summed_over_cpus() {
+        let text =
+            "version 16\ntimestamp 4294901234\ncpu0 0 0 0 0 0 0 1500 700 12\ndomain0 3 0 0\ncpu1 0 0 0 0 0 0 500 1 2\n";
+        assert_eq!(run_time(text), Some(Duration::from_nanos(2000)));
+        assert_eq!(run_time("version 16\n"), None);
+        assert_eq!(run_time("cpu0 0 0\n"), None);
+    }
+}

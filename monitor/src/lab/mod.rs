@@ -1,0 +1,247 @@
+//! The lab: an emulated AMD machine that runs a real Linux kernel with the real kvm and kvm_amd, and Umbra as its PID 1.
+//!
+//! ```text
+//!  shelf (apt, entry) --> kernel, modules --+
+//!  this binary, plan -----------------------+--> initramfs --> qemu --> watch: COM1 console, COM2 wire --> Records
+//!                                                                |
+//!                                                     init: modules, idle, jobs
+//! ```
+//!
+//! The lab knows scenarios only by the command line and the [`Record`].
+
+mod apt;
+pub mod child;
+mod console;
+mod digest;
+pub mod entry;
+mod idle;
+pub mod init;
+pub mod initramfs;
+pub mod interrupt;
+pub mod module;
+pub mod plan;
+mod qemu;
+pub mod shelf;
+pub mod watch;
+pub mod wire;
+
+use crate::cli::{LabArgs, RunArgs};
+use crate::failure::Failure;
+use crate::ground::Clock;
+use crate::progress::Progress;
+use crate::report::Record;
+use entry::Entry;
+use module::Param;
+use plan::{Job, Plan};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use watch::{Limits, Outcome};
+
+/// What boots.
+pub struct Machine {
+    /// The kernel.
+    pub kernel: Entry,
+    /// The clock.
+    pub clock: Clock,
+    /// Module parameters.
+    pub params: Vec<Param>,
+    /// The program that is PID 1: Umbra itself, wherever it is.
+    pub init: PathBuf,
+    /// Words for the kernel's command line.
+    pub append: String,
+}
+
+/// What is wrong with what was asked for.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error("--machine {0}: there is svm")]
+    Machine(String),
+    #[error("--clock {0}: there are instructions and wall")]
+    Clock(String),
+    #[error("--firmware {}: {why}", path.display())]
+    Firmware { path: PathBuf, why: std::io::Error },
+    #[error("{} is not linked statically, so it cannot be the lab's PID 1; `make build` makes it so", _0.display())]
+    NotStatic(PathBuf),
+    #[error("the lab's files cannot be written: {0}; TMPDIR names another directory")]
+    Scratch(std::io::Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::NotStatic(_) | Error::Scratch(_) => Self::NotHere(error.to_string()),
+            _ => Self::Input(error.to_string()),
+        }
+    }
+}
+
+impl Machine {
+    /// The machine that the command line asks for; its kernel is fetched when it is not in the cache.
+    ///
+    /// # Errors
+    /// An unknown machine, clock, kernel or parameter, or the kernel cannot be had.
+    pub fn new(args: &LabArgs, progress: &Progress) -> Result<Self, Failure> {
+        if args.machine != "svm" {
+            return Err(Error::Machine(args.machine.clone()).into());
+        }
+        let clock = match args.clock.as_str() {
+            "instructions" => Clock::Instructions,
+            "wall" => Clock::Nanoseconds,
+            other => return Err(Error::Clock(other.to_owned()).into()),
+        };
+        let params = args.params.iter().map(|text| text.parse()).collect::<Result<Vec<Param>, _>>()?;
+        let shelf = shelf::shelf();
+        let kernel = shelf.kernel(args.kernel.as_deref())?;
+        // QEMU is looked for before anything is downloaded.
+        qemu::version()?;
+        let entry = kernel.ensure(progress)?;
+        for param in &params {
+            param.check(&kernel.name, entry.modules())?;
+        }
+        Ok(Self { kernel: entry, clock, params, init: "/proc/self/exe".into(), append: String::new() })
+    }
+}
+
+/// `umbra lab SCENARIO`: one boot, one job.
+///
+/// # Errors
+/// As [`Machine::new`] and [`boot`], and what the scenario itself fails with.
+pub fn run(args: &LabArgs, progress: &Progress) -> Result<Record, Failure> {
+    let machine = Machine::new(args, progress)?;
+    let mut results = boot(&machine, std::slice::from_ref(&args.run), progress)?;
+    results.pop().unwrap_or_else(|| Err(watch::Error::Missing(0).into()))
+}
+
+/// Boots the machine once and runs the jobs in it, one after the other. Gives a result for each.
+///
+/// # Errors
+/// The machine failed before the first result, or something it needs is missing.
+pub fn boot(machine: &Machine, jobs: &[RunArgs], progress: &Progress) -> Result<Vec<Result<Record, Failure>>, Failure> {
+    let limits = Limits {
+        silent: Duration::from_secs(60) + 2 * jobs.iter().map(plan::effort).max().unwrap_or_default(),
+        wall: Duration::from_secs(300) + 8 * jobs.iter().map(plan::effort).sum::<Duration>(),
+    };
+    boot_within(machine, jobs, limits, progress)
+}
+
+/// [`boot`] with limits of wall time.
+///
+/// # Errors
+/// As [`boot`].
+pub fn boot_within(
+    machine: &Machine,
+    jobs: &[RunArgs],
+    limits: Limits,
+    progress: &Progress,
+) -> Result<Vec<Result<Record, Failure>>, Failure> {
+    interrupt::watch()?;
+    let emulator = qemu::version()?;
+    let image = image(machine, jobs)?;
+    let scratch = tempfile::Builder::new().prefix("umbra-lab-").tempdir().map_err(Error::Scratch)?;
+    std::fs::write(scratch.path().join(qemu::file::INITRD), &image.bytes).map_err(Error::Scratch)?;
+    let mut command = qemu::svm(machine.clock, &machine.kernel.vmlinuz(), &machine.append)?;
+    let outcome = watch::run(&mut command, scratch.path(), jobs.len(), limits, progress)?;
+    let Outcome { params, results, broke, error, tail } = outcome;
+    if error.is_some() || broke {
+        eprintln!("umbra: the lab's console ended with");
+        for line in tail {
+            eprintln!("  {line}");
+        }
+    }
+    let why = error.map(Failure::from);
+    if let Some(failure) = &why
+        && results.iter().all(Option::is_none)
+    {
+        return Err(Failure::Check(failure.to_string()));
+    }
+    let why = why.map_or_else(String::new, |failure| failure.to_string());
+    let complete = |mut record: Record| {
+        let host = &mut record.host;
+        host.kernel_package = Some(machine.kernel.package());
+        host.emulator = Some(emulator.clone());
+        host.image_sha256 = Some(image.sha256.clone());
+        host.params.extend(params.clone());
+        record
+    };
+    Ok(results
+        .into_iter()
+        .map(|result| match result {
+            Some(result) => result.map(complete).map_err(Failure::from),
+            None => Err(Failure::Check(why.clone())),
+        })
+        .collect())
+}
+
+/// The machine's image: PID 1, modules, the plan and the users' firmware files.
+fn image(machine: &Machine, jobs: &[RunArgs]) -> Result<initramfs::Image, Failure> {
+    let read = |path: &Path| std::fs::read(path).map_err(Error::Scratch);
+    let init = read(&machine.init)?;
+    if !is_static(&init) {
+        let path = std::fs::read_link(&machine.init).unwrap_or_else(|_| machine.init.clone());
+        return Err(Error::NotStatic(path).into());
+    }
+    let mut files = BTreeMap::new();
+    let mut planned = Vec::new();
+    for (number, args) in jobs.iter().enumerate() {
+        let firmware = match &args.firmware {
+            Some(path) => {
+                let bytes = std::fs::read(path).map_err(|why| Error::Firmware { path: path.clone(), why })?;
+                // The name stays, since the Record has it; the rest of the path does not.
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                let place = format!("umbra/firmware/{number}/{name}");
+                files.insert(place.clone(), bytes);
+                Some(Path::new("/").join(place))
+            }
+            None => None,
+        };
+        planned.push(Job::new(args, firmware));
+    }
+    let modules = machine.kernel.modules();
+    for module in modules {
+        files.insert(format!("umbra/modules/{}.ko", module.name), read(&machine.kernel.module(module))?);
+    }
+    let modules = modules.iter().map(|module| module.name.clone()).collect();
+    let plan = Plan { clock: machine.clock, modules, params: machine.params.clone(), jobs: planned };
+    let text = serde_json::to_vec(&plan).map_err(|error| Error::Scratch(error.into()))?;
+    files.insert(plan::FILE.to_owned(), text);
+    Ok(initramfs::build(&init, &files).map_err(Error::Scratch)?)
+}
+
+/// Whether a program needs no dynamic loader.
+fn is_static(elf: &[u8]) -> bool {
+    goblin::elf::Elf::parse(elf).is_ok_and(|elf| elf.interpreter.is_none())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{Command, parse};
+
+    fn refused(words: &[&str]) -> Failure {
+        let words = ["umbra", "lab", "dirty-log"].iter().chain(words).map(ToString::to_string);
+        let Command::Lab(args) = parse(words).unwrap().command else { panic!() };
+        Machine::new(&args, &Progress::Silent).map(|_| ()).unwrap_err()
+    }
+
+    #[test]
+    fn what_cannot_be_booted_is_refused_in_one_line() {
+        for (words, line) in [
+            (["--machine", "vmx"], "--machine vmx: there is svm"),
+            (["--clock", "sundial"], "--clock sundial: there are instructions and wall"),
+            (["--kernel", "2.4"], "kernel 2.4: not on the shelf; there are 6.12, 6.1 (umbra kernels list)"),
+            (["--param", "x"], "--param x: not a parameter; write MODULE.NAME=VALUE, as kvm.tdp_mmu=0"),
+        ] {
+            let failure = refused(&words);
+            assert!(matches!(failure, Failure::Input(_)));
+            assert_eq!(failure.to_string(), line);
+        }
+    }
+
+    #[test]
+    fn a_static_program_is_told_from_others() {
+        assert!(is_static(&std::fs::read("/proc/self/exe").unwrap()));
+        assert!(!is_static(&std::fs::read("/bin/sh").unwrap()));
+        assert!(!is_static(b"#!/bin/sh"));
+    }
+}

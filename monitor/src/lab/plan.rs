@@ -1,0 +1,93 @@
+//! What the lab's PID 1 is to do: one file in the image, written outside and read inside.
+
+use super::module::Param;
+use crate::cli::{self, Command, RunArgs};
+use crate::failure::Failure;
+use crate::ground::Clock;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The plan's place in the image.
+pub const FILE: &str = "umbra/plan.json";
+
+/// Pages of hugetlb, in bytes.
+const HUGE: u64 = 2 << 20;
+
+/// One boot.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The clock that phases are measured by.
+    pub clock: Clock,
+    /// The modules, in the order in which they are loaded.
+    pub modules: Vec<String>,
+    /// Their parameters.
+    pub params: Vec<Param>,
+    /// What runs, one after the other.
+    pub jobs: Vec<Job>,
+}
+
+/// One run of a scenario.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    words: Vec<String>,
+    /// A firmware of the user's, by its path inside.
+    firmware: Option<PathBuf>,
+    /// Huge pages to reserve before the job.
+    pub huge_pages: u64,
+    /// Virtual time that the job may take.
+    pub limit: Duration,
+}
+
+impl Job {
+    /// The job that runs `args`. A firmware of the user's travels as a file.
+    #[must_use]
+    pub fn new(args: &RunArgs, firmware: Option<PathBuf>) -> Self {
+        let slots = u64::try_from(args.slots).unwrap_or(u64::MAX);
+        let huge_pages =
+            // Each slot may end inside a huge page.
+            if args.backing == "hugetlb" { args.memory.div_ceil(HUGE).saturating_add(slots) } else { 0 };
+        Self { words: args.to_words(), firmware, huge_pages, limit: Duration::from_secs(60) + effort(args) }
+    }
+
+    /// The options that PID 1's child runs.
+    ///
+    /// # Errors
+    /// [`Failure::Input`] as the command line would give it outside.
+    pub fn args(&self) -> Result<RunArgs, Failure> {
+        let words = ["umbra", "run"].into_iter().map(str::to_owned).chain(self.words.iter().cloned());
+        match cli::parse(words)?.command {
+            Command::Run(mut args) => {
+                args.firmware.clone_from(&self.firmware);
+                Ok(args)
+            }
+            _ => Err(Failure::Input("the lab's job is not a run".to_owned())),
+        }
+    }
+}
+
+/// Generously, the virtual time that a run needs: a second for four MiB and round (measured: less than 0.2), and what `soak` was given.
+#[must_use]
+pub fn effort(args: &RunArgs) -> Duration {
+    let mib = args.memory >> 20;
+    let touches = mib.saturating_mul(args.rounds.max(1)).saturating_mul(1 + args.accesses_per_page / 16);
+    // An absurd size is refused inside; it must not overflow here.
+    Duration::from_secs((touches / 4).saturating_add(args.seconds).min(1 << 20))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_runs_the_options_it_was_made_of() {
+        let words = ["umbra", "run", "dirty-log", "--memory=6M", "--slots=2", "--backing=hugetlb", "--tracker=clear"];
+        let Command::Run(args) = cli::parse(words.map(str::to_owned)).unwrap().command else { panic!() };
+        let job = Job::new(&args, Some("/umbra/firmware/0/fw.elf".into()));
+        assert_eq!(job.huge_pages, 5);
+        let text = serde_json::to_vec(&job).unwrap();
+        let inside = serde_json::from_slice::<Job>(&text).unwrap().args().unwrap();
+        assert_eq!(inside.config(), args.config());
+        assert_eq!(inside.firmware, Some("/umbra/firmware/0/fw.elf".into()));
+    }
+}

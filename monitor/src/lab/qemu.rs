@@ -1,0 +1,91 @@
+//! The one place that knows QEMU's command line.
+
+use super::child::{Child, run};
+use crate::failure::Failure;
+use crate::ground::Clock;
+use std::path::Path;
+use std::process::Command;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+const PACKAGE: &str = "qemu-system-x86";
+
+/// Names of the machine's files, in the directory that QEMU runs in.
+pub mod file {
+    /// The image.
+    pub const INITRD: &str = "initramfs.cpio";
+    /// What the console said.
+    pub const CONSOLE: &str = "com1";
+    /// Messages in frames.
+    pub const MESSAGES: &str = "com2";
+    /// QEMU's own log.
+    pub const LOG: &str = "qemu.log";
+    /// What QEMU wrote to stdout and stderr.
+    pub const OUTPUT: &str = "qemu.out";
+}
+
+/// The line of QEMU's log that stands for a triple fault (target/i386/tcg/excp_helper.c). `-d cpu_reset` writes it; that mask costs
+/// nothing while no CPU is reset.
+pub const TRIPLE_FAULT: &str = "Triple fault";
+
+/// Name and version, as the Record has them.
+///
+/// # Errors
+/// [`Failure::NotHere`] when QEMU is not installed or does not run.
+pub fn version() -> Result<String, Failure> {
+    let ended = run(Child::command(PROGRAM, PACKAGE)?.arg("--version"), Path::new("/"))?;
+    let text = ended.text();
+    let line = text.lines().next().unwrap_or_default().replace("emulator version ", "");
+    if !ended.status.success() || line.is_empty() {
+        return Err(Failure::NotHere(format!("{PROGRAM} does not run: {}", ended.complaint())));
+    }
+    Ok(line)
+}
+
+/// The kernel's command line. A panic or an oops ends the machine at once; what it was is on the console.
+fn append(extra: &str) -> String {
+    let words = "console=ttyS0 quiet nokaslr oops=panic panic=-1";
+    if extra.is_empty() { words.to_owned() } else { format!("{words} {extra}") }
+}
+
+/// The machine svm: AMD SVM with nested paging and SMM in software emulation.
+///
+/// Under the instruction clock one virtual nanosecond is one executed instruction and nothing in the machine depends on the host:
+/// `sleep=off` skips idle time instead of waiting for it, the RTC follows the virtual clock, the seed fixes what QEMU draws, and the
+/// guest has no RDRAND. The serial ports are files, because a write to a file never makes the guest wait for a reader.
+///
+/// # Errors
+/// [`Failure::NotHere`] when QEMU is not installed.
+pub fn svm(clock: Clock, kernel: &Path, extra: &str) -> Result<Command, Failure> {
+    let mut command = Child::command(PROGRAM, PACKAGE)?;
+    command.args(["-no-user-config", "-machine", "q35", "-cpu", "max,+svm,+npt,-rdrand,-rdseed", "-m", "4G"]);
+    match clock {
+        Clock::Instructions => command.args(["-accel", "tcg", "-icount", "shift=0,sleep=off", "-smp", "1"]),
+        Clock::Nanoseconds => command.args(["-accel", "tcg,thread=multi", "-smp", "2"]),
+    };
+    command.args(["-seed", "42", "-rtc", "base=2024-01-01,clock=vm"]);
+    command.args(["-nic", "none", "-display", "none", "-monitor", "none", "-no-reboot"]);
+    command.args(["-d", "cpu_reset", "-D", file::LOG]);
+    for port in [file::CONSOLE, file::MESSAGES] {
+        command.arg("-serial").arg(format!("file:{port}"));
+    }
+    command.arg("-kernel").arg(kernel).args(["-initrd", file::INITRD, "-append", &append(extra)]);
+    Ok(command)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_clock_decides_about_icount() {
+        let words = |clock| {
+            let command = svm(clock, Path::new("/k"), "no5lvl").unwrap();
+            command.get_args().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>()
+        };
+        let exact = words(Clock::Instructions);
+        assert!(exact.contains(&"shift=0,sleep=off".to_owned()));
+        assert!(exact.last().unwrap().ends_with(" no5lvl"));
+        let fast = words(Clock::Nanoseconds);
+        assert!(!fast.contains(&"-icount".to_owned()) && fast.contains(&"tcg,thread=multi".to_owned()));
+    }
+}
