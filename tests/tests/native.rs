@@ -30,7 +30,8 @@ fn every_tracker_reports_what_was_written() {
 
 #[test]
 fn slots_with_gaps_and_several_vcpus() {
-    let words = ["dirty-log", "--memory", "15M", "--slots", "3", "--vcpus", "4", "--pattern", "random", "--chunk", "128"];
+    let words =
+        ["dirty-log", "--memory", "15M", "--slots", "3", "--vcpus", "4", "--pattern", "random", "--chunk", "128"];
     let Some(record) = measured(&words) else { return };
     for row in record.measured() {
         assert_eq!((row.truth.pages.missed, row.truth.pages.extra), (0, 0), "{}", row.name);
@@ -40,7 +41,9 @@ fn slots_with_gaps_and_several_vcpus() {
 
 #[test]
 fn every_pattern_and_guest_page_size() {
-    for (pattern, page) in [("sequential", "2m"), ("stride:37", "4k"), ("hotspot:10/90", "4k"), ("clusters:16", "2m"), ("empty", "4k")] {
+    for (pattern, page) in
+        [("sequential", "2m"), ("stride:37", "4k"), ("hotspot:10/90", "4k"), ("clusters:16", "2m"), ("empty", "4k")]
+    {
         let words = ["dirty-log", "--memory", "8M", "--pattern", pattern, "--guest-page", page, "--seed", "7"];
         let Some(record) = measured(&words) else { return };
         for row in record.measured() {
@@ -89,7 +92,9 @@ fn injected_faults_are_caught_and_named() {
 
 #[test]
 fn no_write_is_lost_while_the_controller_harvests() {
-    let Some(record) = measured(&["soak", "--memory", "8M", "--vcpus", "2", "--slots", "2", "--seconds", "5"]) else { return };
+    let Some(record) = measured(&["soak", "--memory", "8M", "--vcpus", "2", "--slots", "2", "--seconds", "5"]) else {
+        return;
+    };
     for row in record.measured() {
         assert_eq!(row.truth.pages.missed, 0, "{}", row.name);
         assert!(row.counters["harvests"].value > 10 && row.counters["guest_rounds"].value > 10, "{:?}", row.counters);
@@ -101,7 +106,20 @@ fn the_soak_can_fail() {
     if !kvm_here() {
         return refused(&["run", "soak"], 3, &["/dev/kvm"]);
     }
-    let words = ["run", "soak", "--memory", "8M", "--seconds", "1", "--tracker", "clear", "--write-percent", "5", "--inject", "lose-page"];
+    let words = [
+        "run",
+        "soak",
+        "--memory",
+        "8M",
+        "--seconds",
+        "1",
+        "--tracker",
+        "clear",
+        "--write-percent",
+        "5",
+        "--inject",
+        "lose-page",
+    ];
     let run = umbra(&words, 60);
     assert_eq!(run.code, Some(1), "{}{}", run.stdout, run.stderr);
     assert!(run.stderr.contains("clear") && run.stderr.contains("page "), "{}", run.stderr);

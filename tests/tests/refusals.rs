@@ -85,7 +85,10 @@ fn no_kvm() {
     let run = |program: &str, words: &[&str]| {
         let mut as_other = std::process::Command::new(program);
         as_other.args(words).arg(&copy).args(["run", "dirty-log", "--memory", "1M"]);
-        as_other.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+        as_other
+            .stdin(std::process::Stdio::null())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped());
         finish(as_other.spawn().unwrap(), std::time::Duration::from_secs(30))
     };
     if kvm_here() {

@@ -1,7 +1,11 @@
-//! The clock of a measurement, and whether a window of it was clean.
+//! The clock of a measurement.
 
+use super::witness::Witness;
 use crate::ground::Clock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// Long against the few microseconds that a thread needs to fall asleep, short against a phase.
+pub(crate) const SETTLE: Duration = Duration::from_millis(1);
 
 /// Reads a clock. All values of one process compare.
 #[derive(Clone, Copy, Debug)]
@@ -17,7 +21,7 @@ pub struct Window {
     pub begin: u64,
     /// When it ended.
     pub end: u64,
-    /// Whether no other task ran in it on the thread's CPU.
+    /// Whether no other task ran in it, see [`Witness`].
     pub clean: bool,
 }
 
@@ -37,16 +41,6 @@ impl Window {
             clean: a.clean && b.clean,
         })
     }
-}
-
-/// Involuntary context switches of the calling thread so far (getrusage(2), `ru_nivcsw`): 0 on failure, which cannot happen with valid
-/// arguments.
-fn preemptions() -> i64 {
-    // SAFETY: an all-zero rusage is a valid value of the plain C struct.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: `usage` is a valid place for the result.
-    unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) };
-    usage.ru_nivcsw
 }
 
 impl Timer {
@@ -74,13 +68,17 @@ impl Timer {
         }
     }
 
-    /// Runs `work` inside a window. What tells clean from unclean is read outside it.
-    pub fn window<T>(&self, work: impl FnOnce() -> T) -> (T, Window) {
-        let before = preemptions();
+    /// Runs `work` and says how long it took and whether that is a figure.
+    ///
+    /// Sleeps before the window begins, so that a thread which gave an order (or ended one) has gone to sleep itself: on one CPU its last
+    /// steps would fall into the window. The witness looks outside the window.
+    pub fn window<T>(&self, witness: Witness, work: impl FnOnce() -> T) -> (T, Window) {
+        std::thread::sleep(SETTLE);
+        let before = witness.look();
         let begin = self.now();
         let result = work();
         let end = self.now();
-        (result, Window { begin, end, clean: preemptions() == before })
+        (result, Window { begin, end, clean: before.nobody_else_ran(end.saturating_sub(begin)) })
     }
 }
 
@@ -100,9 +98,9 @@ mod tests {
     #[test]
     fn both_clocks_advance() {
         for clock in [Clock::Instructions, Clock::Nanoseconds] {
-            let (sum, window) =
-                Timer::new(clock).window(|| (0..10_000_u64).fold(0, |a, b| std::hint::black_box(a + b)));
-            assert!(sum > 0 && window.length() > 0);
+            let work = || (0..10_000_u64).fold(0, |a, b| std::hint::black_box(a + b));
+            let (sum, window) = Timer::new(clock).window(Witness::None, work);
+            assert!(sum > 0 && window.length() > 0 && window.clean);
         }
     }
 }

@@ -9,6 +9,7 @@ pub mod ring;
 pub mod stats;
 pub mod vcpu;
 pub mod vm;
+pub mod witness;
 
 pub use memory::Backing;
 pub use vm::Vm;

@@ -4,6 +4,7 @@ use super::Error;
 use super::clock::{Timer, Window};
 use super::ring::Rings;
 use super::vm::failed;
+use super::witness::Witness;
 use crossbeam::channel::{Receiver, Sender};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -122,7 +123,7 @@ impl Drop for VcpuThread {
 fn serve(mut vcpu: Vcpu, kicked: &AtomicBool, orders: &Receiver<()>, stops: &Sender<Stop>) {
     while orders.recv().is_ok() {
         let timer = vcpu.timer;
-        let (exit, window) = timer.window(|| run(&mut vcpu, kicked));
+        let (exit, window) = timer.window(Witness::of_vcpu(timer.clock()), || run(&mut vcpu, kicked));
         if stops.send(Stop { vcpu: vcpu.index, exit, window }).is_err() {
             return;
         }

@@ -10,6 +10,7 @@ use crate::failure::Failure;
 use crate::guest::Machine;
 use crate::host;
 use crate::kvm::clock::Window;
+use crate::kvm::witness::Witness;
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Record;
@@ -108,6 +109,7 @@ impl<'a> Run<'a> {
     /// Runs all phases.
     fn finish(mut self) -> Result<Row, Failure> {
         let timer = self.setup.plan.timer;
+        let witness = Witness::of_controller(timer.clock());
         let pattern = self.setup.plan.pattern;
         self.step("populate", 0);
         let window = self.machine.command(Command::Populate, 0)?;
@@ -116,7 +118,7 @@ impl<'a> Run<'a> {
         let keeps = host::two_dimensional_paging() && (host::eager_page_split() || !self.setup.plan.backing.is_huge());
         let mut expectation = Expectation::new(self.kind, pattern.pages, keeps);
 
-        let (started, window) = timer.window(|| self.tracker.start(&self.machine));
+        let (started, window) = timer.window(witness, || self.tracker.start(&self.machine));
         started?;
         self.phase("enable", 0, window);
         if self.pass == Pass::Observed {
@@ -131,7 +133,7 @@ impl<'a> Run<'a> {
         }
 
         self.step("disable", 0);
-        let (stopped, window) = timer.window(|| self.tracker.stop(&self.machine));
+        let (stopped, window) = timer.window(witness, || self.tracker.stop(&self.machine));
         stopped?;
         self.phase("disable", 0, window);
         let retouch = self.setup.rounds + 1;
@@ -148,15 +150,16 @@ impl<'a> Run<'a> {
 
     fn round(&mut self, round: u64, expectation: &mut Expectation) -> Result<(), Failure> {
         let timer = self.setup.plan.timer;
+        let witness = Witness::of_controller(timer.clock());
         self.step("dirty", round);
         self.machine.command(Command::Plan, round)?;
         let window = self.machine.command(self.pass.command(), 0)?;
         self.phase("dirty", round, window);
-        let (harvested, window) = timer.window(|| self.tracker.harvest(&self.machine));
+        let (harvested, window) = timer.window(witness, || self.tracker.harvest(&self.machine));
         harvested?;
         self.phase("get", round, window);
         if self.tracker.clears() {
-            let (cleared, window) = timer.window(|| self.tracker.clear(&self.machine));
+            let (cleared, window) = timer.window(witness, || self.tracker.clear(&self.machine));
             cleared?;
             self.phase("clear", round, window);
         }
