@@ -107,16 +107,18 @@ packages:
 
 	as_root=()
 	if [ "$$(id -u)" != 0 ]; then as_root=(sudo); fi
-	if ! command -v apt-get >/dev/null || ! command -v "$${as_root[@]:-true}" >/dev/null; then
-	    rust || missing+=("cargo and rustc ($(RUST) or newer)")
-	    echo "Umbra needs $$(printf '%s, ' "$${missing[@]}" | sed 's/, $$//'): not here, and they cannot be installed without apt-get and root or sudo" >&2
-	    exit 1
-	fi
+	for tool in apt-get "$${as_root[@]}"; do
+	    if ! command -v $$tool >/dev/null; then
+	        rust || missing+=('Rust $(RUST) or newer')
+	        echo "Umbra needs $$(printf '%s, ' "$${missing[@]}" | sed 's/, $$//'): not here, and there is no $$tool to install it with" >&2
+	        exit 1
+	    fi
+	done
 	apt() { "$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$$@"; }
 	apt update
 	if ! rust; then
 	    # Debian 12 and 13 keep a newer Rust beside their own, for Firefox. Only CI has to have the tools for format and lints.
-	    new() { dpkg --compare-versions "$$(apt-cache policy "$$1" | sed -n 's/^ *Candidate: //p')" ge $(RUST); }
+	    new() { dpkg --compare-versions "$$(apt-cache policy "$$1" | sed -n 's/^ *Candidate: \([0-9]\)/\1/p')" ge $(RUST); }
 	    if   new cargo;     then missing+=(cargo $${CI:+rustfmt rust-clippy})
 	    elif new cargo-web; then missing+=(cargo-web $${CI:+rustfmt-web rust-web-clippy})
 	    else
