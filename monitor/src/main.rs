@@ -42,11 +42,9 @@ fn measured(args: &RunArgs, run: impl FnOnce(&Progress) -> Result<Record, Failur
     let output = args.out.as_deref().map(Output::check).transpose()?;
     let record = run(&Progress::stderr())?;
     let text = record.to_json();
-    match output {
-        Some(output) => output.write(&text),
-        None => {
-            print!("{text}");
-            Ok(())
-        }
+    if let Some(output) = output {
+        return output.write(&text);
     }
+    print!("{text}");
+    Ok(())
 }

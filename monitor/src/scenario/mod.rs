@@ -10,6 +10,9 @@ use crate::report::{Host, Phase, Record, Row, Rows, record::SCHEMA};
 ///
 /// # Errors
 /// No KVM, or an unknown scenario.
+///
+/// # Panics
+/// When asked to.
 pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record, Failure> {
     match args.scenario.as_str() {
         "first-light" => {}
