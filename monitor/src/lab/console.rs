@@ -55,7 +55,7 @@ mod tests {
 
     #[test]
     fn the_tail_is_short_and_printable() {
-        let console: String = (0..100).map(|line| format!("\u{1b}[0mline {line}\r\n\r\n")).collect();
+        let console = (0..100).map(|line| format!("\u{1b}[0mline {line}\r\n")).collect::<Vec<_>>().join("\n");
         let tail = tail(&console);
         assert_eq!(tail.len(), TAIL);
         assert_eq!(tail[TAIL - 1], "[0mline 99");

@@ -151,7 +151,7 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     let params = plan.params.iter().map(in_effect).collect();
     port.send(&Message::Ready(params)).map_err(check(PORT))?;
     step(port, "waiting until the machine is idle")?;
-    if let Err(why) = idle::wait() {
+    if let Err(why) = idle::wait(plan.clock) {
         step(port, &format!("the machine is not idle: {why}"))?;
     }
     for (number, job) in plan.jobs.iter().enumerate() {
@@ -176,7 +176,10 @@ fn load(module: &str, params: &[Param]) -> Result<(), Failure> {
         let log = kernel_log();
         let why = about_module(&log, module).unwrap_or("the kernel's log does not say why");
         let with = if options.is_empty() { String::new() } else { format!(" with {}", options.join(" ")) };
-        Failure::Check(format!("the lab's kernel refused module {module}{with} ({error}): {why}"))
+        let line = format!("the lab's kernel refused module {module}{with} ({error}): {why}");
+        // A value that the module does not take is the user's.
+        let users = error == rustix::io::Errno::INVAL && !options.is_empty();
+        if users { Failure::Input(line) } else { Failure::Check(line) }
     })
 }
 
@@ -262,7 +265,6 @@ fn run_job(number: usize) {
     }
 }
 
-/// All parameters as the kernel has them, for tests of the reading.
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -270,8 +272,7 @@ mod tests {
     #[test]
     fn a_parameter_without_a_file_is_as_given() {
         let param: Param = "umbra_no_such_module.x=7".parse().unwrap();
-        let all: BTreeMap<String, String> = [in_effect(&param)].into();
-        assert_eq!(all["umbra_no_such_module.x"], "7");
+        assert_eq!(in_effect(&param), ("umbra_no_such_module.x".to_owned(), "7".to_owned()));
     }
 
     #[test]

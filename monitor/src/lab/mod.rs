@@ -1,4 +1,4 @@
-//! The lab: an emulated AMD machine that runs a real Linux kernel with the real kvm and kvm_amd, and Umbra as its PID 1.
+//! The lab: an emulated AMD machine that runs a real Linux kernel with the real KVM, and Umbra as its PID 1.
 //!
 //! ```text
 //!  shelf (apt, entry) --> kernel, modules --+
@@ -143,19 +143,18 @@ pub fn boot_within(
     let mut command = qemu::svm(machine.clock, &machine.kernel.vmlinuz(), &machine.append)?;
     let outcome = watch::run(&mut command, scratch.path(), jobs.len(), limits, progress)?;
     let Outcome { params, results, broke, error, tail } = outcome;
-    if error.is_some() || broke {
+    let why = error.map(Failure::from);
+    // Bad input says all there is to say.
+    if broke || matches!(why, Some(Failure::Check(_))) {
         eprintln!("umbra: the lab's console ended with");
         for line in tail {
             eprintln!("  {line}");
         }
     }
-    let why = error.map(Failure::from);
-    if let Some(failure) = &why
-        && results.iter().all(Option::is_none)
-    {
-        return Err(Failure::Check(failure.to_string()));
-    }
-    let why = why.map_or_else(String::new, |failure| failure.to_string());
+    let why = match why {
+        Some(failure) if results.iter().all(Option::is_none) => return Err(failure),
+        other => other.map_or_else(String::new, |failure| failure.to_string()),
+    };
     let complete = |mut record: Record| {
         let host = &mut record.host;
         host.kernel_package = Some(machine.kernel.package());

@@ -43,7 +43,7 @@ impl Module {
     }
 }
 
-/// A module's name as the kernel writes it: kvm-amd is kvm_amd.
+/// A module's name as the kernel writes it: `kvm-amd` is `kvm_amd`.
 #[must_use]
 pub fn canonical(name: &str) -> String {
     name.replace('-', "_")

@@ -23,7 +23,7 @@ pub mod file {
     pub const OUTPUT: &str = "qemu.out";
 }
 
-/// The line of QEMU's log that stands for a triple fault (target/i386/tcg/excp_helper.c). `-d cpu_reset` writes it; that mask costs
+/// The line of QEMU's log that stands for a triple fault (its `excp_helper.c`). `-d cpu_reset` writes it; that mask costs
 /// nothing while no CPU is reset.
 pub const TRIPLE_FAULT: &str = "Triple fault";
 

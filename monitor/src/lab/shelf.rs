@@ -7,6 +7,7 @@ use crate::failure::Failure;
 use crate::progress::Progress;
 use rustix::fs::{FlockOperation, flock};
 use serde::Deserialize;
+use std::fmt::Write as _;
 use std::fs::File;
 use std::path::PathBuf;
 
@@ -206,7 +207,7 @@ pub fn list() -> Result<String, Failure> {
             Err(flaw) => flaw.to_string(),
         };
         let default = if kernel.name == shelf.default { " (default)" } else { "" };
-        text += &format!("{}{default}: {}\n  {} ({state})\n", kernel.name, kernel.about, kernel.wanted());
+        let _ = writeln!(text, "{}{default}: {}\n  {} ({state})", kernel.name, kernel.about, kernel.wanted());
     }
     Ok(text)
 }
@@ -227,7 +228,7 @@ pub fn fetch(names: &[String], progress: &Progress) -> Result<String, Failure> {
     let mut text = String::new();
     for kernel in kernels {
         let entry = kernel.ensure(progress)?;
-        text += &format!("{}: {}\n", kernel.name, entry.package());
+        let _ = writeln!(text, "{}: {}", kernel.name, entry.package());
     }
     Ok(text)
 }

@@ -74,8 +74,8 @@ pub enum Error {
     #[error("the lab's results are damaged: {0}")]
     Wire(#[from] wire::Error),
     /// PID 1 itself failed.
-    #[error("{0}")]
-    Init(String),
+    #[error("{}", .0.text())]
+    Init(Told),
     /// All was said and a result is missing.
     #[error("the lab's PID 1 ended without the result of job {0}")]
     Missing(usize),
@@ -86,7 +86,10 @@ pub enum Error {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        Self::Check(error.to_string())
+        match error {
+            Error::Init(told) => told.into(),
+            _ => Self::Check(error.to_string()),
+        }
     }
 }
 
@@ -122,6 +125,8 @@ struct Watch<'a> {
     receiver: Receiver,
     outcome: Outcome,
     ended: bool,
+    /// Since when the machine has nothing more to do: it said all, or its kernel panicked.
+    last_words: Option<Instant>,
     doing: String,
     progress: &'a Progress,
 }
@@ -157,6 +162,7 @@ pub fn run(
             tail: Vec::new(),
         },
         ended: false,
+        last_words: None,
         doing: "while its kernel booted".to_owned(),
         progress,
     };
@@ -172,7 +178,7 @@ pub fn run(
 impl Watch<'_> {
     fn follow(&mut self, mut child: Child, directory: &Path, limits: Limits) -> Result<Option<Error>, Failure> {
         let begun = Instant::now();
-        let (mut heard, mut last_words) = (begun, None);
+        let mut heard = begun;
         let status = loop {
             let status = child.tick()?;
             match self.listen() {
@@ -183,20 +189,14 @@ impl Watch<'_> {
             if let Some(status) = status {
                 break status;
             }
-            if last_words.is_none() && (self.ended || console::panic(&self.console_text()).is_some()) {
-                last_words = Some(Instant::now());
-            }
-            let doing = || self.doing.clone();
-            match last_words {
-                Some(since) if since.elapsed() > GRACE => break ExitStatus::default(),
-                Some(_) => {}
-                None if heard.elapsed() > limits.silent => {
-                    return Ok(Some(Error::Silent { doing: doing(), limit: limits.silent }));
+            if let Some(since) = self.last_words {
+                if since.elapsed() > GRACE {
+                    break ExitStatus::default();
                 }
-                None if begun.elapsed() > limits.wall => {
-                    return Ok(Some(Error::TimeOut { doing: doing(), limit: limits.wall }));
-                }
-                None => {}
+            } else if heard.elapsed() > limits.silent {
+                return Ok(Some(Error::Silent { doing: self.doing.clone(), limit: limits.silent }));
+            } else if begun.elapsed() > limits.wall {
+                return Ok(Some(Error::TimeOut { doing: self.doing.clone(), limit: limits.wall }));
             }
         };
         drop(child);
@@ -216,10 +216,14 @@ impl Watch<'_> {
         let (said, bytes) = (self.console.more()?, self.messages.more()?);
         self.said.extend_from_slice(&said);
         self.receiver.push(&bytes);
-        while let Some(message) = self.receiver.next()? {
+        while let Some(message) = self.receiver.receive()? {
             self.take(message)?;
         }
-        Ok(!said.is_empty() || !bytes.is_empty())
+        let news = !said.is_empty() || !bytes.is_empty();
+        if news && self.last_words.is_none() && (self.ended || console::panic(&self.console_text()).is_some()) {
+            self.last_words = Some(Instant::now());
+        }
+        Ok(news)
     }
 
     fn take(&mut self, message: Message) -> Result<(), Error> {
@@ -235,7 +239,7 @@ impl Watch<'_> {
                 self.result(job, Err(failure));
             }
             Message::Failed { job: None, failure, .. } => {
-                return Err(Error::Init(Failure::from(failure).to_string()));
+                return Err(Error::Init(failure));
             }
             Message::End => self.ended = true,
         }

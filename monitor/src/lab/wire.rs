@@ -58,6 +58,14 @@ enum Kind {
     Interrupted,
 }
 
+impl Told {
+    /// The line that it says.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+}
+
 impl From<&Failure> for Told {
     fn from(failure: &Failure) -> Self {
         let kind = match failure {
@@ -143,7 +151,7 @@ impl Receiver {
     ///
     /// # Errors
     /// The damage, with its place in the stream.
-    pub fn next(&mut self) -> Result<Option<Message>, Error> {
+    pub fn receive(&mut self) -> Result<Option<Message>, Error> {
         let at = self.taken;
         let rest = &self.bytes[at..];
         let start = &rest[..rest.len().min(MAGIC.len())];
@@ -191,7 +199,7 @@ mod tests {
         let mut messages = Vec::new();
         for byte in stream() {
             receiver.push(&[byte]);
-            messages.extend(receiver.next().unwrap());
+            messages.extend(receiver.receive().unwrap());
         }
         receiver.finish().unwrap();
         assert_eq!(messages[0], Message::Step("one".into()));
@@ -208,7 +216,7 @@ mod tests {
             let mut receiver = Receiver::default();
             receiver.push(&bytes);
             let clean = loop {
-                match receiver.next() {
+                match receiver.receive() {
                     Ok(Some(_)) => {}
                     Ok(None) => break receiver.finish().is_ok(),
                     Err(_) => break false,
@@ -225,7 +233,7 @@ mod tests {
             let mut receiver = Receiver::default();
             receiver.push(bytes);
             loop {
-                match receiver.next() {
+                match receiver.receive() {
                     Ok(Some(_)) => {}
                     Ok(None) => break receiver.finish().unwrap_err(),
                     Err(error) => break error,

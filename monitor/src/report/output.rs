@@ -31,19 +31,25 @@ impl Output {
             Err(error) => return Err(refuse(&error)),
         };
         let output = Self { path: path.to_owned(), special };
+        if !special && !output.parent().is_dir() {
+            return Err(refuse(&"its directory does not exist"));
+        }
         if !special {
-            output.scratch().map_err(|error| refuse(&error))?;
+            output.scratch().map_err(|error| refuse(&error.kind()))?;
         }
         Ok(output)
     }
 
-    /// A file beside the one that is wanted, which is gone when it is dropped.
-    fn scratch(&self) -> std::io::Result<tempfile::NamedTempFile> {
-        let parent = match self.path.parent() {
+    fn parent(&self) -> &Path {
+        match self.path.parent() {
             Some(parent) if parent != Path::new("") => parent,
             _ => Path::new("."),
-        };
-        tempfile::Builder::new().prefix(".umbra-").permissions(Permissions::from_mode(0o666)).tempfile_in(parent)
+        }
+    }
+
+    /// A file beside the one that is wanted, which is gone when it is dropped.
+    fn scratch(&self) -> std::io::Result<tempfile::NamedTempFile> {
+        tempfile::Builder::new().prefix(".umbra-").permissions(Permissions::from_mode(0o666)).tempfile_in(self.parent())
     }
 
     /// Writes the file.
