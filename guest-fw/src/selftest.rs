@@ -22,7 +22,7 @@ use umbra_shared::{Gfn, Level, PAGE_SIZE, layout};
 const SLOTS: [[u64; 2]; 3] = [[0x2000, 512], [0x2800, 512], [0x3000, 1024]];
 const PAGES: u64 = SLOTS[0][1] + SLOTS[1][1] + SLOTS[2][1];
 const PAGES_ON_STACK: usize = PAGES as usize;
-const ACCESSES_PER_PAGE: u64 = 2;
+const MAX_ACCESSES_PER_PAGE: u64 = 2;
 const TABLES: u64 = layout::PLANS + (1 << 20);
 const TABLE_BYTES: u64 = layout::table_bytes(PAGES, Level::K4);
 /// Reading a page that is not there, from ring 3 (Intel SDM 3A, figure 4-12).
@@ -45,8 +45,8 @@ static STAGE: AtomicU32 = AtomicU32::new(0);
 const AT_INVALID_OPCODE: u32 = 1;
 const AT_PAGE_FAULT: u32 = 2;
 
-const fn pattern(kind: Kind, write_percent: u64) -> Pattern {
-    Pattern { kind, seed: 1, pages: PAGES, write_percent, accesses_per_page: ACCESSES_PER_PAGE }
+const fn pattern(kind: Kind, write_percent: u64, accesses_per_page: u64) -> Pattern {
+    Pattern { kind, seed: 1, pages: PAGES, write_percent, accesses_per_page }
 }
 
 /// What a monitor would have written.
@@ -59,10 +59,10 @@ pub fn boot_page() -> BootPage {
         guest_page_level: Level::K4.number().into(),
         tsc_khz: 0,
         plans: layout::PLANS,
-        plan_entries: PAGES * ACCESSES_PER_PAGE,
+        plan_entries: PAGES * MAX_ACCESSES_PER_PAGE,
         tables: TABLES,
         table_bytes: TABLE_BYTES,
-        pattern: pattern(Kind::Sequential, 100).encode(),
+        pattern: pattern(Kind::Sequential, 100, MAX_ACCESSES_PER_PAGE).encode(),
         slot_count: SLOTS.len() as u64,
         ..BootPage::default()
     };
@@ -112,8 +112,8 @@ pub fn run(tracked: Tracked, conduct: Conduct) -> ! {
 
 fn check_patterns(setup: &Setup, worker: &mut Worker, leaf: Level) {
     for kind in KINDS {
-        for write_percent in [100, 25] {
-            worker.pattern = pattern(kind, write_percent);
+        for (write_percent, accesses_per_page) in [(100, 1), (25, MAX_ACCESSES_PER_PAGE)] {
+            worker.pattern = pattern(kind, write_percent, accesses_per_page);
             check_pattern(setup, worker, leaf);
         }
     }
