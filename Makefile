@@ -1,20 +1,135 @@
-# Umbra. `make help` lists the targets.
+# Umbra's commands; `make help` lists them. Each target installs with apt what it lacks, so none needs a step before it.
+#
+#   ARGS       options of `umbra` for run, lab-*, soak       make run ARGS='--memory 256M --tracker ring'
+#   SECONDS    how long soak runs
+#   SUITES     the Debian releases that test-fresh tries
 
-CARGO ?= cargo
+ARGS    ?=
+SECONDS ?= 60
+SUITES  ?= bookworm trixie
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+# A chroot or a service may have no HOME; cargo and the shelf of kernels want one.
+ifeq ($(HOME),)
+export HOME := $(shell getent passwd "$$(id -u)" | cut -d: -f6)
+endif
 CARGO_HOME ?= $(HOME)/.cargo
-CARGO_TARGET_DIR ?= $(CURDIR)/target
-TRIPLE := x86_64-unknown-linux-gnu
-# The same sources give the same binary in every directory: the lab's image holds it, and the image's bytes are part of a figure. These flags
-# are added to those of .cargo/config.toml (the environment's RUSTFLAGS would replace them).
-REMAP := --config 'target.$(TRIPLE).rustflags=["--remap-path-prefix=$(CURDIR)=/umbra","--remap-path-prefix=$(CARGO_HOME)=/cargo"]'
 
-.PHONY: build help
+# How Umbra is built stands in Cargo.toml, .cargo/config.toml and here, not in the environment.
+unexport RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CARGO_BUILD_RUSTFLAGS CARGO_TARGET_DIR CARGO_BUILD_TARGET_DIR CARGO_BUILD_TARGET
+TARGET := x86_64-unknown-linux-gnu
+# No path of this machine enters the binary: it is the same wherever the project and cargo's home lie.
+REMAP  := target.$(TARGET).rustflags=['--remap-path-prefix=$(CARGO_HOME)=/cargo','--remap-path-prefix=$(CURDIR)=/umbra']
+UMBRA  := target/umbra
 
-build: ## Build target/umbra
-	$(CARGO) build --release --locked $(REMAP)
-	mkdir -p target
-	cp $(CARGO_TARGET_DIR)/$(TRIPLE)/release/umbra target/umbra.new
-	mv target/umbra.new target/umbra
+# The oldest Rust that builds Umbra, as Cargo.toml says; the one on the PATH if it is new enough, else Debian's in /usr/bin.
+RUST       := $(shell sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+new_enough := for tool in cargo rustc; do printf '%s\n' $(RUST) "$$($$tool --version 2>/dev/null | cut -d' ' -f2)" | sort -CV || exit 1; done
+ifneq ($(shell ($(new_enough)) && echo yes),yes)
+export PATH := /usr/bin:$(PATH)
+endif
 
-help: ## List the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+.PHONY: help
+help: ## this list
+	@sed -nE 's/^([a-z%-]+):.*## (.*)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | while IFS=$$'\t' read -r target line; do
+	    printf '  make %-16s %s\n' "$$target" "$$line"
+	done
+
+.PHONY: run
+run: lab-dirty-log ## what a page costs under each dirty-tracking interface: a real kernel's KVM in the lab, 64 MiB
+
+.PHONY: test
+test: build shelf ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
+	@if cargo fmt --version >/dev/null 2>&1; then
+	    echo 'format'
+	    cargo fmt --all --check
+	else
+	    $(call absent,rustfmt,format)
+	fi
+	if cargo clippy --version >/dev/null 2>&1; then
+	    echo 'lints'
+	    cargo clippy --locked --workspace --exclude umbra-guest-fw --all-targets -- -D warnings
+	    cargo clippy --locked --package umbra-guest-fw --all-targets -- -D warnings
+	else
+	    $(call absent,clippy,lints)
+	fi
+	sums() {
+	    awk '/^test result:/ { passed += $$4; failed += $$6; skipped += $$8 }
+	         END { printf "\n%d passed, %d failed, %d skipped\n", passed, failed, skipped }' target/test.log
+	}
+	trap sums EXIT
+	# The firmware by itself: beside the monitor its dependencies would get the features that the monitor's need, std among them.
+	(cargo test --locked --package umbra-guest-fw --lib --no-fail-fast
+	 cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast) 2>&1 | tee target/test.log
+
+# A check whose tool is not here is passed over, with a line that says so; in CI that is an error.
+absent = echo '$(2): not checked, because cargo has no $(1) here'; if [ "$${CI:-}" = true ]; then exit 1; fi
+
+.PHONY: build
+build: packages ## target/umbra: static, and the same bytes wherever it is built
+	@cargo build --locked --release --config "$(REMAP)"
+	install -C target/$(TARGET)/release/umbra $(UMBRA)
+
+lab-%: build shelf ## any scenario in the lab (lab-dirty-log, lab-soak, ...), with options in ARGS
+	@$(UMBRA) lab $* $(ARGS)
+
+.PHONY: soak
+soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
+	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)
+
+.PHONY: test-fresh
+test-fresh: ## `make run` and `make test` in minimal chroots of Debian 12 and 13 (SUITES); root, mmdebstrap; some GB, some minutes
+	@tests/fresh $(SUITES)
+
+.PHONY: clean
+clean: ## remove what was built; fetched kernels stay in the cache
+	@rm -rf target
+
+# The lab's default kernel, in the cache.
+.PHONY: shelf
+shelf: build
+	@$(UMBRA) kernels fetch
+
+# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this.
+.PHONY: packages
+packages:
+	@missing=()
+	needs() { "$${@:2}" >/dev/null 2>&1 || missing+=("$$1"); }
+	needs gcc             command -v cc
+	needs libc6-dev       eval 'test -e "$$(cc -print-file-name=libc.a)"'
+	needs ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
+	needs xz-utils        command -v xz
+	needs qemu-system-x86 command -v qemu-system-x86_64
+	rust() { ($(new_enough)); }
+	if [ $${#missing[@]} = 0 ] && rust; then exit; fi
+
+	as_root=()
+	if [ "$$(id -u)" != 0 ]; then as_root=(sudo); fi
+	for tool in apt-get "$${as_root[@]}"; do
+	    if ! command -v $$tool >/dev/null; then
+	        rust || missing+=('Rust $(RUST) or newer')
+	        echo "Umbra needs $$(printf '%s, ' "$${missing[@]}" | sed 's/, $$//'): not here, and there is no $$tool to install it with" >&2
+	        exit 1
+	    fi
+	done
+	apt() { "$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 "$$@"; }
+	apt update
+	if ! rust; then
+	    # Debian 12 and 13 keep a newer Rust beside their own, for Firefox. Only CI has to have the tools for format and lints.
+	    new() { dpkg --compare-versions "$$(apt-cache policy "$$1" | sed -n 's/^ *Candidate: \([0-9]\)/\1/p')" ge $(RUST); }
+	    if   new cargo;     then missing+=(cargo $${CI:+rustfmt rust-clippy})
+	    elif new cargo-web; then missing+=(cargo-web $${CI:+rustfmt-web rust-web-clippy})
+	    else
+	        echo 'Umbra needs Rust $(RUST) or newer, and apt has none here; `rustup toolchain install stable` brings it' >&2
+	        exit 1
+	    fi
+	fi
+	echo "installing $${missing[*]}"
+	# Nothing of this machine is removed to make room (an older Rust from Debian, say): then apt says what is in the way.
+	apt install -y --no-install-recommends --no-remove "$${missing[@]}" >/dev/null
+	rust

@@ -7,9 +7,16 @@
 pub mod cli;
 pub mod failure;
 pub mod ground;
+pub mod guest;
+pub mod host;
+pub mod kvm;
 pub mod lab;
+pub mod pages;
+pub mod probe;
 pub mod progress;
 pub mod report;
 pub mod scenario;
+pub mod track;
+pub mod truth;
 
 pub use failure::Failure;

@@ -4,15 +4,16 @@ use std::process::ExitCode;
 use umbra::cli::{self, Cli, Command, KernelsCommand, RunArgs};
 use umbra::ground::Ground;
 use umbra::lab::{self, shelf};
+use umbra::probe::{self, Probe};
 use umbra::progress::Progress;
-use umbra::report::{Output, Record};
+use umbra::report::{Output, Record, table};
 use umbra::{Failure, scenario};
 
 fn main() -> ExitCode {
     if lab::init::inside() {
         lab::init::main();
     }
-    match cli::parse(std::env::args()).and_then(run) {
+    match cli::parse(std::env::args()).and_then(|cli| run(&cli)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprintln!("umbra: {failure}");
@@ -21,30 +22,37 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<(), Failure> {
-    match cli.command {
-        Command::Run(args) => measured(&args, |progress| scenario::run(&args, Ground::Kvm, progress)),
-        Command::Lab(args) => measured(&args.run, |progress| lab::run(&args, progress)),
-        Command::Kernels { command: KernelsCommand::List } => {
-            print!("{}", shelf::list()?);
-            Ok(())
-        }
+fn run(cli: &Cli) -> Result<(), Failure> {
+    match &cli.command {
+        Command::Probe { json: false } => print!("{}", Probe::run().to_text()),
+        Command::Probe { json: true } => println!("{}", Probe::run().to_json()?),
+        Command::List => print!("{}{}", probe::list(), shelf::list()?),
+        Command::Run(args) => return measure(args, |progress| scenario::run(args, Ground::Kvm, progress)),
+        Command::Lab(args) => return measure(&args.run, |progress| lab::run(args, progress)),
+        Command::Kernels { command: KernelsCommand::List } => print!("{}", shelf::list()?),
         Command::Kernels { command: KernelsCommand::Fetch { kernels } } => {
-            print!("{}", shelf::fetch(&kernels, &Progress::stderr())?);
-            Ok(())
+            print!("{}", shelf::fetch(kernels, &Progress::stderr())?);
         }
-        Command::Probe { .. } | Command::List => Err(Failure::Input("not built yet".to_owned())),
     }
+    Ok(())
 }
 
-/// Runs what gives a Record; whether `--out` can be written is known before it.
-fn measured(args: &RunArgs, run: impl FnOnce(&Progress) -> Result<Record, Failure>) -> Result<(), Failure> {
+/// Makes a Record, shows it, writes it, and fails if its truth did not hold. Whether `--out` can be written is known before the run.
+fn measure(args: &RunArgs, run: impl FnOnce(&Progress) -> Result<Record, Failure>) -> Result<(), Failure> {
+    scenario::check(args)?;
     let output = args.out.as_deref().map(Output::check).transpose()?;
-    let record = run(&Progress::stderr())?;
-    let text = record.to_json();
+    let progress = Progress::stderr();
+    let record = run(&progress);
+    drop(progress);
+    let record = record?;
+    print!("{}", table::render(&record));
     if let Some(output) = output {
-        return output.write(&text);
+        output.write(&record.to_json())?;
     }
-    print!("{text}");
-    Ok(())
+    let faults = record.faults();
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::Check(format!("the truth did not hold\n{}", faults.join("\n"))))
+    }
 }

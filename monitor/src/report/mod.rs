@@ -2,6 +2,7 @@
 
 pub mod output;
 pub mod record;
+pub mod table;
 
 pub use output::Output;
 pub use record::{Host, Phase, Record, Row, Rows};

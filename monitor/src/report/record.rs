@@ -153,6 +153,9 @@ pub struct Truth {
     pub pages: Pages,
     /// A round each.
     pub rounds: Vec<TruthRound>,
+    /// What failed, in words, the first few of it. Empty when the truth held.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub faults: Vec<String>,
 }
 
 /// The truth check of one round.
@@ -198,6 +201,19 @@ impl Record {
         text
     }
 
+    /// What failed in the truth checks of all rows, in words. Empty when every reported page was right.
+    #[must_use]
+    pub fn faults(&self) -> Vec<String> {
+        self.measured()
+            .flat_map(|row| {
+                let pages = row.truth.pages;
+                let sums = (pages.missed > 0 || pages.extra > 0)
+                    .then(|| format!("{}: {} pages missed, {} extra", row.name, pages.missed, pages.extra));
+                row.truth.faults.iter().cloned().chain(sums)
+            })
+            .collect()
+    }
+
     /// Measured rows.
     pub fn measured(&self) -> impl Iterator<Item = &Row> {
         self.rows.iter().filter_map(|row| match row {
@@ -223,7 +239,11 @@ mod tests {
                 unit: "instructions".into(),
                 clean: true,
             }],
-            truth: Truth { pages: Pages { written: 3, ..Pages::default() }, rounds: vec![TruthRound::default()] },
+            truth: Truth {
+                pages: Pages { written: 3, ..Pages::default() },
+                rounds: vec![TruthRound::default()],
+                faults: Vec::new(),
+            },
             ..Row::default()
         };
         let record = Record {

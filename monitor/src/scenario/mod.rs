@@ -1,57 +1,62 @@
-//! Scenarios. (Until they come: one that reads what KVM here is.)
+//! Scenarios: set up, run, check against the truth, return a Record. One file each.
+
+mod dirty_log;
+mod setup;
+mod soak;
+
+pub use setup::{Options, Setup};
 
 use crate::cli::RunArgs;
 use crate::failure::Failure;
-use crate::ground::{Clock, Ground};
+use crate::ground::Ground;
 use crate::progress::Progress;
-use crate::report::{Host, Phase, Record, Row, Rows, record::SCHEMA};
+use crate::report::Record;
 
-/// Runs a scenario.
+/// A scenario.
+pub struct Scenario {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What it does, in one line.
+    pub description: &'static str,
+    run: fn(&Setup, &Progress) -> Result<Record, Failure>,
+}
+
+/// All scenarios.
+pub const ALL: &[Scenario] = &[
+    Scenario {
+        name: "dirty-log",
+        description: "what KVM's dirty tracking costs: populate, enable, rounds of dirty/get/clear, disable, retouch",
+        run: dirty_log::run,
+    },
+    Scenario {
+        name: "soak",
+        description: "the guest writes while the controller harvests: a write may be reported late, never lost",
+        run: soak::run,
+    },
+];
+
+/// Runs what `args` ask for.
 ///
 /// # Errors
-/// No KVM, or an unknown scenario.
-///
-/// # Panics
-/// When asked to.
+/// [`Failure`]; a truth check that failed is not an error here but stands in the Record ([`Record::faults`]).
 pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record, Failure> {
-    match args.scenario.as_str() {
-        "first-light" => {}
-        "panic" => panic!("asked to"),
-        "exit" => std::process::exit(3),
-        "segv" => rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::SEGV)
-            .map_err(|error| Failure::Check(error.to_string()))?,
-        "sleep" => std::thread::sleep(std::time::Duration::from_secs(100_000)),
-        "spin" => loop {
-            std::hint::spin_loop();
-        },
-        other => return Err(Failure::Input(format!("scenario {other}: there is first-light"))),
-    }
-    progress.step("opening /dev/kvm");
-    let kvm = kvm_ioctls::Kvm::new().map_err(|error| Failure::NotHere(format!("/dev/kvm: {error}")))?;
-    let mut phases = Vec::new();
-    for round in 0..args.rounds {
-        let begun = std::time::Instant::now();
-        let vm = kvm.create_vm().map_err(|error| Failure::Check(format!("a VM: {error}")))?;
-        let vcpu = vm.create_vcpu(0).map_err(|error| Failure::Check(format!("a vCPU: {error}")))?;
-        drop((vcpu, vm));
-        let value = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        let unit = ground.clock().unit().to_owned();
-        phases.push(Phase { phase: "create".into(), round, pass: "timed".into(), value, unit, clean: true });
-    }
-    let uname = rustix::system::uname();
-    let row = Row { name: format!("api-{}", kvm.get_api_version()), phases, ..Row::default() };
-    Ok(Record {
-        schema: SCHEMA,
-        scenario: args.scenario.clone(),
-        host: Host {
-            ground: ground.name().into(),
-            kernel: uname.release().to_string_lossy().into_owned(),
-            clock: ground.clock().unit().into(),
-            deterministic: ground.clock() == Clock::Instructions,
-            umbra: env!("CARGO_PKG_VERSION").into(),
-            ..Host::default()
-        },
-        config: args.config(),
-        rows: vec![Rows::Measured(Box::new(row))],
+    let scenario = find(args)?;
+    let setup = Setup::new(args, ground)?;
+    (scenario.run)(&setup, progress)
+}
+
+fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
+    ALL.iter().find(|scenario| scenario.name == args.scenario).ok_or_else(|| {
+        let names: Vec<_> = ALL.iter().map(|scenario| scenario.name).collect();
+        Failure::Input(format!("{}: there is no such scenario; there are {}", args.scenario, names.join(", ")))
     })
+}
+
+/// Checks `args` as far as that needs no KVM: what the lab does before it boots.
+///
+/// # Errors
+/// [`Failure::Input`].
+pub fn check(args: &RunArgs) -> Result<(), Failure> {
+    find(args)?;
+    Options::new(args).map(|_| ())
 }

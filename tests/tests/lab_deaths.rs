@@ -35,7 +35,7 @@ const CASES: &[(&str, i32, &str)] = &[
         1,
         "the lab's kernel refused module kvm_amd (No such file or directory (os error 2)): kvm_amd: Unknown symbol",
     ),
-    ("input", 2, "scenario no-such-scenario"),
+    ("input", 2, "no-such-scenario: there is no such scenario"),
     ("qemu-missing", 3, "qemu-system-x86_64 is not installed; `apt-get install qemu-system-x86` brings it"),
     ("qemu-breaks", 1, "QEMU ended early while its kernel booted (exit status: 9): no such accelerator"),
 ];

@@ -1,0 +1,83 @@
+//! A vCPU's mailbox, live: the monitor may read and write it at any moment, so every word is an atomic.
+
+use core::mem::offset_of;
+use core::sync::atomic::Ordering::Relaxed;
+use core::sync::atomic::{AtomicU8, AtomicU64};
+use umbra_shared::layout::{self, MAX_VCPUS};
+use umbra_shared::protocol::{ExceptionReport, Mailbox, TEXT_BYTES};
+
+/// [`Mailbox`] word for word.
+#[repr(C)]
+pub struct LiveMailbox {
+    /// [`umbra_shared::protocol::Command`], from the monitor.
+    pub command: AtomicU64,
+    /// Its argument.
+    pub argument: AtomicU64,
+    /// Ends a free run.
+    pub stop: AtomicU64,
+    /// Accesses of the last plan.
+    pub accesses: AtomicU64,
+    /// Writes of the last command.
+    pub writes: AtomicU64,
+    /// TSC ticks of the last command.
+    pub ticks: AtomicU64,
+    /// The number of the next round of a free run.
+    pub rounds_done: AtomicU64,
+    /// Of a program that ended.
+    pub exit_code: AtomicU64,
+    /// Filled by the exception stubs.
+    exception: [AtomicU64; 6],
+    text_bytes: AtomicU64,
+    text: [AtomicU8; TEXT_BYTES],
+}
+
+const _: () = {
+    assert!(size_of::<LiveMailbox>() == size_of::<Mailbox>());
+    assert!(offset_of!(LiveMailbox, command) == offset_of!(Mailbox, command));
+    assert!(offset_of!(LiveMailbox, argument) == offset_of!(Mailbox, argument));
+    assert!(offset_of!(LiveMailbox, stop) == offset_of!(Mailbox, stop));
+    assert!(offset_of!(LiveMailbox, accesses) == offset_of!(Mailbox, accesses));
+    assert!(offset_of!(LiveMailbox, writes) == offset_of!(Mailbox, writes));
+    assert!(offset_of!(LiveMailbox, ticks) == offset_of!(Mailbox, ticks));
+    assert!(offset_of!(LiveMailbox, rounds_done) == offset_of!(Mailbox, rounds_done));
+    assert!(offset_of!(LiveMailbox, exit_code) == offset_of!(Mailbox, exit_code));
+    assert!(offset_of!(LiveMailbox, exception) == offset_of!(Mailbox, exception));
+    assert!(offset_of!(LiveMailbox, text_bytes) == offset_of!(Mailbox, text_bytes));
+    assert!(offset_of!(LiveMailbox, text) == offset_of!(Mailbox, text));
+};
+
+impl LiveMailbox {
+    /// The mailbox of vCPU `index`. Panics if there is no such vCPU.
+    #[must_use]
+    pub fn of(index: usize) -> &'static Self {
+        assert!(index < MAX_VCPUS, "vCPU {index} has no mailbox");
+        let address = layout::vcpu_area(index) + layout::vcpu_area::MAILBOX;
+        // SAFETY: the area is in the system slot, mapped at its own address, and holds nothing else there. All of its bytes are
+        // valid atomics, and whoever shares it uses whole words.
+        unsafe { &*core::ptr::with_exposed_provenance(address as usize) }
+    }
+
+    /// Puts `text` into the mailbox, cut to what fits, and returns how many bytes that is.
+    pub fn put_text(&self, text: &[u8]) -> usize {
+        let length = text.len().min(TEXT_BYTES);
+        for (to, &from) in self.text.iter().zip(text) {
+            to.store(from, Relaxed);
+        }
+        self.text_bytes.store(length as u64, Relaxed);
+        length
+    }
+
+    /// What the exception stubs reported last.
+    #[must_use]
+    pub fn exception(&self) -> ExceptionReport {
+        let word = |index: usize| self.exception[index].load(Relaxed);
+        ExceptionReport {
+            vector: word(offset_of!(ExceptionReport, vector) / 8),
+            error_code: word(offset_of!(ExceptionReport, error_code) / 8),
+            rip: word(offset_of!(ExceptionReport, rip) / 8),
+            cr2: word(offset_of!(ExceptionReport, cr2) / 8),
+            rsp: word(offset_of!(ExceptionReport, rsp) / 8),
+            cs: word(offset_of!(ExceptionReport, cs) / 8),
+        }
+    }
+}

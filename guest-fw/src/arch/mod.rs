@@ -1,0 +1,20 @@
+//! The x86-64 part, and nearly all that is unsafe: entry, descriptors, exception stubs, page tables, ports, and the pages
+//! that are shared with the monitor.
+
+#[cfg(not(test))]
+mod entry;
+mod gdt;
+pub mod idt;
+#[cfg(not(test))]
+mod lang;
+pub mod lock;
+pub mod mailbox;
+pub mod paging;
+pub mod port;
+pub mod provoke;
+#[cfg(not(test))]
+mod pvh;
+pub mod space;
+pub mod tracked;
+pub mod tsc;
+pub mod vcpu;

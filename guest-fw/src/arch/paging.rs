@@ -1,0 +1,194 @@
+//! The firmware's own long-mode tables, built in a pool of pages by the `x86_64` crate's types.
+//!
+//! The system slot at its own addresses by 2 MiB leaves, the tracked slots one after the other from [`TRACKED_BASE`] by leaves of
+//! 4 KiB or 2 MiB. Everything is writable, open to ring 3, and has A and D set, so that the CPU never writes to the tables.
+//! Intel SDM 3A, 4.5 and tables 4-15 to 4-20; AMD APM 2, 5.3.
+
+use core::fmt;
+use umbra_shared::layout::{SYSTEM_LIMIT, Slot, TRACKED_BASE};
+use umbra_shared::{Level, PAGE_SIZE};
+use x86_64::structures::paging::{PageTable, PageTableFlags};
+use x86_64::{PhysAddr, VirtAddr};
+
+const TABLE: PageTableFlags = PageTableFlags::PRESENT
+    .union(PageTableFlags::WRITABLE)
+    .union(PageTableFlags::USER_ACCESSIBLE)
+    .union(PageTableFlags::ACCESSED);
+const LEAF: PageTableFlags = TABLE.union(PageTableFlags::DIRTY);
+
+/// Why tables could not be built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// The pool is too small; it has that many pages.
+    PoolExhausted(usize),
+    /// Leaves are 4 KiB or 2 MiB.
+    NoSuchLeaf(Level),
+    /// A slot does not begin where a leaf can.
+    Unaligned(Slot),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PoolExhausted(pages) => write!(f, "{pages} pages are too few for the page tables"),
+            Self::NoSuchLeaf(level) => write!(f, "no leaves of level {}, only 1 (4 KiB) and 2 (2 MiB)", level.number()),
+            Self::Unaligned(slot) => {
+                write!(f, "the slot at frame {} (page {}) is not aligned to its leaves", slot.base, slot.first_page)
+            }
+        }
+    }
+}
+
+/// Tables under construction. The invariant is: entry `PRESENT` without `HUGE_PAGE` above level 1 leads to a table of the pool.
+struct Pool<'a> {
+    tables: &'a mut [PageTable],
+    base: u64,
+    used: usize,
+}
+
+impl Pool<'_> {
+    /// Takes an empty table out of the pool.
+    fn take(&mut self) -> Result<usize, Error> {
+        let index = self.used;
+        self.tables.get_mut(index).ok_or(Error::PoolExhausted(index))?.zero();
+        self.used += 1;
+        Ok(index)
+    }
+
+    fn address_of(&self, table: usize) -> u64 {
+        self.base + table as u64 * PAGE_SIZE
+    }
+
+    /// The table below entry `entry` of table `table`, a new one if there is none yet.
+    fn below(&mut self, table: usize, entry: usize) -> Result<usize, Error> {
+        let present = &self.tables[table][entry];
+        if present.is_unused() {
+            let new = self.take()?;
+            let address = PhysAddr::new(self.address_of(new));
+            self.tables[table][entry].set_addr(address, TABLE);
+            Ok(new)
+        } else {
+            Ok(((present.addr().as_u64() - self.base) / PAGE_SIZE) as usize)
+        }
+    }
+
+    /// Maps the leaf of `level` at `linear` to `physical`; both are aligned to it.
+    fn map(&mut self, linear: u64, physical: u64, level: Level) -> Result<(), Error> {
+        let address = VirtAddr::new(linear);
+        let mut table = 0;
+        for index in [address.p4_index(), address.p3_index()] {
+            table = self.below(table, index.into())?;
+        }
+        let (entry, flags) = match level {
+            Level::K4 => {
+                table = self.below(table, address.p2_index().into())?;
+                (address.p1_index(), LEAF)
+            }
+            Level::M2 => (address.p2_index(), LEAF.union(PageTableFlags::HUGE_PAGE)),
+            other => return Err(Error::NoSuchLeaf(other)),
+        };
+        self.tables[table][entry].set_addr(PhysAddr::new(physical), flags);
+        Ok(())
+    }
+}
+
+/// Builds all tables in `pool`, which lies at the physical address `base`, and returns that of the PML4.
+///
+/// A slot that is no multiple of the leaf ends inside its last one: the rest of that leaf leads into the gap behind the slot.
+///
+/// # Errors
+/// Says what does not fit. The pool is then half filled.
+pub fn build(pool: &mut [PageTable], base: u64, slots: impl Iterator<Item = Slot>, leaf: Level) -> Result<u64, Error> {
+    let mut pool = Pool { tables: pool, base, used: 0 };
+    let pml4 = pool.take()?;
+    for address in (0..SYSTEM_LIMIT).step_by(Level::M2.bytes() as usize) {
+        pool.map(address, address, Level::M2)?;
+    }
+    for slot in slots {
+        let linear = TRACKED_BASE + slot.first_page * PAGE_SIZE;
+        if !linear.is_multiple_of(leaf.bytes()) || slot.base.align_down(leaf) != slot.base {
+            return Err(Error::Unaligned(slot));
+        }
+        for offset in (0..slot.pages * PAGE_SIZE).step_by(leaf.bytes() as usize) {
+            pool.map(linear + offset, slot.base.address() + offset, leaf)?;
+        }
+    }
+    Ok(pool.address_of(pml4))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use umbra_shared::{Gfn, layout};
+
+    const BASE: u64 = 0x90_0000;
+
+    fn pool(pages: u64, leaf: Level) -> Vec<PageTable> {
+        let count = layout::table_bytes(pages, leaf) / PAGE_SIZE;
+        (0..count).map(|_| PageTable::new()).collect()
+    }
+
+    /// What the CPU's walk of `linear` finds: the address, and the level of the leaf.
+    fn walk(pool: &[PageTable], linear: u64) -> Option<(u64, u8)> {
+        let mut table = 0;
+        for level in (1..=4_u8).rev() {
+            let shift = 12 + 9 * (u32::from(level) - 1);
+            let entry = &pool[table][usize::try_from(linear >> shift & 511).unwrap()];
+            let flags = entry.flags();
+            if !flags.contains(TABLE) {
+                return None;
+            }
+            if level == 1 || flags.contains(PageTableFlags::HUGE_PAGE) {
+                assert!(flags.contains(PageTableFlags::DIRTY));
+                return Some((entry.addr().as_u64() + (linear & ((1 << shift) - 1)), level));
+            }
+            table = usize::try_from((entry.addr().as_u64() - BASE) / PAGE_SIZE).unwrap();
+        }
+        None
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+        #[test]
+        fn every_page_leads_to_its_slot(pages in 1_u64..8000, count in 1_usize..6, huge: bool) {
+            let leaf = if huge { Level::M2 } else { Level::K4 };
+            let Some(slots) = layout::slots(pages, count, leaf) else { return Ok(()) };
+            let mut pool = pool(pages, leaf);
+            prop_assert_eq!(build(&mut pool, BASE, slots.clone(), leaf), Ok(BASE));
+            for slot in slots {
+                for page in 0..slot.pages {
+                    let linear = TRACKED_BASE + (slot.first_page + page) * PAGE_SIZE;
+                    prop_assert_eq!(walk(&pool, linear), Some((slot.base.plus(page).address(), leaf.number())));
+                }
+            }
+            let end = (pages * PAGE_SIZE).next_multiple_of(leaf.bytes());
+            prop_assert_eq!(walk(&pool, TRACKED_BASE + end), None);
+            prop_assert_eq!(walk(&pool, TRACKED_BASE - 1), None);
+            for address in [0, layout::BOOT_PAGE, SYSTEM_LIMIT - 1] {
+                prop_assert_eq!(walk(&pool, address), Some((address, 2)));
+            }
+            prop_assert_eq!(walk(&pool, SYSTEM_LIMIT), None);
+        }
+    }
+
+    #[test]
+    fn a_pool_that_was_used_is_used_again() {
+        let slots = || layout::slots(1024, 1, Level::M2).unwrap();
+        let mut pool = pool(1024, Level::K4);
+        build(&mut pool, BASE, slots(), Level::K4).unwrap();
+        build(&mut pool, BASE, slots(), Level::M2).unwrap();
+        assert_eq!(walk(&pool, TRACKED_BASE), Some((layout::TRACKED_GPA, 2)));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said() {
+        let slots = || layout::slots(1024, 1, Level::K4).unwrap();
+        let short = pool(1024, Level::K4).len() - 1;
+        let mut pool = pool(1024, Level::K4);
+        assert_eq!(build(&mut pool[..short], BASE, slots(), Level::K4), Err(Error::PoolExhausted(short)));
+        assert_eq!(build(&mut pool, BASE, slots(), Level::G1), Err(Error::NoSuchLeaf(Level::G1)));
+        let slot = Slot { base: Gfn(1), pages: 512, first_page: 0 };
+        assert_eq!(build(&mut pool, BASE, [slot].into_iter(), Level::M2), Err(Error::Unaligned(slot)));
+    }
+}

@@ -1,0 +1,11 @@
+//! The firmware: the workload as payload.
+#![no_std]
+#![no_main]
+
+use umbra_guest_fw::workload::{self, Conduct};
+
+/// Where the boot code leads.
+#[unsafe(no_mangle)]
+extern "C" fn runtime_entry(_argc: i32, _argv: *const *const u8, _env: *const *const u8) -> ! {
+    workload::run(Conduct::Exact)
+}

@@ -1,0 +1,198 @@
+//! The first Rust code of each vCPU, at ring 3: checks the boot page, builds the final page tables, starts the payload.
+
+use crate::arch::{idt, space, vcpu};
+use crate::{abi, console, selftest, workload};
+use core::fmt;
+use core::sync::atomic::Ordering::Relaxed;
+use umbra_shared::layout::{MAX_SLOTS, MAX_VCPUS, Slot};
+use umbra_shared::pattern::Pattern;
+use umbra_shared::protocol::{BOOT_MAGIC, BootPage, ENTERED_BY_MONITOR};
+use umbra_shared::{Gfn, Level};
+
+/// What is wrong with a boot page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// Not [`BOOT_MAGIC`].
+    Magic(u64),
+    /// Not 1 to 8 vCPUs.
+    Vcpus(u64),
+    /// No level, or none that can be a leaf.
+    Leaf(u64),
+    /// More slots than there is room for, or none.
+    Slots(u64),
+    /// The slots do not add up to the pages.
+    Pages(u64),
+    /// The pattern is none, or is for other pages.
+    Pattern,
+    /// The plans are too small for that many accesses.
+    Plans(u64),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Magic(found) => write!(f, "magic {found:#x} instead of {BOOT_MAGIC:#x}"),
+            Self::Vcpus(found) => write!(f, "{found} vCPUs, 1 to {MAX_VCPUS} are possible"),
+            Self::Leaf(found) => write!(f, "guest pages of level {found}, only 1 and 2 are possible"),
+            Self::Slots(found) => write!(f, "{found} slots, 1 to {MAX_SLOTS} are possible"),
+            Self::Pages(found) => write!(f, "{found} pages, which is not what the slots add up to"),
+            Self::Pattern => write!(f, "the pattern cannot be decoded, or is for another number of pages"),
+            Self::Plans(accesses) => write!(f, "no room to plan {accesses} accesses"),
+        }
+    }
+}
+
+/// A boot page that makes sense.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    /// As it came.
+    pub page: BootPage,
+    /// Its pattern.
+    pub pattern: Pattern,
+    /// Its leaf size.
+    pub leaf: Level,
+}
+
+impl Setup {
+    /// Checks `page`.
+    ///
+    /// # Errors
+    /// Says what is wrong first.
+    pub fn check(page: BootPage) -> Result<Self, Error> {
+        if page.magic != BOOT_MAGIC {
+            return Err(Error::Magic(page.magic));
+        }
+        if !(1..=MAX_VCPUS as u64).contains(&page.vcpus) {
+            return Err(Error::Vcpus(page.vcpus));
+        }
+        let leaf = match page.guest_page_level {
+            1 => Level::K4,
+            2 => Level::M2,
+            other => return Err(Error::Leaf(other)),
+        };
+        if !(1..=MAX_SLOTS as u64).contains(&page.slot_count) {
+            return Err(Error::Slots(page.slot_count));
+        }
+        let pattern = Pattern::decode(&page.pattern).ok_or(Error::Pattern)?;
+        let setup = Self { page, pattern, leaf };
+        if page.pages == 0 || setup.slots().try_fold(0_u64, |sum, slot| sum.checked_add(slot.pages)) != Some(page.pages)
+        {
+            return Err(Error::Pages(page.pages));
+        }
+        if pattern.pages != page.pages {
+            return Err(Error::Pattern);
+        }
+        if pattern.accesses() > page.plan_entries {
+            return Err(Error::Plans(pattern.accesses()));
+        }
+        Ok(setup)
+    }
+
+    /// The tracked slots, in the order of their pages.
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + Clone {
+        let slots = self.page.slots;
+        let mut first_page = 0_u64;
+        (0..self.page.slot_count as usize).map(move |index| {
+            let [base, pages] = slots[index];
+            let slot = Slot { base: Gfn(base), pages, first_page };
+            first_page = first_page.wrapping_add(pages);
+            slot
+        })
+    }
+
+    /// The setup that this machine was given. Panics if it makes no sense.
+    #[must_use]
+    pub fn given() -> Self {
+        match Self::check(vcpu::boot_page()) {
+            Ok(setup) => setup,
+            Err(error) => panic!("boot page: {error}"),
+        }
+    }
+}
+
+unsafe extern "C" {
+    /// The payload, as `hermit-abi` programs are entered: the C convention of `main`, but it does not return.
+    fn runtime_entry(argc: i32, argv: *const *const u8, env: *const *const u8) -> !;
+}
+
+/// The arguments of every payload: a name, and an empty environment. Each list ends with a null pointer.
+#[repr(transparent)]
+struct Arguments([*const u8; 2]);
+
+// SAFETY: constants that point to constants.
+unsafe impl Sync for Arguments {}
+
+static ARGUMENTS: Arguments = Arguments([c"umbra".as_ptr().cast(), core::ptr::null()]);
+
+/// Where the entry code leads each vCPU: ring 3, on its own stack.
+pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
+    let monitor = entered_by == ENTERED_BY_MONITOR;
+    if index == 0 {
+        console::set_monitor(monitor);
+        if !monitor {
+            vcpu::set_boot_page(selftest::boot_page());
+            idt::RESUME_AT.store(selftest::AFTER_EXCEPTION as usize as u64, Relaxed);
+        }
+        let setup = Setup::given();
+        abi::time::begin(setup.page.tsc_khz);
+        if let Err(error) = space::create(setup.page.tables, setup.page.table_bytes, setup.slots(), setup.leaf) {
+            panic!("page tables: {error}");
+        }
+    }
+    let tracked = space::enter();
+    if index != 0 {
+        // The payload runs on vCPU 0; the others are there for the workload.
+        workload::serve(tracked, workload::Conduct::Exact);
+    }
+    let [_, end] = &ARGUMENTS.0;
+    // SAFETY: every image defines it, and the lists end as they must.
+    unsafe { runtime_entry(1, ARGUMENTS.0.as_ptr(), end) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use umbra_shared::pattern::Kind;
+
+    fn page() -> BootPage {
+        let pattern = Pattern { kind: Kind::Sequential, seed: 1, pages: 30, write_percent: 100, accesses_per_page: 2 };
+        let mut page = BootPage {
+            magic: BOOT_MAGIC,
+            vcpus: 2,
+            pages: 30,
+            guest_page_level: 1,
+            plan_entries: 60,
+            pattern: pattern.encode(),
+            slot_count: 2,
+            ..BootPage::default()
+        };
+        page.slots[0] = [0x10_0000, 10];
+        page.slots[1] = [0x20_0000, 20];
+        page
+    }
+
+    #[test]
+    fn a_good_page_is_taken() {
+        let slots: Vec<Slot> = Setup::check(page()).unwrap().slots().collect();
+        assert_eq!(slots[1], Slot { base: Gfn(0x20_0000), pages: 20, first_page: 10 });
+    }
+
+    #[test]
+    fn every_fault_is_found() {
+        let fault = |change: fn(&mut BootPage)| {
+            let mut page = page();
+            change(&mut page);
+            Setup::check(page).unwrap_err()
+        };
+        assert_eq!(fault(|page| page.magic = 7), Error::Magic(7));
+        assert_eq!(fault(|page| page.vcpus = 0), Error::Vcpus(0));
+        assert_eq!(fault(|page| page.vcpus = 9), Error::Vcpus(9));
+        assert_eq!(fault(|page| page.guest_page_level = 3), Error::Leaf(3));
+        assert_eq!(fault(|page| page.slot_count = 33), Error::Slots(33));
+        assert_eq!(fault(|page| page.slot_count = 1), Error::Pages(30));
+        assert_eq!(fault(|page| page.slots[0][1] = u64::MAX), Error::Pages(30));
+        assert_eq!(fault(|page| page.pattern[0] = 99), Error::Pattern);
+        assert_eq!(fault(|page| page.pattern[4] = 31), Error::Pattern);
+        assert_eq!(fault(|page| page.plan_entries = 59), Error::Plans(60));
+    }
+}

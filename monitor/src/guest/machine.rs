@@ -1,0 +1,506 @@
+//! A VM that runs the firmware, and the commands that the firmware takes.
+
+use super::{Error, Image};
+use crate::ground::Clock;
+use crate::kvm::clock::{self, Timer, Window};
+use crate::kvm::ring::Rings;
+use crate::kvm::stats::Stats;
+use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread};
+use crate::kvm::witness::Witness;
+use crate::kvm::{self, Backing, Vm};
+use crossbeam::channel::Receiver;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use kvm_ioctls::{VcpuFd, VmFd};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use umbra_shared::histogram::Histogram;
+use umbra_shared::layout::{self, Slot, vcpu_area};
+use umbra_shared::pattern::Pattern;
+use umbra_shared::protocol::{BOOT_MAGIC, BootPage, Command, Doorbell, ENTERED_BY_MONITOR, ExceptionReport, Mailbox};
+use umbra_shared::{Level, PAGE_SIZE};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use zerocopy::{FromBytes, IntoBytes};
+
+/// How long a guest may be silent inside one command. In the lab these are virtual seconds.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Between a machine's boot and its first phase: what the kernel has put off at the end of the machine before it (freeing its memory, on a
+/// kworker) is done by then.
+const REST: Duration = Duration::from_millis(20);
+
+/// What a machine is made of.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// What the guest does.
+    pub pattern: Pattern,
+    /// The tracked slots.
+    pub slots: Vec<Slot>,
+    /// 1 to 8.
+    pub vcpus: usize,
+    /// What backs the tracked slots.
+    pub backing: Backing,
+    /// Leaf size of the firmware's own tables.
+    pub guest_page: Level,
+    /// The firmware.
+    pub image: Arc<Image>,
+    /// The clock of windows.
+    pub timer: Timer,
+}
+
+/// A running machine.
+///
+/// Field order matters: the vCPU threads end before the VM goes.
+pub struct Machine {
+    threads: Vec<VcpuThread>,
+    stops: Receiver<Stop>,
+    image: Arc<Image>,
+    rings: Option<Arc<Mutex<Rings>>>,
+    clock: Clock,
+    /// Of the VM, then of each vCPU.
+    stats: Vec<Stats>,
+    tsc_khz: u32,
+    vm: Vm,
+}
+
+impl Machine {
+    /// Makes the VM, loads the firmware and boots it up to its first [`Doorbell::Ready`] on every vCPU. With `ring_entries` each vCPU has
+    /// a dirty ring, whose capability `prepare` must enable.
+    ///
+    /// # Errors
+    /// Those of KVM, the image and the guest.
+    pub fn new(
+        plan: &Plan,
+        ring_entries: Option<u32>,
+        prepare: impl FnOnce(&VmFd) -> Result<(), kvm::Error>,
+    ) -> Result<Self, Error> {
+        let machine = Self::unbooted(plan, ring_entries, prepare)?;
+        // The first vCPU builds the page tables that the others load.
+        machine.run(0..1, "boot")?;
+        machine.run(1..plan.vcpus, "boot")?;
+        std::thread::sleep(REST);
+        Ok(machine)
+    }
+
+    fn unbooted(
+        plan: &Plan,
+        ring_entries: Option<u32>,
+        prepare: impl FnOnce(&VmFd) -> Result<(), kvm::Error>,
+    ) -> Result<Self, Error> {
+        let kvm = kvm::vm::open()?;
+        let place = SystemPlace::new(&plan.pattern, plan.guest_page)?;
+        let vm = Vm::new(&kvm, place.bytes, plan.slots.iter().copied(), plan.backing, prepare)?;
+        plan.image.write_to(vm.system())?;
+
+        let rings = ring_entries.map(|entries| {
+            let mut slots = vec![(0, 0)];
+            slots.extend(plan.slots.iter().map(|slot| (slot.first_page, slot.pages)));
+            (entries, Rings::new(Arc::clone(vm.fd()), slots, plan.pattern.pages))
+        });
+        let cpuid =
+            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm::vm::failed("KVM_GET_SUPPORTED_CPUID"))?;
+        let vcpus = (0..plan.vcpus)
+            .map(|index| {
+                let vcpu = vm.fd().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
+                vcpu.set_cpuid2(&cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
+                set_registers(&vcpu, index, &plan.image)?;
+                Ok(vcpu)
+            })
+            .collect::<Result<Vec<_>, kvm::Error>>()?;
+        // Kernels before 5.14 have no statistics; then there are no counters.
+        let stats = Stats::open(&**vm.fd())
+            .and_then(|stats| {
+                vcpus.iter().map(Stats::open).try_fold(vec![stats], |mut all, next| {
+                    all.push(next?);
+                    Ok(all)
+                })
+            })
+            .unwrap_or_default();
+        let tsc_khz = vcpus.first().and_then(|vcpu| vcpu.get_tsc_khz().ok()).unwrap_or(0);
+        let rings = rings
+            .map(|(entries, mut rings)| {
+                vcpus.iter().try_for_each(|vcpu| rings.add(vcpu, entries))?;
+                Ok::<_, kvm::Error>(Arc::new(Mutex::new(rings)))
+            })
+            .transpose()?;
+        write_boot_page(vm.system(), plan, &place, tsc_khz)?;
+
+        let (report, stops) = crossbeam::channel::unbounded();
+        let threads = vcpus
+            .into_iter()
+            .enumerate()
+            .map(|(index, fd)| {
+                VcpuThread::start(Vcpu { index, fd, timer: plan.timer, rings: rings.clone() }, report.clone())
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        Ok(Self {
+            threads,
+            stops,
+            image: Arc::clone(&plan.image),
+            rings,
+            clock: plan.timer.clock(),
+            stats,
+            tsc_khz,
+            vm,
+        })
+    }
+
+    /// Gives all vCPUs one command and waits until all have done it.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn command(&self, command: Command, argument: u64) -> Result<Window, Error> {
+        std::thread::sleep(clock::SETTLE);
+        let before = Witness::beside_vcpus(self.clock).look();
+        self.begin(command, argument)?;
+        let mut window = self.finish(0..self.threads.len(), name(command))?;
+        window.clean = match self.clock {
+            // A vCPU thread that was never switched away had the CPU for itself; else the other tasks' time decides.
+            Clock::Instructions => window.clean || before.nobody_else_ran(window.length()),
+            Clock::Nanoseconds => window.clean,
+        };
+        Ok(window)
+    }
+
+    /// Gives all vCPUs a command and does not wait. [`Self::finish_all`] waits.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the mailboxes are not there.
+    pub fn begin(&self, command: Command, argument: u64) -> Result<(), Error> {
+        for vcpu in 0..self.threads.len() {
+            self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, command), command as u64)?;
+            self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, argument), argument)?;
+            self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, stop), 0)?;
+        }
+        self.threads.iter().for_each(VcpuThread::run);
+        Ok(())
+    }
+
+    /// Waits until all vCPUs have done what [`Self::begin`] told them.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn finish_all(&self, command: Command) -> Result<Window, Error> {
+        self.finish(0..self.threads.len(), name(command))
+    }
+
+    /// Asks all vCPUs to end [`Command::FreeRun`].
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the mailboxes are not there.
+    pub fn stop_free_run(&self) -> Result<(), Error> {
+        (0..self.threads.len()).try_for_each(|vcpu| self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, stop), 1))
+    }
+
+    fn run(&self, vcpus: std::ops::Range<usize>, what: &'static str) -> Result<(), Error> {
+        if vcpus.is_empty() {
+            return Ok(());
+        }
+        self.threads[vcpus.clone()].iter().for_each(VcpuThread::run);
+        self.finish(vcpus, what).map(|_| ())
+    }
+
+    /// Collects one stop from each of `vcpus`. Output that the guest prints on the way goes to stderr.
+    fn finish(&self, vcpus: std::ops::Range<usize>, what: &'static str) -> Result<Window, Error> {
+        let mut windows = Vec::with_capacity(vcpus.len());
+        let mut waiting: Vec<usize> = vcpus.collect();
+        while let Some(&first) = waiting.first() {
+            let Ok(stop) = self.stops.recv_timeout(PATIENCE) else { return Err(self.silent(first, what)) };
+            match stop.exit {
+                Exit::Doorbell(Doorbell::Ready) => {
+                    windows.push(stop.window);
+                    waiting.retain(|&vcpu| vcpu != stop.vcpu);
+                }
+                Exit::Doorbell(Doorbell::Print) => {
+                    eprint!("{}", self.text(stop.vcpu)?);
+                    self.threads[stop.vcpu].run();
+                }
+                exit => return Err(self.broken(stop.vcpu, exit)),
+            }
+        }
+        // At least one vCPU was waited for, so there is a window.
+        Ok(Window::around(windows).unwrap_or(Window { begin: 0, end: 0, clean: true }))
+    }
+
+    fn silent(&self, vcpu: usize, command: &'static str) -> Error {
+        let mut place = "an unknown place".to_owned();
+        for _ in 0..100 {
+            self.threads[vcpu].kick();
+            if let Ok(Stop { exit: Exit::Kicked { rip }, .. }) = self.stops.recv_timeout(Duration::from_millis(10)) {
+                place = self.image.place(rip);
+                break;
+            }
+        }
+        Error::Silent { vcpu, seconds: PATIENCE.as_secs(), command, place }
+    }
+
+    fn broken(&self, vcpu: usize, exit: Exit) -> Error {
+        let what = match exit {
+            Exit::Doorbell(Doorbell::Exception) => match self.mailbox(vcpu) {
+                Ok(mailbox) => self.exception(&mailbox.exception),
+                Err(error) => return error,
+            },
+            Exit::Doorbell(Doorbell::Panic) => match self.text(vcpu) {
+                Ok(text) => format!("the firmware panicked: {}", text.trim_end()),
+                Err(error) => return error,
+            },
+            Exit::Doorbell(doorbell) => format!("it rang {doorbell:?} where Ready was expected"),
+            Exit::Broken { what, rip } => format!("{what} at {}", self.image.place(rip)),
+            Exit::Kicked { rip } => format!("it was stopped at {}", self.image.place(rip)),
+        };
+        Error::Broken { vcpu, what }
+    }
+
+    fn exception(&self, report: &ExceptionReport) -> String {
+        let address = if report.vector == 14 { format!(", CR2 {:#x}", report.cr2) } else { String::new() };
+        format!(
+            "exception {} ({}), error code {:#x}, RIP {}{address}, RSP {:#x}, ring {}",
+            report.vector,
+            exception_name(report.vector),
+            report.error_code,
+            self.image.place(report.rip),
+            report.rsp,
+            report.cs & 3
+        )
+    }
+
+    /// The mailbox of one vCPU as the guest left it.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn mailbox(&self, vcpu: usize) -> Result<Mailbox, Error> {
+        read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::MAILBOX)
+    }
+
+    /// One word of a vCPU's mailbox, read while the guest runs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn rounds_done(&self, vcpu: usize) -> Result<u64, Error> {
+        let address = vcpu_area(vcpu) + vcpu_area::MAILBOX + std::mem::offset_of!(Mailbox, rounds_done) as u64;
+        self.vm
+            .system()
+            .load(GuestAddress(address), std::sync::atomic::Ordering::Acquire)
+            .map_err(|error| Error::Memory(error.to_string()))
+    }
+
+    fn write_mailbox(&self, vcpu: usize, field: usize, value: u64) -> Result<(), Error> {
+        let address = vcpu_area(vcpu) + vcpu_area::MAILBOX + field as u64;
+        self.vm
+            .system()
+            .store(value, GuestAddress(address), std::sync::atomic::Ordering::Release)
+            .map_err(|error| Error::Memory(error.to_string()))
+    }
+
+    fn text(&self, vcpu: usize) -> Result<String, Error> {
+        let mailbox = self.mailbox(vcpu)?;
+        let length = usize::try_from(mailbox.text_bytes).unwrap_or(usize::MAX).min(mailbox.text.len());
+        Ok(String::from_utf8_lossy(&mailbox.text[..length]).into_owned())
+    }
+
+    /// The stall histograms of all vCPUs together, in ticks of the guest's TSC.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if they are not there.
+    pub fn stalls(&self) -> Result<Histogram, Error> {
+        let mut all = Histogram::default();
+        for vcpu in 0..self.threads.len() {
+            all.merge(&read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::HISTOGRAM)?);
+        }
+        Ok(all)
+    }
+
+    /// Writes that the guest says its last command made, over all vCPUs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the mailboxes are not there.
+    pub fn writes(&self) -> Result<u64, Error> {
+        (0..self.threads.len()).try_fold(0_u64, |sum, vcpu| Ok(sum.saturating_add(self.mailbox(vcpu)?.writes)))
+    }
+
+    /// KVM's statistics by name, those of all vCPUs added up. Empty where KVM has none.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn statistics(&self) -> Result<BTreeMap<String, u64>, Error> {
+        let mut sums = BTreeMap::new();
+        for stats in &self.stats {
+            for (name, value) in stats.read()? {
+                let sum: &mut u64 = sums.entry(name).or_default();
+                *sum = sum.wrapping_add(value);
+            }
+        }
+        Ok(sums)
+    }
+
+    /// The VM.
+    #[must_use]
+    pub const fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// The rings, if the machine was prepared with them.
+    #[must_use]
+    pub const fn rings(&self) -> Option<&Arc<Mutex<Rings>>> {
+        self.rings.as_ref()
+    }
+
+    /// Frequency of the guest's TSC in kHz; 0 if KVM does not say.
+    #[must_use]
+    pub const fn tsc_khz(&self) -> u32 {
+        self.tsc_khz
+    }
+
+    /// Runs a program that rings Print and Exit instead of taking commands: its output and exit code.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn run_program(plan: &Plan) -> Result<(String, u64), Error> {
+        let mut output = String::new();
+        let machine = Self::unbooted(plan, None, |_| Ok(()))?;
+        loop {
+            machine.threads[0].run();
+            let Ok(stop) = machine.stops.recv_timeout(PATIENCE) else { return Err(machine.silent(0, "its program")) };
+            match stop.exit {
+                Exit::Doorbell(Doorbell::Print) => output.push_str(&machine.text(0)?),
+                Exit::Doorbell(Doorbell::Exit) => return Ok((output, machine.mailbox(0)?.exit_code)),
+                Exit::Doorbell(Doorbell::Ready) => {}
+                exit => return Err(machine.broken(0, exit)),
+            }
+        }
+    }
+}
+
+/// What the system slot holds beyond its fixed part.
+struct SystemPlace {
+    bytes: u64,
+    plan_entries: u64,
+    tables: u64,
+    table_bytes: u64,
+}
+
+impl SystemPlace {
+    fn new(pattern: &Pattern, guest_page: Level) -> Result<Self, Error> {
+        let plan_entries = pattern.accesses();
+        let tables = (layout::PLANS + 4 * plan_entries).next_multiple_of(PAGE_SIZE);
+        let table_bytes = layout::table_bytes(pattern.pages, guest_page);
+        let bytes = (tables + table_bytes).next_multiple_of(Level::M2.bytes());
+        if bytes > layout::SYSTEM_LIMIT {
+            return Err(Error::Memory(format!(
+                "{} pages with {} accesses a round need {bytes} bytes of tables and plans, and there is room for {} (ask for less memory or --guest-page 2m)",
+                pattern.pages,
+                plan_entries,
+                layout::SYSTEM_LIMIT
+            )));
+        }
+        Ok(Self { bytes, plan_entries, tables, table_bytes })
+    }
+}
+
+fn write_boot_page(memory: &GuestMemoryMmap, plan: &Plan, place: &SystemPlace, tsc_khz: u32) -> Result<(), Error> {
+    let mut page = BootPage {
+        magic: BOOT_MAGIC,
+        vcpus: plan.vcpus as u64,
+        pages: plan.pattern.pages,
+        guest_page_level: plan.guest_page.number().into(),
+        tsc_khz: tsc_khz.into(),
+        plans: layout::PLANS,
+        plan_entries: place.plan_entries,
+        tables: place.tables,
+        table_bytes: place.table_bytes,
+        pattern: plan.pattern.encode(),
+        slot_count: plan.slots.len() as u64,
+        ..BootPage::default()
+    };
+    for (entry, slot) in page.slots.iter_mut().zip(&plan.slots) {
+        *entry = [slot.base.0, slot.pages];
+    }
+    memory
+        .write_slice(page.as_bytes(), GuestAddress(layout::BOOT_PAGE))
+        .map_err(|error| Error::Memory(error.to_string()))
+}
+
+fn read<T: FromBytes>(memory: &GuestMemoryMmap, address: u64) -> Result<T, Error> {
+    let mut bytes = vec![0; size_of::<T>()];
+    memory.read_slice(&mut bytes, GuestAddress(address)).map_err(|error| Error::Memory(error.to_string()))?;
+    T::read_from_bytes(&bytes).map_err(|_| Error::Memory("a report has the wrong size".into()))
+}
+
+/// 64-bit mode as the firmware expects it: Intel SDM 3A, 9.8.5; flat segments, the image's own page tables.
+fn set_registers(vcpu: &VcpuFd, index: usize, image: &Image) -> Result<(), kvm::Error> {
+    const CR0_PE_MP_ET_NE_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 31;
+    const CR4_PAE_OSFXSR_OSXMMEXCPT: u64 = 1 << 5 | 1 << 9 | 1 << 10;
+    const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
+    let code = kvm_segment {
+        limit: 0xffff_ffff,
+        selector: 0x8,
+        // Execute, read, accessed.
+        type_: 0xb,
+        present: 1,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..kvm_segment::default()
+    };
+    // Read, write, accessed.
+    let data = kvm_segment { selector: 0x10, type_: 0x3, l: 0, db: 1, ..code };
+    // A busy 64-bit TSS: VMX refuses to enter without one (SDM 3C, 26.3.1.2).
+    let task = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..kvm_segment::default() };
+    let mut sregs = vcpu.get_sregs().map_err(kvm::vm::failed("KVM_GET_SREGS"))?;
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    sregs.tr = task;
+    sregs.cr0 = CR0_PE_MP_ET_NE_PG;
+    sregs.cr3 = image.boot_tables;
+    sregs.cr4 = CR4_PAE_OSFXSR_OSXMMEXCPT;
+    sregs.efer = EFER_LME_LMA;
+    vcpu.set_sregs(&sregs).map_err(kvm::vm::failed("KVM_SET_SREGS"))?;
+    let registers = kvm_regs {
+        rip: image.entry,
+        rdi: ENTERED_BY_MONITOR,
+        rsi: index as u64,
+        rsp: vcpu_area(index) + vcpu_area::STACK_TOP,
+        // Bit 1 is always set (SDM 1, 3.4.3).
+        rflags: 2,
+        ..kvm_regs::default()
+    };
+    vcpu.set_regs(&registers).map_err(kvm::vm::failed("KVM_SET_REGS"))
+}
+
+const fn name(command: Command) -> &'static str {
+    match command {
+        Command::Plan => "planning a round",
+        Command::Timed => "a timed round",
+        Command::Observed => "an observed round",
+        Command::Populate => "populating",
+        Command::FreeRun => "a free run",
+        Command::ClearHistogram => "clearing the histogram",
+    }
+}
+
+/// Intel SDM 3A, table 6-1.
+const fn exception_name(vector: u64) -> &'static str {
+    match vector {
+        0 => "#DE divide error",
+        1 => "#DB debug",
+        2 => "NMI",
+        3 => "#BP breakpoint",
+        4 => "#OF overflow",
+        5 => "#BR bound range",
+        6 => "#UD invalid opcode",
+        7 => "#NM no device",
+        8 => "#DF double fault",
+        10 => "#TS invalid TSS",
+        11 => "#NP segment not present",
+        12 => "#SS stack segment",
+        13 => "#GP general protection",
+        14 => "#PF page fault",
+        16 => "#MF x87 error",
+        17 => "#AC alignment check",
+        18 => "#MC machine check",
+        19 => "#XM SIMD error",
+        20 => "#VE virtualization",
+        21 => "#CP control protection",
+        _ => "no exception of the manual",
+    }
+}

@@ -1,0 +1,58 @@
+//! The firmware as a guest: loading it, booting it, giving it commands and reading what it reports.
+
+pub mod image;
+pub mod machine;
+
+pub use image::Image;
+pub use machine::{Machine, Plan};
+
+use crate::{Failure, kvm};
+
+/// What can go wrong between the monitor and its guest.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The firmware file is not one.
+    #[error("--firmware {name}: {reason}")]
+    Image {
+        /// The file.
+        name: String,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
+    /// The guest broke.
+    #[error("the guest broke on vCPU {vcpu}: {what}")]
+    Broken {
+        /// Which vCPU.
+        vcpu: usize,
+        /// What happened, and where.
+        what: String,
+    },
+    /// The guest said nothing for too long.
+    #[error("vCPU {vcpu} said nothing for {seconds} s during {command}; it was at {place}")]
+    Silent {
+        /// Which vCPU.
+        vcpu: usize,
+        /// How long the monitor waited.
+        seconds: u64,
+        /// What it had been told to do.
+        command: &'static str,
+        /// The symbol at RIP.
+        place: String,
+    },
+    /// The guest's memory does not fit.
+    #[error("--memory: {0}")]
+    Memory(String),
+    /// KVM failed.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Kvm(error) => error.into(),
+            Error::Image { .. } | Error::Memory(_) => Self::Input(error.to_string()),
+            Error::Broken { .. } | Error::Silent { .. } => Self::Check(error.to_string()),
+        }
+    }
+}

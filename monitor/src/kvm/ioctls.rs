@@ -1,0 +1,88 @@
+//! The ioctls that kvm-ioctls does not have, or has only with an allocation in every call.
+//!
+//! Numbers and structures: Linux, include/uapi/linux/kvm.h; semantics: Documentation/virt/kvm/api.rst, 4.8, 4.117, 4.127
+//! and 4.133.
+
+use kvm_bindings::{
+    KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1,
+};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
+use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
+
+ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
+ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
+
+/// 64-bit words of a bitmap that KVM may write for a slot of `pages`.
+#[allow(clippy::cast_possible_truncation)] // usize has 64 bits on the one target there is.
+pub const fn bitmap_words(pages: u64) -> usize {
+    pages.div_ceil(64) as usize
+}
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// `KVM_GET_DIRTY_LOG` of a slot of `pages` into `bitmap`.
+///
+/// # Errors
+/// The system's, and `InvalidInput` if `bitmap` is too small for the slot.
+pub fn get_dirty_log(vm: &impl AsRawFd, slot: u32, pages: u64, bitmap: &mut [u64]) -> io::Result<()> {
+    if bitmap.len() < bitmap_words(pages) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let log = kvm_dirty_log {
+        slot,
+        padding1: 0,
+        __bindgen_anon_1: kvm_dirty_log__bindgen_ty_1 { dirty_bitmap: bitmap.as_mut_ptr().cast() },
+    };
+    // SAFETY: KVM writes one bit for each page of the slot, rounded up to 64; the bitmap has that many words.
+    check(unsafe { ioctl_with_ref(vm, KVM_GET_DIRTY_LOG(), &log) })?;
+    Ok(())
+}
+
+/// `KVM_CLEAR_DIRTY_LOG` of `pages` pages from `first` on. `bitmap` begins with the bit of page `first`.
+///
+/// # Errors
+/// The system's (`first` must be a multiple of 64, and `pages` too unless it reaches the slot's end), and `InvalidInput` if
+/// `bitmap` is shorter than `pages`.
+pub fn clear_dirty_log(vm: &impl AsRawFd, slot: u32, first: u64, pages: u32, bitmap: &[u64]) -> io::Result<()> {
+    if bitmap.len() < bitmap_words(u64::from(pages)) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let clear = kvm_clear_dirty_log {
+        slot,
+        num_pages: pages,
+        first_page: first,
+        // KVM only reads the bitmap (api.rst, 4.117), so the cast to *mut is never used to write.
+        __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bitmap.as_ptr().cast_mut().cast() },
+    };
+    // SAFETY: KVM reads one bit for each of `pages`, rounded up to 64; the bitmap has that many words.
+    check(unsafe { ioctl_with_ref(vm, KVM_CLEAR_DIRTY_LOG(), &clear) })?;
+    Ok(())
+}
+
+/// `KVM_RESET_DIRTY_RINGS`: gives all harvested entries of all rings back. Returns how many.
+///
+/// # Errors
+/// The system's.
+pub fn reset_dirty_rings(vm: &impl AsRawFd) -> io::Result<u64> {
+    // SAFETY: the call takes no argument.
+    let count = check(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) })?;
+    Ok(count.unsigned_abs().into())
+}
+
+/// `KVM_GET_STATS_FD` of a VM or vCPU.
+///
+/// # Errors
+/// The system's; ENOTTY before Linux 5.14.
+pub fn stats_file(fd: &impl AsRawFd) -> io::Result<File> {
+    // SAFETY: the call takes no argument.
+    let stats = check(unsafe { ioctl(fd, KVM_GET_STATS_FD()) })?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { File::from_raw_fd(stats) })
+}

@@ -1,0 +1,53 @@
+//! KVM's dirty bitmap of one slot (api.rst, 4.8 and 4.117).
+
+use super::{Error, ioctls};
+use kvm_ioctls::VmFd;
+
+/// The bitmap that KVM fills, as long as the slot.
+#[derive(Debug)]
+pub struct SlotBitmap {
+    slot: u32,
+    pages: u64,
+    words: Vec<u64>,
+}
+
+impl SlotBitmap {
+    /// A bitmap for slot `slot` of `pages` pages; its memory is touched here, not inside a window.
+    #[must_use]
+    pub fn new(slot: u32, pages: u64) -> Self {
+        let mut words = vec![u64::MAX; ioctls::bitmap_words(pages)];
+        words.fill(0);
+        Self { slot, pages, words }
+    }
+
+    /// Fills the bitmap from KVM's log. Without manual protection this also clears the log and protects the pages again.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn get(&mut self, vm: &VmFd) -> Result<(), Error> {
+        ioctls::get_dirty_log(vm, self.slot, self.pages, &mut self.words)
+            .map_err(|source| Error::Call { what: "KVM_GET_DIRTY_LOG", source })
+    }
+
+    /// Clears in KVM's log what this bitmap holds, `chunk` pages a call (a multiple of 64).
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn clear(&self, vm: &VmFd, chunk: u64) -> Result<(), Error> {
+        let mut first = 0;
+        for words in self.words.chunks(ioctls::bitmap_words(chunk).max(1)) {
+            let pages = (words.len() as u64 * 64).min(self.pages - first);
+            let count = u32::try_from(pages).unwrap_or(u32::MAX);
+            ioctls::clear_dirty_log(vm, self.slot, first, count, words)
+                .map_err(|source| Error::Call { what: "KVM_CLEAR_DIRTY_LOG", source })?;
+            first += pages;
+        }
+        Ok(())
+    }
+
+    /// The bits, the first page of the slot in the lowest.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+}

@@ -1,0 +1,242 @@
+//! Host memory behind the guest's slots.
+
+use super::Error;
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
+use std::ffi::c_void;
+use std::fmt;
+use std::str::FromStr;
+use umbra_shared::{Level, PAGE_SIZE};
+
+/// What backs the tracked memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// Private anonymous memory with `MADV_NOHUGEPAGE`: 4 KiB pages whatever the system's default.
+    Anonymous,
+    /// Private anonymous memory with `MADV_HUGEPAGE`.
+    Thp,
+    /// Anonymous 2 MiB pages of hugetlbfs.
+    Hugetlb,
+    /// A memfd, 4 KiB pages unless the system's shmem default says otherwise.
+    Shmem,
+}
+
+impl Backing {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Anonymous, Self::Thp, Self::Hugetlb, Self::Shmem];
+
+    /// The name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Anonymous => "anonymous",
+            Self::Thp => "thp",
+            Self::Hugetlb => "hugetlb",
+            Self::Shmem => "shmem",
+        }
+    }
+
+    /// Whether KVM can map it by 2 MiB leaves.
+    #[must_use]
+    pub const fn is_huge(self) -> bool {
+        matches!(self, Self::Thp | Self::Hugetlb)
+    }
+
+    /// Why this host cannot give `bytes` of it, if it can be known beforehand.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with what to do about it.
+    pub fn check(self, bytes: u64) -> Result<(), Error> {
+        let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        match self {
+            Self::Hugetlb => {
+                let needed = bytes.div_ceil(Level::M2.bytes());
+                let free: u64 =
+                    read("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages").trim().parse().unwrap_or(0);
+                if free < needed {
+                    return Err(Error::Memory(format!(
+                        "--backing hugetlb: {needed} free huge pages of 2 MiB are needed and {free} are there (write {needed} to /proc/sys/vm/nr_hugepages)"
+                    )));
+                }
+            }
+            Self::Thp => {
+                let modes = read("/sys/kernel/mm/transparent_hugepage/enabled");
+                if modes.is_empty() || modes.contains("[never]") {
+                    return Err(Error::Memory(
+                        "--backing thp: transparent huge pages are off (write madvise to /sys/kernel/mm/transparent_hugepage/enabled)".into(),
+                    ));
+                }
+            }
+            Self::Anonymous | Self::Shmem => {}
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Backing {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|backing| backing.name() == text).ok_or(())
+    }
+}
+
+/// Host memory, aligned to 2 MiB, unmapped when dropped.
+#[derive(Debug)]
+pub struct HostMemory {
+    address: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the memory belongs to this value and is reached only through volatile accesses (below) or by KVM.
+unsafe impl Send for HostMemory {}
+// SAFETY: as above; concurrent volatile accesses race only with the guest, which they must bear anyway.
+unsafe impl Sync for HostMemory {}
+
+impl HostMemory {
+    /// Maps `bytes` (rounded up to whole pages of the backing).
+    ///
+    /// # Errors
+    /// [`Error::Memory`] when the host has no such memory.
+    pub fn new(bytes: u64, backing: Backing) -> Result<Self, Error> {
+        let granule = if backing == Backing::Hugetlb { Level::M2.bytes() } else { PAGE_SIZE };
+        let too_large =
+            || Error::Memory(format!("{bytes} bytes of {backing} memory do not fit this host's address space"));
+        let length =
+            bytes.checked_next_multiple_of(granule).and_then(|n| usize::try_from(n).ok()).ok_or_else(too_large)?;
+        let failed = |error: rustix::io::Errno| {
+            Error::Memory(format!(
+                "{length} bytes of {backing} memory: {} (ask for less, or free some)",
+                std::io::Error::from(error)
+            ))
+        };
+        let align = 1_usize << Level::M2.shift();
+        let reserve = length.checked_add(align).ok_or_else(too_large)?;
+        // SAFETY: a new reservation where the kernel likes; it replaces nothing.
+        let base = unsafe {
+            mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                reserve,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        }
+        .map_err(failed)?;
+        let head = base.cast::<u8>().align_offset(align);
+        let address = base.cast::<u8>().wrapping_add(head);
+        // The reservation's parts before and behind the aligned stretch go back.
+        for (start, bytes) in [(base.cast::<u8>(), head), (address.wrapping_add(length), align - head)] {
+            if bytes > 0 {
+                // SAFETY: both parts lie in the reservation made above and nobody has seen them yet.
+                unsafe { mm::munmap(start.cast(), bytes) }.map_err(failed)?;
+            }
+        }
+        let memory = Self { address, bytes: length };
+        memory.back(backing).map_err(failed)?;
+        Ok(memory)
+    }
+
+    /// Puts the backing into the reservation.
+    fn back(&self, backing: Backing) -> rustix::io::Result<()> {
+        let address = self.address.cast::<c_void>();
+        let rw = ProtFlags::READ | ProtFlags::WRITE;
+        match backing {
+            Backing::Anonymous | Backing::Thp => {
+                let advice = if backing == Backing::Thp { Advice::LinuxHugepage } else { Advice::LinuxNoHugepage };
+                // SAFETY: the whole reservation is ours.
+                unsafe {
+                    mm::mprotect(address, self.bytes, MprotectFlags::READ | MprotectFlags::WRITE)?;
+                    mm::madvise(address, self.bytes, advice)
+                }
+            }
+            Backing::Hugetlb => {
+                let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+                // SAFETY: replaces our own reservation, exactly.
+                unsafe { mm::mmap_anonymous(address, self.bytes, rw, flags) }.map(|_| ())
+            }
+            Backing::Shmem => {
+                let file = rustix::fs::memfd_create("umbra", rustix::fs::MemfdFlags::CLOEXEC)?;
+                rustix::fs::ftruncate(&file, self.bytes as u64)?;
+                let flags = MapFlags::SHARED | MapFlags::FIXED;
+                // SAFETY: replaces our own reservation, exactly.
+                unsafe { mm::mmap(address, self.bytes, rw, flags, &file, 0) }?;
+                Ok(())
+            }
+        }
+    }
+
+    /// Where it begins, for KVM and vm-memory.
+    #[must_use]
+    pub const fn as_ptr(&self) -> *mut u8 {
+        self.address
+    }
+
+    /// Bytes.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether it is empty: never.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// The first word of page `index`, which the guest may be writing at this moment. `None` beyond the end.
+    #[must_use]
+    pub fn first_word(&self, index: u64) -> Option<u64> {
+        let offset = usize::try_from(index.checked_mul(PAGE_SIZE)?).ok()?;
+        if offset.checked_add(8)? > self.bytes {
+            return None;
+        }
+        #[allow(clippy::cast_ptr_alignment)] // The mapping and the offset are multiples of a page.
+        // SAFETY: the eight bytes lie inside the mapping and are aligned; volatile, since the guest may write them.
+        Some(unsafe { self.address.add(offset).cast::<u64>().read_volatile() })
+    }
+}
+
+impl Drop for HostMemory {
+    fn drop(&mut self) {
+        // SAFETY: our mapping; the VM that used it is dropped before it (see `Vm`).
+        let result = unsafe { mm::munmap(self.address.cast(), self.bytes) };
+        debug_assert!(result.is_ok());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_aligned_zeroed_and_bounded() {
+        for backing in [Backing::Anonymous, Backing::Thp, Backing::Shmem] {
+            let memory = HostMemory::new(3 * PAGE_SIZE, backing).unwrap();
+            assert_eq!(memory.as_ptr().align_offset(2 << 20), 0, "{backing}");
+            assert_eq!(memory.first_word(2), Some(0));
+            assert_eq!(memory.first_word(3), None);
+            assert_eq!(memory.first_word(u64::MAX), None);
+        }
+    }
+
+    #[test]
+    fn too_much_is_refused_in_words() {
+        let error = HostMemory::new(u64::MAX - 4096, Backing::Anonymous).unwrap_err();
+        assert!(matches!(error, Error::Memory(_)), "{error}");
+        let error = Backing::Hugetlb.check(1 << 60).unwrap_err().to_string();
+        assert!(error.contains("nr_hugepages"), "{error}");
+    }
+
+    #[test]
+    fn names_parse() {
+        for backing in Backing::ALL {
+            assert_eq!(backing.name().parse(), Ok(backing));
+        }
+        assert_eq!("floppy".parse::<Backing>(), Err(()));
+    }
+}

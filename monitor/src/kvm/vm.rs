@@ -1,0 +1,163 @@
+//! A VM and its memory slots.
+
+use super::memory::HostMemory;
+use super::{Backing, Error};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use std::sync::Arc;
+use umbra_shared::layout::Slot;
+use umbra_shared::{Gfn, PAGE_SIZE};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+/// Where KVM on Intel without unrestricted guests keeps its real-mode TSS; nothing else is near.
+const TSS_ADDRESS: usize = 0xfffb_d000;
+/// Slot id of the system slot; tracked slots follow it.
+const SYSTEM_SLOT: u32 = 0;
+
+/// A tracked slot and its memory.
+#[derive(Debug)]
+pub struct TrackedSlot {
+    /// KVM's slot id.
+    pub id: u32,
+    /// Where it lies in the guest.
+    pub place: Slot,
+    /// What backs it.
+    pub memory: HostMemory,
+}
+
+/// A VM with a system slot and tracked slots.
+///
+/// Field order matters: the descriptor is closed before the memory under it goes.
+pub struct Vm {
+    fd: Arc<VmFd>,
+    system: GuestMemoryMmap,
+    slots: Vec<TrackedSlot>,
+    system_memory: HostMemory,
+}
+
+/// Opens /dev/kvm.
+///
+/// # Errors
+/// [`Error::NoDevice`], [`Error::Permission`], or the system's.
+pub fn open() -> Result<Kvm, Error> {
+    Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENODEV | libc::ENXIO => Error::NoDevice,
+        libc::EACCES | libc::EPERM => Error::Permission,
+        _ => Error::call("opening /dev/kvm", std::io::Error::from_raw_os_error(error.errno())),
+    })
+}
+
+/// A call of kvm-ioctls that failed.
+pub(crate) fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+    move |error| Error::call(what, std::io::Error::from_raw_os_error(error.errno()))
+}
+
+impl Vm {
+    /// Makes a VM. `prepare` may enable capabilities before there is a slot or vCPU.
+    ///
+    /// # Errors
+    /// The system's, those of `prepare`, and [`Error::Memory`].
+    pub fn new(
+        kvm: &Kvm,
+        system_bytes: u64,
+        slots: impl Iterator<Item = Slot>,
+        backing: Backing,
+        prepare: impl FnOnce(&VmFd) -> Result<(), Error>,
+    ) -> Result<Self, Error> {
+        let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        prepare(&fd)?;
+        let system_memory = HostMemory::new(system_bytes, Backing::Anonymous)?;
+        let slots = slots
+            .zip(SYSTEM_SLOT + 1..)
+            .map(|(place, id)| {
+                Ok(TrackedSlot { id, place, memory: HostMemory::new(place.pages * PAGE_SIZE, backing)? })
+            })
+            .collect::<Result<Vec<_>, Error>>()?;
+        let vm = Self { fd: Arc::new(fd), system: view(&system_memory)?, slots, system_memory };
+        vm.set_region(SYSTEM_SLOT, Gfn(0), &vm.system_memory, 0)?;
+        for slot in &vm.slots {
+            vm.set_region(slot.id, slot.place.base, &slot.memory, 0)?;
+        }
+        Ok(vm)
+    }
+
+    fn set_region(&self, slot: u32, base: Gfn, memory: &HostMemory, flags: u32) -> Result<(), Error> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: base.address(),
+            memory_size: memory.len() as u64,
+            userspace_addr: memory.as_ptr() as u64,
+        };
+        // SAFETY: the memory is mapped, and lives until after the descriptor is closed (see the struct's field order).
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// Switches dirty logging of all tracked slots on or off.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn log_dirty_pages(&self, on: bool) -> Result<(), Error> {
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        self.slots.iter().try_for_each(|slot| self.set_region(slot.id, slot.place.base, &slot.memory, flags))
+    }
+
+    /// The descriptor.
+    #[must_use]
+    pub const fn fd(&self) -> &Arc<VmFd> {
+        &self.fd
+    }
+
+    /// The system slot's memory.
+    #[must_use]
+    pub const fn system(&self) -> &GuestMemoryMmap {
+        &self.system
+    }
+
+    /// The tracked slots.
+    #[must_use]
+    pub fn slots(&self) -> &[TrackedSlot] {
+        &self.slots
+    }
+
+    /// The slot of tracked page `page`.
+    #[must_use]
+    pub fn slot_of(&self, page: u64) -> Option<&TrackedSlot> {
+        self.slots.iter().find(|slot| (slot.place.first_page..slot.place.first_page + slot.place.pages).contains(&page))
+    }
+
+    /// The first word of tracked page `page`; `None` beyond the last.
+    #[must_use]
+    pub fn first_word(&self, page: u64) -> Option<u64> {
+        let slot = self.slot_of(page)?;
+        slot.memory.first_word(page - slot.place.first_page)
+    }
+}
+
+/// The system slot as vm-memory sees it.
+fn view(memory: &HostMemory) -> Result<GuestMemoryMmap, Error> {
+    let refused = || Error::Memory("the system slot does not fit the guest's address space".into());
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: the mapping has this length, is readable and writable, and outlives the view (field order of `Vm`).
+    let region =
+        unsafe { MmapRegion::build_raw(memory.as_ptr(), memory.len(), libc::PROT_READ | libc::PROT_WRITE, flags) }
+            .map_err(|_| refused())?;
+    let region = GuestRegionMmap::new(region, GuestAddress(0)).ok_or_else(refused)?;
+    GuestMemoryMmap::from_regions(vec![region]).map_err(|_| refused())
+}
+
+/// What the VM answers for capability `cap` (`KVM_CHECK_EXTENSION`): 0 if it has none.
+#[must_use]
+pub fn offered(vm: &VmFd, cap: u32) -> u64 {
+    u64::try_from(vm.check_extension_raw(cap.into())).unwrap_or(0)
+}
+
+/// Enables a capability with one argument.
+///
+/// # Errors
+/// [`Error::Capability`] with `consequence` if the kernel refuses it.
+pub fn enable(vm: &VmFd, cap: u32, name: &'static str, argument: u64, consequence: &str) -> Result<(), Error> {
+    let enable = kvm_enable_cap { cap, args: [argument, 0, 0, 0], ..kvm_enable_cap::default() };
+    vm.enable_cap(&enable).map_err(|_| Error::Capability { capability: name, consequence: consequence.to_owned() })
+}

@@ -1,0 +1,317 @@
+//! What dirty tracking costs, phase by phase, with every reported page checked.
+//!
+//! A row has two passes over machines of their own: the *timed* one runs the bare write loop and carries no counter or histogram;
+//! the *observed* one repeats the same rounds with both. All figures of cost come from the timed pass, counters and stalls from the
+//! observed one, truth from both.
+
+use super::Setup;
+use super::setup::Fault;
+use crate::failure::Failure;
+use crate::guest::Machine;
+use crate::host;
+use crate::kvm::clock::Window;
+use crate::kvm::witness::Witness;
+use crate::pages::PageSet;
+use crate::progress::Progress;
+use crate::report::Record;
+use crate::report::record::{Counter, Phase, Row, Stall, TruthRound};
+use crate::track::{Expectation, Kind, Tracker};
+use crate::truth::{Contents, Round, Verdict};
+use std::collections::BTreeMap;
+use umbra_shared::histogram::Histogram;
+use umbra_shared::protocol::Command;
+
+/// How often a row whose windows were not clean is run at most.
+const TRIES: u32 = 3;
+/// Faults of the truth check that a row names one by one; more are counted.
+const NAMED_FAULTS: usize = 8;
+
+/// Which of the two passes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    Timed,
+    Observed,
+}
+
+impl Pass {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Timed => "timed",
+            Self::Observed => "observed",
+        }
+    }
+
+    const fn command(self) -> Command {
+        match self {
+            Self::Timed => Command::Timed,
+            Self::Observed => Command::Observed,
+        }
+    }
+}
+
+/// Runs the scenario: a row for each tracker.
+pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
+    setup.rows(|kind| row(setup, kind, progress))
+}
+
+fn row(setup: &Setup, kind: Kind, progress: &Progress) -> Result<Row, Failure> {
+    let mut tries = 1;
+    let mut row = loop {
+        let row = Run::new(setup, kind, Pass::Timed, progress)?.finish()?;
+        if row.phases.iter().all(|phase| phase.clean) || tries == TRIES {
+            break row;
+        }
+        progress.step(&format!("{kind}: another task ran inside a window, the row runs again"));
+        tries += 1;
+    };
+    let observed = Run::new(setup, kind, Pass::Observed, progress)?.finish()?;
+    row.phases.extend(observed.phases);
+    row.counters.extend(observed.counters);
+    row.stall = observed.stall;
+    row.truth.pages += observed.truth.pages;
+    row.truth.rounds.extend(observed.truth.rounds);
+    row.truth.faults.extend(observed.truth.faults);
+    Ok(row)
+}
+
+/// One pass of one row, from the empty machine to its end.
+struct Run<'a> {
+    setup: &'a Setup,
+    kind: Kind,
+    pass: Pass,
+    progress: &'a Progress,
+    machine: Machine,
+    tracker: Box<dyn Tracker>,
+    contents: Contents,
+    reported: PageSet,
+    row: Row,
+}
+
+impl<'a> Run<'a> {
+    fn new(setup: &'a Setup, kind: Kind, pass: Pass, progress: &'a Progress) -> Result<Self, Failure> {
+        progress.step(&format!("{kind}, {} pass: boot", pass.name()));
+        let machine = Machine::new(&setup.plan, kind.ring_entries(), |vm| kind.prepare(vm))?;
+        let tracker = kind.build(&machine, setup.chunk)?;
+        let pages = setup.plan.pattern.pages;
+        Ok(Self {
+            setup,
+            kind,
+            pass,
+            progress,
+            machine,
+            tracker,
+            contents: Contents::populated(pages),
+            reported: PageSet::new(pages),
+            row: Row { name: kind.to_string(), ..Row::default() },
+        })
+    }
+
+    /// Runs all phases.
+    fn finish(mut self) -> Result<Row, Failure> {
+        let timer = self.setup.plan.timer;
+        let witness = Witness::of_controller(timer.clock());
+        let pattern = self.setup.plan.pattern;
+        self.step("populate", 0);
+        let window = self.machine.command(Command::Populate, 0)?;
+        self.phase("populate", 0, window);
+        let before = self.counters()?;
+        let keeps = host::two_dimensional_paging() && (host::eager_page_split() || !self.setup.plan.backing.is_huge());
+        let mut expectation = Expectation::new(self.kind, pattern.pages, keeps);
+
+        let (started, window) = timer.window(witness, || self.tracker.start(&self.machine));
+        started?;
+        self.phase("enable", 0, window);
+        if self.pass == Pass::Observed {
+            self.machine.command(Command::ClearHistogram, 0)?;
+        }
+        for round in 1..=self.setup.rounds {
+            self.round(round, &mut expectation)?;
+        }
+        let after = self.counters()?;
+        if self.pass == Pass::Observed {
+            self.row.stall = Some(stall(&self.machine.stalls()?, self.machine.tsc_khz(), timer.clock().unit()));
+        }
+
+        self.step("disable", 0);
+        let (stopped, window) = timer.window(witness, || self.tracker.stop(&self.machine));
+        stopped?;
+        self.phase("disable", 0, window);
+        let retouch = self.setup.rounds + 1;
+        self.machine.command(Command::Plan, retouch)?;
+        let stopped = self.counters()?;
+        let window = self.machine.command(self.pass.command(), 0)?;
+        self.phase("retouch", 0, window);
+        self.contents.write(retouch, &Round::of(&pattern, retouch).written);
+        let end = self.counters()?;
+        self.count(&[before, after, stopped, end]);
+        self.check_contents();
+        Ok(self.row)
+    }
+
+    fn round(&mut self, round: u64, expectation: &mut Expectation) -> Result<(), Failure> {
+        let timer = self.setup.plan.timer;
+        let witness = Witness::of_controller(timer.clock());
+        self.step("dirty", round);
+        self.machine.command(Command::Plan, round)?;
+        let window = self.machine.command(self.pass.command(), 0)?;
+        self.phase("dirty", round, window);
+        let (harvested, window) = timer.window(witness, || self.tracker.harvest(&self.machine));
+        harvested?;
+        self.phase("get", round, window);
+        if self.tracker.clears() {
+            let (cleared, window) = timer.window(witness, || self.tracker.clear(&self.machine));
+            cleared?;
+            self.phase("clear", round, window);
+        }
+        self.reported.clear();
+        self.tracker.report(&self.machine, &mut self.reported);
+        self.check(round, expectation)
+    }
+
+    /// Holds the report of `round` against the truth.
+    fn check(&mut self, round: u64, expectation: &mut Expectation) -> Result<(), Failure> {
+        let truth = Round::of(&self.setup.plan.pattern, round);
+        let explained = expectation.explained(&truth.written, &truth.read);
+        self.inject(round, &truth, &explained);
+        self.contents.write(round, &truth.written);
+        let said = self.machine.writes()?;
+        if said != truth.writes {
+            self.fault(&format!(
+                "round {round}: the firmware made {said} writes where the pattern has {}",
+                truth.writes
+            ));
+        }
+        let verdict = Verdict::of(&truth.written, &self.reported, &explained);
+        for page in verdict.missed.iter() {
+            let written = self.machine.vm().first_word(page) == self.contents.stamp(page);
+            let blame = if written {
+                "the page holds the written value: the tracker lost it"
+            } else {
+                "the page does not hold the value: the guest did not write it"
+            };
+            self.fault(&format!("round {round}: {} was not reported; {blame}", self.place(page)));
+        }
+        for page in verdict.extra.iter() {
+            self.fault(&format!(
+                "round {round}: {} was reported, but not written, and nothing explains it",
+                self.place(page)
+            ));
+        }
+        self.row.truth.pages += verdict.pages;
+        self.row.truth.rounds.push(TruthRound { round, pass: self.pass.name().to_owned(), pages: verdict.pages });
+        Ok(())
+    }
+
+    fn inject(&mut self, round: u64, truth: &Round, explained: &PageSet) {
+        if round != self.setup.rounds.min(2) || self.pass != Pass::Timed {
+            return;
+        }
+        match self.setup.inject {
+            Some(Fault::LosePage) => {
+                if let Some(page) = truth.written.iter().next() {
+                    self.reported.remove(page);
+                }
+            }
+            Some(Fault::ExtraPage) => {
+                let pages = self.setup.plan.pattern.pages;
+                let innocent = (0..pages).find(|&page| !truth.written.contains(page) && !explained.contains(page));
+                if let Some(page) = innocent {
+                    self.reported.insert(page);
+                }
+            }
+            None => {}
+        }
+    }
+
+    /// Every page must hold what its last write left.
+    fn check_contents(&mut self) {
+        let vm = self.machine.vm();
+        let wrong: Vec<_> = self.contents.wrong(|page| vm.first_word(page)).collect();
+        for page in wrong {
+            self.fault(&format!("at the end: {} does not hold what the pattern wrote there last", self.place(page)));
+        }
+    }
+
+    /// A page as a message names it.
+    fn place(&self, page: u64) -> String {
+        match self.machine.vm().slot_of(page) {
+            Some(slot) => {
+                let offset = page - slot.place.first_page;
+                let gpa = slot.place.base.plus(offset).address();
+                format!("page {page} (slot {}, its page {offset}, GPA {gpa:#x})", slot.id)
+            }
+            None => format!("page {page}"),
+        }
+    }
+
+    fn fault(&mut self, what: &str) {
+        let faults = &mut self.row.truth.faults;
+        if faults.len() < NAMED_FAULTS {
+            faults.push(format!("tracker {}, {} pass, {what}", self.kind, self.pass.name()));
+        }
+    }
+
+    fn step(&self, phase: &str, round: u64) {
+        let round = if round == 0 { String::new() } else { format!(" {round} of {}", self.setup.rounds) };
+        self.progress.step(&format!("{}, {} pass: {phase}{round}", self.kind, self.pass.name()));
+    }
+
+    fn phase(&mut self, phase: &str, round: u64, window: Window) {
+        self.row.phases.push(Phase {
+            phase: phase.to_owned(),
+            round,
+            pass: self.pass.name().to_owned(),
+            value: window.length(),
+            unit: self.setup.plan.timer.clock().unit().to_owned(),
+            clean: window.clean,
+        });
+    }
+
+    /// KVM's statistics; the timed pass does not look.
+    fn counters(&self) -> Result<BTreeMap<String, u64>, Failure> {
+        Ok(if self.pass == Pass::Observed { self.machine.statistics()? } else { BTreeMap::new() })
+    }
+
+    /// Turns the statistics before enabling, after the rounds, after disabling and at the end into the row's counters.
+    fn count(&mut self, [before, after, stopped, end]: &[BTreeMap<String, u64>; 4]) {
+        let grown = |name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>| {
+            Some(to.get(name)?.wrapping_sub(*from.get(name)?))
+        };
+        let stats = [
+            ("pf_taken", grown("pf_taken", before, after)),
+            ("pf_fast", grown("pf_fast", before, after)),
+            ("pf_fixed", grown("pf_fixed", before, after)),
+            ("pages_2m_split", grown("pages_2m", after, before)),
+            ("pages_2m_remapped", grown("pages_2m", after, end)),
+            ("pages_2m_after_disable", stopped.get("pages_2m").copied()),
+            ("remote_tlb_flush", grown("remote_tlb_flush", before, after)),
+        ];
+        let own = self.tracker.counters(&self.machine).into_iter().map(|(name, value)| (name, Some(value), "umbra"));
+        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(own);
+        for (name, value, source) in all {
+            if let (Some(value), Pass::Observed) = (value, self.pass) {
+                let counter = Counter { value, source: source.to_owned(), pass: self.pass.name().to_owned() };
+                self.row.counters.insert(name.to_owned(), counter);
+            }
+        }
+    }
+}
+
+/// The guest's histogram in the unit of the Record. The guest measures in TSC ticks: in the lab an instruction each.
+fn stall(ticks: &Histogram, tsc_khz: u32, unit: &str) -> Stall {
+    let convert = |value: u64| {
+        if unit == "instructions" || tsc_khz == 0 {
+            return value;
+        }
+        u64::try_from(u128::from(value) * 1_000_000 / u128::from(tsc_khz)).unwrap_or(u64::MAX)
+    };
+    Stall {
+        unit: unit.to_owned(),
+        count: ticks.count,
+        p50: convert(ticks.quantile(500)),
+        p99: convert(ticks.quantile(990)),
+        p999: convert(ticks.quantile(999)),
+        max: convert(ticks.max),
+        total: convert(ticks.total),
+    }
+}

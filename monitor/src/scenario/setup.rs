@@ -1,0 +1,241 @@
+//! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
+
+use crate::cli::RunArgs;
+use crate::failure::Failure;
+use crate::ground::Ground;
+use crate::guest::{Image, Plan};
+use crate::host;
+use crate::kvm::clock::Timer;
+use crate::kvm::{self, Backing};
+use crate::report::Host;
+use crate::report::record::{Record, Row, Rows, SCHEMA};
+use crate::track::{self, Kind};
+use kvm_ioctls::Cap;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use umbra_shared::layout::Slot;
+use umbra_shared::pattern::{MAX_ACCESSES, Pattern};
+use umbra_shared::{Level, PAGE_SIZE, layout};
+
+/// A fault that `--inject` puts into a report, to see it caught.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Takes a written page out of the report of round 2 (round 1 if it is the only one).
+    LosePage,
+    /// Puts a page into it that was not written.
+    ExtraPage,
+}
+
+impl Fault {
+    fn parse(text: &str) -> Result<Self, Failure> {
+        match text {
+            "lose-page" => Ok(Self::LosePage),
+            "extra-page" => Ok(Self::ExtraPage),
+            other => Err(input(format!("--inject {other}: there are lose-page and extra-page"))),
+        }
+    }
+}
+
+/// Rounds that the stamps have room for, and more than anybody waits for.
+const MAX_ROUNDS: u64 = 1 << 20;
+
+fn input(message: String) -> Failure {
+    Failure::Input(message)
+}
+
+/// Options that make sense by themselves, on whatever host. The lab checks them before it boots.
+#[derive(Debug)]
+pub struct Options {
+    pattern: Pattern,
+    slots: Vec<Slot>,
+    backing: Backing,
+    guest_page: Level,
+    image: Arc<Image>,
+    trackers: Vec<Kind>,
+    inject: Option<Fault>,
+    config: BTreeMap<String, Value>,
+}
+
+impl Options {
+    /// Checks what can be checked without a look at the host.
+    ///
+    /// # Errors
+    /// [`Failure::Input`] with the option, its value and what it can be.
+    pub fn new(args: &RunArgs) -> Result<Self, Failure> {
+        let backing: Backing = args.backing.parse().map_err(|()| {
+            let names = Backing::ALL.map(Backing::name).join(", ");
+            input(format!("--backing {}: there is no such backing; there are {names}", args.backing))
+        })?;
+        let guest_page = match args.guest_page.as_str() {
+            "4k" => Level::K4,
+            "2m" => Level::M2,
+            other => return Err(input(format!("--guest-page {other}: it is 4k or 2m"))),
+        };
+        let granule = if guest_page == Level::M2 || backing == Backing::Hugetlb { Level::M2 } else { Level::K4 };
+        let inject = args.inject.as_deref().map(Fault::parse).transpose()?;
+        check_ranges(args, granule)?;
+        let pages = args.memory / PAGE_SIZE;
+        let slots = layout::slots(pages, args.slots, granule).ok_or_else(|| {
+            let (size, most) = (granule.bytes(), layout::MAX_SLOTS);
+            input(format!(
+                "--slots {}: it is 1 to {most}, and each slot needs at least {size} bytes of --memory",
+                args.slots
+            ))
+        })?;
+        let trackers = args.tracker.iter().map(|name| name.parse()).collect::<Result<Vec<Kind>, _>>().map_err(input)?;
+        let image = Arc::new(Image::load(args.firmware.as_deref())?);
+        let mut pattern = Pattern {
+            kind: args.pattern,
+            seed: args.seed,
+            pages,
+            write_percent: args.write_percent,
+            accesses_per_page: args.accesses_per_page,
+        };
+        let mut config = args.config();
+        if inject == Some(Fault::ExtraPage) && pattern.write_percent == 100 {
+            // An extra page is one that the guest did not write, so there must be one.
+            pattern.write_percent = 99;
+            config.insert("write-percent".into(), 99.into());
+        }
+        if let Some(file) = &args.firmware {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            config.insert("firmware".into(), format!("{name} sha256:{}", image.sha256).into());
+        }
+        Ok(Self { pattern, slots: slots.collect(), backing, guest_page, image, trackers, inject, config })
+    }
+}
+
+/// The numbers that have a range of their own.
+fn check_ranges(args: &RunArgs, granule: Level) -> Result<(), Failure> {
+    let size = granule.bytes();
+    if args.memory == 0 || !args.memory.is_multiple_of(size) {
+        return Err(input(format!("--memory {}: it is a multiple of {size} bytes and not zero", args.memory)));
+    }
+    if args.vcpus == 0 || args.vcpus > layout::MAX_VCPUS {
+        return Err(input(format!("--vcpus {}: the firmware runs 1 to {}", args.vcpus, layout::MAX_VCPUS)));
+    }
+    if args.rounds == 0 || args.rounds > MAX_ROUNDS {
+        return Err(input(format!("--rounds {}: it is 1 to {MAX_ROUNDS}", args.rounds)));
+    }
+    if let Some(chunk) = args.chunk.filter(|&chunk| chunk == 0 || !chunk.is_multiple_of(64)) {
+        return Err(input(format!("--chunk {chunk}: KVM clears in multiples of 64 pages")));
+    }
+    let accesses = (args.memory / PAGE_SIZE).saturating_mul(args.accesses_per_page);
+    if accesses > MAX_ACCESSES {
+        let each = args.accesses_per_page;
+        return Err(input(format!(
+            "--accesses-per-page {each}: {accesses} accesses a round with this --memory, and there can be {MAX_ACCESSES}"
+        )));
+    }
+    Ok(())
+}
+
+/// A run that this host can make.
+#[derive(Debug)]
+pub struct Setup {
+    /// What machines are made of.
+    pub plan: Plan,
+    /// Rounds.
+    pub rounds: u64,
+    /// Pages of a CLEAR.
+    pub chunk: Option<u64>,
+    /// Seconds of a soak.
+    pub seconds: u64,
+    /// A fault to inject.
+    pub inject: Option<Fault>,
+    trackers: Vec<Kind>,
+    /// Whether the trackers were asked for by name, so that a missing one is a failure.
+    by_name: bool,
+    scenario: String,
+    host: Host,
+    config: BTreeMap<String, Value>,
+}
+
+impl Setup {
+    /// Checks the options against this host.
+    ///
+    /// # Errors
+    /// Those of [`Options::new`]; [`Failure::NotHere`] for what this host lacks.
+    pub fn new(args: &RunArgs, ground: Ground) -> Result<Self, Failure> {
+        let options = Options::new(args)?;
+        if let Some(host) = host::memory_bytes().filter(|&host| args.memory > host) {
+            return Err(input(format!("--memory {}M: this host has {}M in all", args.memory >> 20, host >> 20)));
+        }
+        let most = kvm::vm::open()?.check_extension_int(Cap::MaxVcpus);
+        if usize::try_from(most).is_ok_and(|most| args.vcpus > most) {
+            return Err(input(format!("--vcpus {}: KVM allows {most} here", args.vcpus)));
+        }
+        options.backing.check(args.memory)?;
+        let host = host::describe(ground, &options.image);
+        let plan = Plan {
+            pattern: options.pattern,
+            slots: options.slots,
+            vcpus: args.vcpus,
+            backing: options.backing,
+            guest_page: options.guest_page,
+            image: options.image,
+            timer: Timer::new(ground.clock()),
+        };
+        let by_name = !options.trackers.is_empty();
+        Ok(Self {
+            plan,
+            rounds: args.rounds,
+            chunk: args.chunk,
+            seconds: args.seconds,
+            inject: options.inject,
+            trackers: if by_name { options.trackers } else { track::ALL.to_vec() },
+            by_name,
+            scenario: args.scenario.clone(),
+            host,
+            config: options.config,
+        })
+    }
+
+    /// The trackers that get a row each.
+    #[must_use]
+    pub fn trackers(&self) -> &[Kind] {
+        &self.trackers
+    }
+
+    /// The Record of this run with these rows.
+    ///
+    /// # Errors
+    /// [`Failure::NotHere`] if no row could be measured, or one that was asked for by name could not.
+    pub fn record(&self, rows: Vec<Rows>) -> Result<Record, Failure> {
+        let missing: Vec<_> = rows
+            .iter()
+            .filter_map(|row| match row {
+                Rows::NotHere { name, not_here } => Some(format!("{name}: {not_here}")),
+                Rows::Measured(_) => None,
+            })
+            .collect();
+        if !missing.is_empty() && (self.by_name || missing.len() == rows.len()) {
+            return Err(Failure::NotHere(format!("{} (`umbra lab {}` has it)", missing.join("; "), self.scenario)));
+        }
+        Ok(Record {
+            schema: SCHEMA,
+            scenario: self.scenario.clone(),
+            host: self.host.clone(),
+            config: self.config.clone(),
+            rows,
+        })
+    }
+
+    /// Measures a row for each tracker. Those that this host cannot do become `not_here`.
+    ///
+    /// # Errors
+    /// Those of `measure`, and of [`Setup::record`].
+    pub fn rows(&self, mut measure: impl FnMut(Kind) -> Result<Row, Failure>) -> Result<Record, Failure> {
+        let rows = self
+            .trackers
+            .iter()
+            .map(|&kind| match measure(kind) {
+                Ok(row) => Ok(Rows::Measured(Box::new(row))),
+                Err(Failure::NotHere(reason)) => Ok(Rows::NotHere { name: kind.to_string(), not_here: reason }),
+                Err(other) => Err(other),
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        self.record(rows)
+    }
+}

@@ -1,0 +1,202 @@
+//! Dirty trackers behind one trait: what a scenario drives on a running guest.
+
+mod explain;
+mod log;
+mod ring;
+
+pub use explain::Expectation;
+
+use log::Clearing;
+
+use crate::guest::Machine;
+use crate::kvm::ring::{DEFAULT_ENTRIES, MAX_ENTRIES, MIN_ENTRIES};
+use crate::kvm::{self, Error};
+use crate::pages::PageSet;
+use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+use kvm_ioctls::VmFd;
+use std::fmt;
+use std::str::FromStr;
+
+/// A way to learn which pages a guest wrote. The order of calls is start, then (harvest, clear) again and again, then
+/// stop. All buffers are allocated and touched when the tracker is made, so that nothing but the tracker's own work falls into a timed
+/// window.
+pub trait Tracker {
+    /// Begins to track.
+    ///
+    /// # Errors
+    /// The system's.
+    fn start(&mut self, machine: &Machine) -> Result<(), Error>;
+
+    /// Fetches what was written since the last harvest into buffers of its own.
+    ///
+    /// # Errors
+    /// The system's.
+    fn harvest(&mut self, machine: &Machine) -> Result<(), Error>;
+
+    /// Makes the harvested pages report again. Trackers whose harvest does that already say so by [`Tracker::clears`].
+    ///
+    /// # Errors
+    /// The system's.
+    fn clear(&mut self, machine: &Machine) -> Result<(), Error>;
+
+    /// Whether [`Tracker::clear`] is a step of its own.
+    fn clears(&self) -> bool;
+
+    /// Ends tracking.
+    ///
+    /// # Errors
+    /// The system's.
+    fn stop(&mut self, machine: &Machine) -> Result<(), Error>;
+
+    /// Puts what the last harvest found into `into`. Never called inside a window.
+    fn report(&mut self, machine: &Machine, into: &mut PageSet);
+
+    /// Events that the tracker itself counted, by name.
+    fn counters(&self, _machine: &Machine) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+}
+
+/// The trackers there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `KVM_GET_DIRTY_LOG`, which fetches, clears and protects again in one call.
+    Bitmap,
+    /// Manual protection: `KVM_GET_DIRTY_LOG` only fetches, `KVM_CLEAR_DIRTY_LOG` clears.
+    Clear,
+    /// The same with the log initially all set: enabling protects nothing.
+    ClearInitSet,
+    /// The dirty ring, with that many entries a vCPU.
+    Ring(u32),
+}
+
+/// The trackers that run without `--tracker`.
+pub const ALL: [Kind; 4] = [Kind::Bitmap, Kind::Clear, Kind::ClearInitSet, Kind::Ring(DEFAULT_ENTRIES)];
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bitmap => f.write_str("bitmap"),
+            Self::Clear => f.write_str("clear"),
+            Self::ClearInitSet => f.write_str("clear+init-set"),
+            Self::Ring(DEFAULT_ENTRIES) => f.write_str("ring"),
+            Self::Ring(entries) => write!(f, "ring-{entries}"),
+        }
+    }
+}
+
+impl FromStr for Kind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "bitmap" => Ok(Self::Bitmap),
+            "clear" => Ok(Self::Clear),
+            "clear+init-set" => Ok(Self::ClearInitSet),
+            "ring" => Ok(Self::Ring(DEFAULT_ENTRIES)),
+            _ => match text.strip_prefix("ring-").map(str::parse::<u32>) {
+                Some(Ok(entries)) if entries.is_power_of_two() && (MIN_ENTRIES..=MAX_ENTRIES).contains(&entries) => {
+                    Ok(Self::Ring(entries))
+                }
+                Some(_) => Err(format!(
+                    "--tracker {text}: the size of a ring is a power of two from {MIN_ENTRIES} to {MAX_ENTRIES}"
+                )),
+                None => Err(format!(
+                    "--tracker {text}: there is no such tracker; there are bitmap, clear, clear+init-set, ring, ring-N"
+                )),
+            },
+        }
+    }
+}
+
+impl Kind {
+    /// What a user should know about it, in one line.
+    #[must_use]
+    pub const fn description(self) -> &'static str {
+        match self {
+            Self::Bitmap => "KVM_GET_DIRTY_LOG: one call fetches, clears and protects again",
+            Self::Clear => "manual protection: KVM_GET_DIRTY_LOG fetches, KVM_CLEAR_DIRTY_LOG clears",
+            Self::ClearInitSet => {
+                "the same, initially all set: enabling protects nothing, the first harvest reports all"
+            }
+            Self::Ring(_) => "the dirty ring, 4096 entries a vCPU (ring-N: N entries)",
+        }
+    }
+
+    /// Entries of each vCPU's ring, for the trackers that have one.
+    #[must_use]
+    pub const fn ring_entries(self) -> Option<u32> {
+        match self {
+            Self::Ring(entries) => Some(entries),
+            _ => None,
+        }
+    }
+
+    /// Whether the first harvest reports every page.
+    #[must_use]
+    pub const fn initially_all_set(self) -> bool {
+        matches!(self, Self::ClearInitSet)
+    }
+
+    /// Enables what the tracker needs, before the VM has slots or vCPUs.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] where KVM lacks it.
+    pub fn prepare(self, vm: &VmFd) -> Result<(), Error> {
+        const NAME: &str = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2";
+        // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE and KVM_DIRTY_LOG_INITIALLY_SET.
+        let manual = |flags: u64, needs: &str| {
+            let offered = kvm::vm::offered(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2);
+            if offered & flags != flags {
+                return Err(Error::Capability { capability: NAME, consequence: needs.to_owned() });
+            }
+            kvm::vm::enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, NAME, flags, needs)
+        };
+        match self {
+            Self::Bitmap => Ok(()),
+            Self::Clear => manual(1, "clear needs Linux 5.2 or later"),
+            Self::ClearInitSet => manual(3, "clear+init-set needs Linux 5.7 or later"),
+            Self::Ring(entries) => ring::prepare(vm, entries),
+        }
+    }
+
+    /// Makes the tracker for a machine that was prepared for it. A CLEAR covers `chunk` pages.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] if the machine has no rings and the tracker needs them.
+    pub fn build(self, machine: &Machine, chunk: Option<u64>) -> Result<Box<dyn Tracker>, Error> {
+        Ok(match self {
+            Self::Bitmap => Box::new(log::Log::new(machine, Clearing::ByGet)),
+            Self::Clear | Self::ClearInitSet => {
+                let chunk = chunk.unwrap_or(log::WHOLE);
+                Box::new(log::Log::new(machine, Clearing::Manual { chunk }))
+            }
+            Self::Ring(_) => Box::new(ring::Ring::new(machine)?),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_parse_to_what_they_name() {
+        for kind in ALL.into_iter().chain([Kind::Ring(1024), Kind::Ring(65536)]) {
+            assert_eq!(kind.to_string().parse(), Ok(kind));
+        }
+    }
+
+    #[test]
+    fn bad_names_say_what_there_is() {
+        for (name, part) in [
+            ("rings", "no such tracker"),
+            ("ring-1000", "power of two"),
+            ("ring-128", "256"),
+            ("ring-x", "power of two"),
+        ] {
+            let complaint = name.parse::<Kind>().unwrap_err();
+            assert!(complaint.contains(part) && complaint.contains(name), "{complaint}");
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! What the integration tests share: running the `umbra` that `make build` has left, and reading what it says.
+//!
+//! A test never leaves a process: every run has a time limit, at whose end it is killed and the test fails.
+
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use umbra::report::Record;
+
+/// The binary under test: `target/umbra`, or what `UMBRA_BIN` names.
+///
+/// # Panics
+/// If it is not there.
+#[must_use]
+pub fn binary() -> PathBuf {
+    let default = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/umbra");
+    let binary = std::env::var_os("UMBRA_BIN").map_or(default, PathBuf::from);
+    assert!(binary.exists(), "{} is missing: run make build first", binary.display());
+    binary
+}
+
+/// A finished run.
+#[derive(Debug)]
+pub struct Run {
+    /// The exit code; `None` if a signal ended it.
+    pub code: Option<i32>,
+    /// Its standard output.
+    pub stdout: String,
+    /// Its standard error.
+    pub stderr: String,
+}
+
+/// A command of `umbra` with these words.
+#[must_use]
+pub fn command(words: &[&str]) -> Command {
+    let mut command = Command::new(binary());
+    command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Waits for `child`, at most `limit`.
+///
+/// # Panics
+/// At the limit, after the child was killed.
+#[must_use]
+pub fn finish(mut child: Child, limit: Duration) -> Run {
+    let mut pipes = (child.stdout.take(), child.stderr.take());
+    let reader = |pipe: Option<Box<dyn std::io::Read + Send>>| {
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            pipe.map(|mut pipe| pipe.read_to_end(&mut text));
+            String::from_utf8_lossy(&text).into_owned()
+        })
+    };
+    let stdout = reader(pipes.0.take().map(|pipe| Box::new(pipe) as _));
+    let stderr = reader(pipes.1.take().map(|pipe| Box::new(pipe) as _));
+    let begin = Instant::now();
+    let status = loop {
+        if let Some(status) = child.try_wait().expect("waiting for a child of ours") {
+            break status;
+        }
+        if begin.elapsed() > limit {
+            child.kill().expect("killing a child of ours");
+            child.wait().expect("waiting for a child of ours");
+            panic!("umbra did not end within {limit:?}: {}", stderr.join().unwrap_or_default());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    Run { code: status.code(), stdout: stdout.join().unwrap_or_default(), stderr: stderr.join().unwrap_or_default() }
+}
+
+/// Runs `umbra` with these words, at most `seconds`.
+///
+/// # Panics
+/// If it cannot be started, and at the limit.
+#[must_use]
+pub fn umbra(words: &[&str], seconds: u64) -> Run {
+    finish(command(words).spawn().expect("starting umbra"), Duration::from_secs(seconds))
+}
+
+/// Runs `umbra` with these words and `--out`, and reads the Record.
+///
+/// # Panics
+/// If it does not end with 0.
+#[must_use]
+pub fn record(words: &[&str], seconds: u64) -> Record {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("record.json");
+    let run = umbra(&[words, &["--out", &path.to_string_lossy()]].concat(), seconds);
+    assert_eq!(run.code, Some(0), "{words:?}: {}\n{}", run.stderr, run.stdout);
+    serde_json::from_str(&std::fs::read_to_string(path).expect("the Record")).expect("a Record")
+}
+
+/// Whether this machine's /dev/kvm can be used by this process.
+#[must_use]
+pub fn kvm_here() -> bool {
+    umbra::kvm::vm::open().is_ok()
+}
+
+/// Asserts what bad input deserves: that exit code, one line, and all of `parts` in it.
+///
+/// # Panics
+/// If it is otherwise.
+pub fn refused(words: &[&str], code: i32, parts: &[&str]) {
+    let run = umbra(words, 60);
+    assert_eq!(run.code, Some(code), "{words:?}: {}", run.stderr);
+    assert_eq!(run.stderr.trim_end().lines().count(), 1, "{words:?}: one line, not {:?}", run.stderr);
+    for part in parts {
+        assert!(run.stderr.contains(part), "{words:?}: {part:?} is not in {:?}", run.stderr);
+    }
+}
