@@ -176,7 +176,7 @@ fn check_pattern(setup: &Setup, worker: &mut Worker, leaf: Level) {
         check_pages(setup, &expected, &name(round));
     }
     let recorded = worker.histogram().count;
-    check(recorded == pattern.accesses(), format_args!("{}: the histogram holds {recorded} accesses", name(2)));
+    check(recorded == pattern.writes(), format_args!("{}: the histogram holds {recorded} writes", name(2)));
 }
 
 /// Compares the first word of every page, read at its own address, with `expected`.

@@ -231,7 +231,7 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
         text.push_str(
-            "Costs: timed pass. Stalls (one access, guest's clock) and counters: observed pass. Pages: both passes.\n",
+            "Costs: timed pass. Stalls (one write, guest's clock) and counters: observed pass. Pages: both passes.\n",
         );
     }
     let unit = record.host.clock.as_str();
