@@ -1,5 +1,6 @@
 //! Every way in which a lab machine can die, on a real boot each: one clear line of its own, the right exit code, and nothing left
-//! behind; and two jobs that share a boot. Words choose some of them. This program is the test, the lab's user (`--drive CASE`) and the lab's PID 1 (which dies as the kernel's command line says).
+//! behind; and two jobs that share a boot. Words choose some of them. This program is the test, the lab's user (`--drive CASE`) and the
+//! lab's PID 1 (which dies as the kernel's command line says).
 
 use rustix::process::{Pid, Signal, getpid, kill_process};
 use rustix::system::{RebootCommand, reboot};
