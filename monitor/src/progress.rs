@@ -15,8 +15,8 @@ pub type Sink = Box<dyn FnMut(&str) + Send>;
 pub enum Progress {
     /// A spinner with the current step.
     Bar(ProgressBar, Instant),
-    /// A line for each step that begins after [`PATIENCE`].
-    Lines(Instant),
+    /// A line at most every [`PATIENCE`]: when the last one was written.
+    Lines(Mutex<Instant>),
     /// To whatever the lab's PID 1 reports to.
     Sink(Mutex<Sink>),
     /// Nowhere.
@@ -28,7 +28,7 @@ impl Progress {
     #[must_use]
     pub fn stderr() -> Self {
         if !std::io::stderr().is_terminal() {
-            return Self::Lines(Instant::now());
+            return Self::Lines(Mutex::new(Instant::now()));
         }
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {msg}") {
@@ -47,13 +47,20 @@ impl Progress {
                     bar.enable_steady_tick(Duration::from_millis(200));
                 }
             }
-            Self::Lines(since) if since.elapsed() >= PATIENCE => eprintln!("umbra: {what}"),
+            Self::Lines(last) => {
+                if let Ok(mut last) = last.lock()
+                    && last.elapsed() >= PATIENCE
+                {
+                    eprintln!("umbra: {what}");
+                    *last = Instant::now();
+                }
+            }
             Self::Sink(sink) => {
                 if let Ok(mut sink) = sink.lock() {
                     sink(what);
                 }
             }
-            Self::Lines(_) | Self::Silent => {}
+            Self::Silent => {}
         }
     }
 }

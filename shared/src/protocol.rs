@@ -86,7 +86,7 @@ pub enum Command {
     Plan = 1,
     /// Execute the plan: the bare loop.
     Timed = 2,
-    /// Execute the plan, each access timed into the histogram.
+    /// Execute the plan, each write timed into the histogram.
     Observed = 3,
     /// Write every page of this vCPU's share once, with the stamp of round `argument`.
     Populate = 4,

@@ -2,8 +2,8 @@
 #![no_std]
 #![no_main]
 
-// Only for its boot code and the definitions behind hermit-abi.
 use hermit_abi::{CLOCK_MONOTONIC, STDOUT_FILENO, timespec};
+// Only for its boot code and the definitions behind hermit-abi.
 use umbra_guest_fw as _;
 
 fn print(text: &[u8]) {

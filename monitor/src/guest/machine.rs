@@ -27,7 +27,13 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Between a machine's boot and its first phase: what the kernel has put off at the end of the machine before it (freeing its memory, on a
 /// kworker) is done by then.
-const REST: Duration = Duration::from_millis(20);
+/// In the lab idle time costs nothing.
+const fn rest(clock: Clock) -> Duration {
+    match clock {
+        Clock::Instructions => Duration::from_millis(500),
+        Clock::Nanoseconds => Duration::from_millis(5),
+    }
+}
 
 /// What a machine is made of.
 #[derive(Clone, Debug)]
@@ -78,7 +84,7 @@ impl Machine {
         // The first vCPU builds the page tables that the others load.
         machine.run(0..1, "boot")?;
         machine.run(1..plan.vcpus, "boot")?;
-        std::thread::sleep(REST);
+        std::thread::sleep(rest(plan.timer.clock()));
         Ok(machine)
     }
 

@@ -181,11 +181,15 @@ impl Kernel {
 fn lock(path: &std::path::Path, progress: &Progress) -> Result<File, Failure> {
     let cache = |why| Error::Cache { path: path.to_owned(), why };
     let file = File::options().create(true).truncate(false).write(true).open(path).map_err(cache)?;
+    let mut told = false;
     loop {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(file),
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                progress.step("another umbra is fetching a kernel; waiting for it");
+                if !told {
+                    progress.step("another umbra is fetching a kernel; waiting for it");
+                }
+                told = true;
                 interrupt::check()?;
                 std::thread::sleep(child::TICK);
             }

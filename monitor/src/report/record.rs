@@ -170,7 +170,7 @@ pub struct TruthRound {
     pub pages: Pages,
 }
 
-/// The distribution of the time that single accesses took, measured by the guest in the observed pass.
+/// The distribution of the time that single writes took, measured by the guest in the observed pass.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stall {
     /// `instructions` or `nanoseconds`.

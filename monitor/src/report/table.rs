@@ -1,7 +1,8 @@
 //! A Record as a table on the terminal.
 
 use super::record::{Phase, Record, Row, Rows};
-use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
+use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 /// The text that a user reads: what ran where, the costs, the checks, and what the numbers leave out.
@@ -13,6 +14,9 @@ pub fn render(record: &Record) -> String {
         let _ = write!(text, "\n{}\n", costs(record, &measured));
     }
     let _ = write!(text, "\n{}\n", checks(&measured));
+    if let Some(table) = counters(&measured) {
+        let _ = write!(text, "\n{table}\n");
+    }
     for row in &record.rows {
         if let Rows::NotHere { name, not_here } = row {
             let _ = writeln!(text, "{name}: not here: {not_here}");
@@ -69,17 +73,23 @@ fn heading(record: &Record) -> String {
     )
 }
 
-/// A group of digits every three.
-fn grouped(value: u64) -> String {
-    let digits = value.to_string();
-    let mut text = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
+/// Up to four significant digits: 987, 19.95k, 4.701M, 135.9M.
+fn scaled(value: u64) -> String {
+    let (unit, suffix) = match value {
+        0..10_000 => return value.to_string(),
+        10_000..1_000_000 => (1000, "k"),
+        1_000_000..1_000_000_000 => (1_000_000, "M"),
+        _ => (1_000_000_000, "G"),
+    };
+    let digits = match value / unit {
+        0..10 => 3,
+        10..100 => 2,
+        100..1000 => 1,
+        _ => 0,
+    };
+    #[allow(clippy::cast_precision_loss)] // Four digits are shown.
+    let number = value as f64 / unit as f64;
+    format!("{number:.digits$}{suffix}")
 }
 
 /// `value / count` with a digit behind the point below ten.
@@ -88,7 +98,7 @@ fn per(value: u64, count: u64) -> String {
         return "-".to_owned();
     }
     let tenths = value.saturating_mul(10) / count;
-    if tenths < 100 { format!("{}.{}", tenths / 10, tenths % 10) } else { grouped((value + count / 2) / count) }
+    if tenths < 100 { format!("{}.{}", tenths / 10, tenths % 10) } else { ((value + count / 2) / count).to_string() }
 }
 
 /// The columns of the cost table: heading, phase, whether it is of the first round, of the later ones, or of none.
@@ -127,8 +137,10 @@ fn smallest<'a>(row: &'a Row, phase: &str, rounds: Rounds) -> Option<&'a Phase> 
 
 /// A table of plain text: no colours, so `NO_COLOR` has nothing to forbid.
 fn plain_table() -> Table {
+    let line = LineStyle::none().fill('─').junction('─');
+    let style = TableStyle::new().top_border(line).header_separator(line).bottom_border(line);
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Disabled);
+    table.load_style(style).set_content_arrangement(ContentArrangement::Disabled);
     table
 }
 
@@ -152,7 +164,7 @@ fn costs(record: &Record, rows: &[&Row]) -> Table {
             let count = if matches!(*phase, "dirty" | "retouch") { accesses(record) } else { pages(record) };
             let text = smallest(row, phase, *rounds).map_or_else(
                 || "-".to_owned(),
-                |p| format!("{}{}\n{}", per(p.value, count), if p.clean { "" } else { "*" }, grouped(p.value)),
+                |p| format!("{}{}\n{}", per(p.value, count), if p.clean { "" } else { "*" }, scaled(p.value)),
             );
             cells.push(Cell::new(text).set_alignment(CellAlignment::Right));
         }
@@ -161,41 +173,57 @@ fn costs(record: &Record, rows: &[&Row]) -> Table {
     table
 }
 
+fn right(text: String) -> Cell {
+    Cell::new(text).set_alignment(CellAlignment::Right)
+}
+
+/// Truth and stalls, a row for each row of the Record.
 fn checks(rows: &[&Row]) -> Table {
     let mut table = plain_table();
     let stalls = rows.iter().any(|row| row.stall.is_some());
-    let counters: Vec<_> = {
-        let mut names: Vec<_> = rows.iter().flat_map(|row| row.counters.keys()).collect();
-        names.sort();
-        names.dedup();
-        names
-    };
-    let mut header = vec![heading_cell("")];
-    if stalls {
-        header.extend(["stall p50", "p99", "max"].map(heading_cell));
-    }
-    header.extend(counters.iter().map(|name| heading_cell(&name.replace('_', "\n"))));
+    let mut header = vec![heading_cell("pages, in all rounds")];
     header.extend(["written", "reported", "explained", "missed", "extra"].map(heading_cell));
+    if stalls {
+        header.extend(["stall p50", "p99", "p99.9", "max"].map(heading_cell));
+    }
     table.set_header(header);
     for row in rows {
-        let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
-        let mut cells = vec![Cell::new(&row.name)];
-        if stalls {
-            let all = row.stall.as_ref().map(|stall| [stall.p50, stall.p99, stall.max]);
-            cells
-                .extend((0..3).map(|index| right(all.map_or_else(|| "-".to_owned(), |values| grouped(values[index])))));
-        }
-        cells.extend(
-            counters
-                .iter()
-                .map(|name| right(row.counters.get(*name).map_or_else(|| "-".to_owned(), |c| grouped(c.value)))),
-        );
         let truth = row.truth.pages;
-        let sums = [truth.written, truth.reported, truth.explained, truth.missed, truth.extra];
-        cells.extend(sums.map(|sum| right(grouped(sum))));
+        let mut cells = vec![Cell::new(&row.name)];
+        cells.extend(
+            [truth.written, truth.reported, truth.explained, truth.missed, truth.extra].map(|n| right(n.to_string())),
+        );
+        match &row.stall {
+            Some(stall) => {
+                cells.extend([stall.p50, stall.p99, stall.p999, stall.max].map(|value| right(scaled(value))));
+            }
+            None if stalls => cells.extend(["-"; 4].map(|none| right(none.to_owned()))),
+            None => {}
+        }
         table.add_row(cells);
     }
     table
+}
+
+/// Counters: a row each, a column for each row of the Record.
+fn counters(rows: &[&Row]) -> Option<Table> {
+    let names: BTreeSet<_> =
+        rows.iter().flat_map(|row| row.counters.iter().map(|(name, c)| (name, &c.source))).collect();
+    if names.is_empty() {
+        return None;
+    }
+    let mut table = plain_table();
+    let mut header = vec![heading_cell("counted (source)")];
+    header.extend(rows.iter().map(|row| heading_cell(&row.name)));
+    table.set_header(header);
+    for (name, source) in names {
+        let mut cells = vec![Cell::new(format!("{name} ({source})"))];
+        let values =
+            rows.iter().map(|row| row.counters.get(name).map_or_else(|| "-".to_owned(), |c| c.value.to_string()));
+        cells.extend(values.map(right));
+        table.add_row(cells);
+    }
+    Some(table)
 }
 
 fn footnotes(record: &Record, rows: &[&Row]) -> String {
@@ -203,7 +231,7 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
         text.push_str(
-            "Costs: timed pass. Stalls (one access, guest's clock) and counters: observed pass. Pages: both passes.\n",
+            "Costs: timed pass. Stalls (one write, guest's clock) and counters: observed pass. Pages: both passes.\n",
         );
     }
     let unit = record.host.clock.as_str();
@@ -225,10 +253,12 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        assert_eq!(grouped(1_234_567), "1,234,567");
-        assert_eq!(grouped(999), "999");
+        let shown = [(999, "999"), (9999, "9999"), (19_951, "19.95k"), (4_700_858, "4.701M"), (135_856_051, "135.9M")];
+        for (value, text) in shown {
+            assert_eq!(scaled(value), text);
+        }
         assert_eq!(per(47, 10), "4.7");
-        assert_eq!(per(16_000, 10), "1,600");
+        assert_eq!(per(16_000, 10), "1600");
         assert_eq!(per(5, 0), "-");
     }
 

@@ -7,6 +7,7 @@
 use super::Setup;
 use super::setup::Fault;
 use crate::failure::Failure;
+use crate::ground::Clock;
 use crate::guest::Machine;
 use crate::host;
 use crate::kvm::clock::Window;
@@ -21,8 +22,14 @@ use std::collections::BTreeMap;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::protocol::Command;
 
-/// How often a row whose windows were not clean is run at most.
-const TRIES: u32 = 3;
+/// How often a row whose windows were not clean is run at most. In the lab the second try is mostly clean; a machine that others use as well
+/// would only take three times as long.
+const fn tries(clock: Clock) -> u32 {
+    match clock {
+        Clock::Instructions => 3,
+        Clock::Nanoseconds => 1,
+    }
+}
 /// Faults of the truth check that a row names one by one; more are counted.
 const NAMED_FAULTS: usize = 8;
 
@@ -55,14 +62,14 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
 }
 
 fn row(setup: &Setup, kind: Kind, progress: &Progress) -> Result<Row, Failure> {
-    let mut tries = 1;
+    let mut tries = tries(setup.plan.timer.clock());
     let mut row = loop {
         let row = Run::new(setup, kind, Pass::Timed, progress)?.finish()?;
-        if row.phases.iter().all(|phase| phase.clean) || tries == TRIES {
+        if row.phases.iter().all(|phase| phase.clean) || tries == 1 {
             break row;
         }
         progress.step(&format!("{kind}: another task ran inside a window, the row runs again"));
-        tries += 1;
+        tries -= 1;
     };
     let observed = Run::new(setup, kind, Pass::Observed, progress)?.finish()?;
     row.phases.extend(observed.phases);
@@ -115,8 +122,8 @@ impl<'a> Run<'a> {
         let window = self.machine.command(Command::Populate, 0)?;
         self.phase("populate", 0, window);
         let before = self.counters()?;
-        let keeps = host::two_dimensional_paging() && (host::eager_page_split() || !self.setup.plan.backing.is_huge());
-        let mut expectation = Expectation::new(self.kind, pattern.pages, keeps);
+        let drops_huge = self.setup.plan.backing.is_huge() && !host::eager_page_split();
+        let mut expectation = Expectation::new(self.kind, &self.setup.plan.slots, drops_huge);
 
         let (started, window) = timer.window(witness, || self.tracker.start(&self.machine));
         started?;

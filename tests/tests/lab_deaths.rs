@@ -1,0 +1,211 @@
+//! Every way in which a lab machine can die, on a real boot each: one clear line of its own, the right exit code, and nothing left
+//! behind. This program is the test, the lab's user (`--drive CASE`) and the lab's PID 1 (which dies as the kernel's command line says).
+
+use rustix::process::{Pid, Signal, getpid, kill_process};
+use rustix::system::{RebootCommand, reboot};
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+use umbra::Failure;
+use umbra::cli;
+use umbra::ground::Clock;
+use umbra::lab::entry::Entry;
+use umbra::lab::watch::Limits;
+use umbra::lab::{self, Machine, child, shelf};
+use umbra::progress::Progress;
+
+/// What is tried, the exit code, and the line that says what it was.
+const CASES: &[(&str, i32, &str)] = &[
+    ("crash", 1, "the lab's kernel panicked: sysrq triggered crash"),
+    (
+        "exit",
+        1,
+        "the lab's kernel panicked: Attempted to kill init! exitcode=0x00000700 (Umbra's PID 1 ended with exit code 7)",
+    ),
+    ("abort", 1, "(Umbra's PID 1 was killed by signal "),
+    ("triple", 1, "the lab machine had a triple fault while its kernel booted"),
+    ("reset", 1, "the lab machine reset or switched itself off while its kernel booted"),
+    ("garbage", 1, "the lab's results are damaged: byte 0 of COM2 begins no frame"),
+    ("silent", 1, "the lab machine is silent while its kernel booted: no byte on its serial ports for 20 s"),
+    ("late", 1, "the lab run was ended while its kernel booted: it took longer than its limit of 2 s"),
+    (
+        "module",
+        1,
+        "the lab's kernel refused module kvm_amd (No such file or directory (os error 2)): kvm_amd: Unknown symbol",
+    ),
+    ("input", 2, "no-such-scenario: there is no such scenario"),
+    ("qemu-missing", 3, "qemu-system-x86_64 is not installed; `apt-get install qemu-system-x86` brings it"),
+    ("qemu-breaks", 1, "QEMU ended early while its kernel booted (exit status: 9): no such accelerator"),
+];
+
+fn main() {
+    let death = std::env::var("death").unwrap_or_default();
+    if getpid() == Pid::INIT && !matches!(death.as_str(), "" | "none") {
+        die(&death);
+    }
+    if lab::init::inside() {
+        lab::init::main();
+    }
+    let mut words = std::env::args().skip(1);
+    if words.next().as_deref() == Some("--drive") {
+        let case = words.next().expect("a case follows --drive");
+        let failure = drive(&case).expect_err("the machine dies");
+        eprintln!("umbra: {failure}");
+        std::process::exit(match failure {
+            Failure::Check(_) => 1,
+            Failure::Input(_) => 2,
+            Failure::NotHere(_) => 3,
+            Failure::Interrupted => 130,
+        });
+    }
+    // The kernel is fetched here if need be, where nobody measures the time.
+    let shelf = shelf::shelf();
+    shelf.kernel(None).expect("a default").ensure(&Progress::stderr()).expect("the default kernel");
+    for (case, code, line) in CASES {
+        let begun = Instant::now();
+        dies(case, *code, line);
+        println!("{case}: {:.1} s", begun.elapsed().as_secs_f32());
+    }
+    for (signal, code) in [(Signal::INT, Some(130)), (Signal::TERM, Some(130)), (Signal::KILL, None)] {
+        ends_on(signal, code);
+        println!("{signal:?}: ends QEMU");
+    }
+}
+
+/// What PID 1 does instead of its work.
+fn die(how: &str) -> ! {
+    let mount = |kind: &str, place: &str| {
+        rustix::mount::mount(kind, place, kind, rustix::mount::MountFlags::empty(), None).expect("a mount");
+    };
+    match how {
+        "crash" => {
+            mount("proc", "/proc");
+            fs::write("/proc/sysrq-trigger", "c").expect("sysrq");
+        }
+        "exit" => std::process::exit(7),
+        "abort" => std::process::abort(),
+        // With reboot=t the kernel resets by a triple fault, with reboot=k by the keyboard controller.
+        "triple" | "reset" => reboot(RebootCommand::Restart).expect("a restart"),
+        "garbage" => {
+            mount("devtmpfs", "/dev");
+            fs::write("/dev/ttyS1", "hello\n").expect("COM2");
+        }
+        _ => {}
+    }
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+/// The lab's user: boots the machine of a case.
+fn drive(case: &str) -> Result<(), Failure> {
+    let kernel = shelf::shelf().kernel(None)?.ensure(&Progress::Silent)?;
+    let scratch = tempfile::tempdir().expect("a directory");
+    let (kernel, append) = match case {
+        "module" => (without_kvm(&kernel, scratch.path()), "death=none".to_owned()),
+        "input" => (kernel, "death=none".to_owned()),
+        "triple" => (kernel, "death=triple reboot=t".to_owned()),
+        "reset" => (kernel, "death=reset reboot=k".to_owned()),
+        other => (kernel, format!("death={other}")),
+    };
+    let machine =
+        Machine { kernel, clock: Clock::Instructions, params: Vec::new(), init: "/proc/self/exe".into(), append };
+    let words = ["umbra", "run", "no-such-scenario"].map(str::to_owned);
+    let cli::Command::Run(args) = cli::parse(words)?.command else { panic!("a run is a run") };
+    let wall = Duration::from_secs(if case == "late" { 2 } else { 120 });
+    let limits = Limits { silent: Duration::from_secs(20), wall };
+    let mut results = lab::boot_within(&machine, &[args], limits, &Progress::Silent)?;
+    results.pop().expect("a result for the job").map(|_| ())
+}
+
+/// A copy of a cache entry whose manifest does not list kvm, which kvm-amd needs.
+fn without_kvm(kernel: &Entry, place: &Path) -> Entry {
+    let source = kernel.vmlinuz().parent().expect("an entry's directory").to_owned();
+    for file in fs::read_dir(source).expect("the entry").flatten() {
+        fs::copy(file.path(), place.join(file.file_name())).expect("a copy");
+    }
+    let manifest = place.join("manifest.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).expect("a manifest")).expect("JSON");
+    json["modules"].as_array_mut().expect("modules").retain(|module| module["name"] != "kvm");
+    fs::write(&manifest, json.to_string()).expect("a manifest");
+    Entry::open(place, json["wanted"].as_str().expect("a pin")).expect("an entry without kvm")
+}
+
+/// This program as the lab's user, with a directory of its own for temporary files.
+fn user(case: &str, place: &Path) -> Command {
+    let mut command = Command::new(std::env::current_exe().expect("this program"));
+    command
+        .args(["--drive", case])
+        .env("TMPDIR", place)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    if case.starts_with("qemu-") {
+        command.env("PATH", path_with_another_qemu(case, place));
+    }
+    command
+}
+
+/// A PATH with all that the lab needs but no QEMU, or one that breaks.
+fn path_with_another_qemu(case: &str, place: &Path) -> PathBuf {
+    let bin = place.join("bin");
+    fs::create_dir(&bin).expect("a directory");
+    for program in ["setpriv", "sh"] {
+        symlink(child::find(program).expect("a program of every system"), bin.join(program)).expect("a link");
+    }
+    if case == "qemu-breaks" {
+        let fake = bin.join("qemu-system-x86_64");
+        let script = "#!/bin/sh\n[ \"$1\" = --version ] && echo QEMU emulator version 0 && exit\necho no such accelerator >&2\nexit 9\n";
+        fs::write(&fake, script).expect("a script");
+        fs::set_permissions(&fake, fs::Permissions::from_mode(0o755)).expect("a mode");
+    }
+    bin
+}
+
+fn dies(case: &str, code: i32, line: &str) {
+    let place = tempfile::tempdir().expect("a directory");
+    let output = user(case, place.path()).output().expect("this program runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let last = said.lines().last().unwrap_or_default();
+    assert_eq!(output.status.code(), Some(code), "{case}: {said}");
+    assert!(last.starts_with("umbra: ") && last.contains(line), "{case}: expected {line}\n{said}");
+    let _ = fs::remove_dir_all(place.path().join("bin"));
+    nothing_left(case, place.path());
+}
+
+/// Processes that work in a directory or below it; QEMU runs in the lab's temporary one.
+fn workers(place: &Path) -> Vec<PathBuf> {
+    let processes = fs::read_dir("/proc").expect("/proc").flatten().map(|entry| entry.path());
+    processes.filter(|process| fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(place))).collect()
+}
+
+fn nothing_left(case: &str, place: &Path) {
+    assert!(workers(place).is_empty(), "{case}: a process lives on");
+    let files: Vec<_> = fs::read_dir(place).expect("the directory").flatten().map(|file| file.path()).collect();
+    assert!(files.is_empty(), "{case}: {files:?}");
+}
+
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(20), "{what}");
+        std::thread::sleep(child::TICK);
+    }
+}
+
+/// The user ends the run by a signal while the machine is booting.
+fn ends_on(signal: Signal, code: Option<i32>) {
+    let place = tempfile::tempdir().expect("a directory");
+    let mut user: Child = user("silent", place.path()).spawn().expect("this program runs");
+    wait_until("QEMU starts", || !workers(place.path()).is_empty());
+    std::thread::sleep(Duration::from_secs(1));
+    kill_process(Pid::from_child(&user), signal).expect("a signal");
+    assert_eq!(user.wait().expect("an end").code(), code, "{signal:?}");
+    wait_until("QEMU ends with its user", || workers(place.path()).is_empty());
+    // Whoever is killed by SIGKILL cannot tidy up; everyone else does.
+    if code.is_some() {
+        nothing_left("a signal", place.path());
+    }
+}
