@@ -116,3 +116,16 @@ fn help_and_lists_are_no_errors() {
     assert_eq!(probe["kvm_error"].is_null(), kvm_here());
     assert_eq!(probe["scenarios"][0]["name"], "dirty-log");
 }
+
+#[test]
+fn labs_that_there_are_none_of() {
+    refused(&["lab", "--machine", "pdp11", "dirty-log"], 2, &["pdp11", "svm"]);
+    refused(&["lab", "--clock", "sundial", "dirty-log"], 2, &["sundial", "instructions"]);
+    refused(&["lab", "--kernel", "2.4", "dirty-log"], 2, &["2.4", "6.12"]);
+    refused(&["kernels", "fetch", "2.4"], 2, &["2.4", "6.12"]);
+    refused(&["lab", "--param", "nonsense", "dirty-log"], 2, &["nonsense"]);
+    refused(&["lab", "--param", "floppy.speed=1", "dirty-log"], 2, &["floppy"]);
+    // What is wrong with the scenario's own options is said before the boot.
+    refused(&["lab", "dirty-lag"], 2, &["dirty-lag"]);
+    refused(&["lab", "dirty-log", "--tracker", "ring-7"], 2, &["ring-7"]);
+}
