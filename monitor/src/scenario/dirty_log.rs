@@ -65,7 +65,8 @@ fn row(setup: &Setup, kind: Kind, progress: &Progress) -> Result<Row, Failure> {
     let mut tries = tries(setup.plan.timer.clock());
     let mut row = loop {
         let row = Run::new(setup, kind, Pass::Timed, progress)?.finish()?;
-        if row.phases.iter().all(|phase| phase.clean) || tries == 1 {
+        // A fault is never run away from: another try might not repeat it.
+        if row.phases.iter().all(|phase| phase.clean) || row.failed() || tries == 1 {
             break row;
         }
         progress.step(&format!("{kind}: another task ran inside a window, the row runs again"));
