@@ -88,8 +88,9 @@ struct Run<'a> {
     kind: Kind,
     pass: Pass,
     progress: &'a Progress,
-    machine: Machine,
+    /// Before the machine: a tracker may hold the VM's descriptor, which is closed before the memory under it goes.
     tracker: Box<dyn Tracker>,
+    machine: Machine,
     contents: Contents,
     reported: PageSet,
     row: Row,

@@ -37,8 +37,9 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
 struct Soak<'a> {
     setup: &'a Setup,
     kind: Kind,
-    machine: Machine,
+    /// Before the machine: a tracker may hold the VM's descriptor, which is closed before the memory under it goes.
     tracker: Box<dyn Tracker>,
+    machine: Machine,
     /// The copy: each page's first word.
     copy: Vec<u64>,
     reported: PageSet,
