@@ -139,6 +139,7 @@ impl<'a> Run<'a> {
         let after = self.counters()?;
         if self.pass == Pass::Observed {
             self.row.stall = Some(stall(&self.machine.stalls()?, self.machine.tsc_khz(), timer.clock().unit()));
+            self.check_idle()?;
         }
 
         self.step("disable", 0);
@@ -208,6 +209,23 @@ impl<'a> Run<'a> {
         }
         self.row.truth.pages += verdict.pages;
         self.row.truth.rounds.push(TruthRound { round, pass: self.pass.name().to_owned(), pages: verdict.pages });
+        Ok(())
+    }
+
+    /// A harvest while the guest rests reports nothing. Where every round writes every page, only this shows that clearing cleared: a bit that
+    /// stays would hide a page that is lost later.
+    fn check_idle(&mut self) -> Result<(), Failure> {
+        self.tracker.harvest(&self.machine)?;
+        self.reported.clear();
+        self.tracker.report(&self.machine, &mut self.reported);
+        let stale: Vec<_> = self.reported.iter().collect();
+        self.row.truth.pages.extra += stale.len() as u64;
+        for page in stale {
+            self.fault(&format!(
+                "after the last round: {} is still reported, although it was cleared",
+                self.place(page)
+            ));
+        }
         Ok(())
     }
 
