@@ -138,7 +138,12 @@ impl<'a> Run<'a> {
         }
         let after = self.counters()?;
         if self.pass == Pass::Observed {
-            self.row.stall = Some(stall(&self.machine.stalls()?, self.machine.tsc_khz(), timer.clock().unit()));
+            let stalls = self.machine.stalls()?;
+            let (measured, writes) = (stalls.count, self.setup.rounds * pattern.writes());
+            if measured != writes {
+                self.fault(&format!("the firmware measured {measured} writes where the pattern has {writes}"));
+            }
+            self.row.stall = Some(stall(&stalls, self.machine.tsc_khz(), timer.clock().unit()));
             self.check_idle()?;
         }
 
