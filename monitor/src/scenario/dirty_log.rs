@@ -309,12 +309,16 @@ impl<'a> Run<'a> {
         let grown = |name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>| {
             Some(to.get(name)?.wrapping_sub(*from.get(name)?))
         };
+        // How many huge mappings there are now: that number may move the other way.
+        let fallen = |name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>| {
+            Some(from.get(name)?.saturating_sub(*to.get(name)?))
+        };
         let stats = [
             ("pf_taken", grown("pf_taken", before, after)),
             ("pf_fast", grown("pf_fast", before, after)),
             ("pf_fixed", grown("pf_fixed", before, after)),
-            ("pages_2m_split", grown("pages_2m", after, before)),
-            ("pages_2m_remapped", grown("pages_2m", after, end)),
+            ("pages_2m_split", fallen("pages_2m", before, after)),
+            ("pages_2m_remapped", fallen("pages_2m", end, after)),
             ("pages_2m_after_disable", stopped.get("pages_2m").copied()),
             ("remote_tlb_flush", grown("remote_tlb_flush", before, after)),
         ];
