@@ -53,6 +53,7 @@ fn firmware_that_is_none() {
     };
     let refuse = |path: &str, part: &str| refused(&["run", "dirty-log", "--firmware", path], 2, &["--firmware", part]);
     refuse("/nonexistent/fw.elf", "No such file");
+    refuse("/dev/zero", "larger than");
     refuse(&file("text", b"hello"), "not an ELF file");
     let own = std::fs::read(umbra_tests::binary()).unwrap();
     refuse(&file("cut", &own[..48]), "broken ELF file");
