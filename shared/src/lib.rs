@@ -6,5 +6,6 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod gfn;
+pub mod paging;
 
 pub use gfn::{Gfn, L2Gfn, Level, PAGE_SHIFT, PAGE_SIZE};
