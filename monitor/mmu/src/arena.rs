@@ -12,7 +12,7 @@ pub type Table = [Spte; 512];
 
 static EMPTY: Table = [Spte::NONE; 512];
 
-/// What is known about a shadow page besides its entries: 48 bytes.
+/// What is known about a shadow page besides its entries: 56 bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Header {
     /// The guest table that it shadows; for a direct page the first frame of the guest leaf that it splits.
@@ -28,6 +28,8 @@ pub struct Header {
     pub root: u32,
     /// When it was last synchronised, in sync operations.
     pub stamp: u32,
+    /// When a walk of everything below a page last saw it, in such walks.
+    pub visit: u32,
     /// Present entries.
     pub present: u16,
     /// Blocks of 64 entries that are open without traps (strategy `combined`).

@@ -180,6 +180,12 @@ impl L2Set {
         self.overflowed || self.overflow_reported
     }
 
+    /// The next report will say "all of L2": there is nothing to add.
+    #[must_use]
+    pub const fn is_all(&self) -> bool {
+        self.overflowed
+    }
+
     /// Makes the report stand for "all of L2".
     pub const fn overflow(&mut self) {
         self.overflowed = true;

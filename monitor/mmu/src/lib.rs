@@ -21,6 +21,7 @@ mod fault;
 mod format;
 pub mod guest;
 mod hardware;
+pub mod hostile;
 mod link;
 mod memory;
 mod mmu;

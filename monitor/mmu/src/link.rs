@@ -8,6 +8,7 @@ use umbra_shared::{Gfn, L2Gfn, Level};
 use crate::access::Access;
 use crate::config::MmuError;
 use crate::defects::Defect;
+use crate::dirty::L2Set;
 use crate::memory::{Env, Extent};
 use crate::mmu::Mmu;
 use crate::outbox::extent;
@@ -123,6 +124,9 @@ impl Mmu {
     }
 
     fn mark_l2(&mut self, at: SpteRef, offset: u64) {
+        if self.track.as_ref().and_then(|track| track.l2.as_ref()).is_none_or(L2Set::is_all) {
+            return;
+        }
         let shared = self.arena.header(at.page()).shared();
         let first = self.first_path(at);
         let paths = if shared { Some(self.paths(at)) } else { None };
@@ -153,12 +157,16 @@ impl Mmu {
     /// Before `page` is unlinked: dirty flags below are marked by L2 frame, while the paths to them are there.
     pub(crate) fn save_dirty_below(&mut self, page: u32) {
         if self.track.as_ref().is_some_and(|track| track.l2.is_some() && track.strategy.uses_dirty_bits()) {
+            self.visit = self.visit.wrapping_add(1);
             self.collect_dirty_below(page);
         }
     }
 
     /// As [`Self::collect_dirty`] for everything below a link.
     fn collect_dirty_below(&mut self, page: u32) {
+        if !self.first_visit(page) {
+            return;
+        }
         let level = self.arena.header(page).role.level();
         for index in 0..512 {
             let at = SpteRef::new(page, index);
@@ -225,14 +233,24 @@ impl Mmu {
         }
         self.arena.set(at, Spte::link(child));
         if !first && self.track.as_ref().is_some_and(|track| track.l2.is_some()) {
+            self.visit = self.visit.wrapping_add(1);
             self.mark_new_path(child);
         }
         Ok(())
     }
 
+    /// Whether the present walk comes to `page` for the first time: pages that many entries share are walked once.
+    fn first_visit(&mut self, page: u32) -> bool {
+        let visit = self.visit;
+        std::mem::replace(&mut self.arena.header_mut(page).visit, visit) != visit
+    }
+
     /// A new path leads to `page`: writes on it to leaves that are open, or dirty already, will leave no trace of their
     /// own. They are marked by L2 frame now.
     fn mark_new_path(&mut self, page: u32) {
+        if !self.first_visit(page) {
+            return;
+        }
         let level = self.arena.header(page).role.level();
         let by_flag = self.track.as_ref().is_some_and(|track| track.strategy.uses_dirty_bits());
         for index in 0..512 {

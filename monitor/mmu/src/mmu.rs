@@ -33,6 +33,7 @@ pub struct Mmu {
     pub(crate) stats: Stats,
     pub(crate) track: Option<Box<Tracking>>,
     pub(crate) stamp: u32,
+    pub(crate) visit: u32,
     pub(crate) hand: u32,
 }
 
@@ -62,6 +63,7 @@ impl Mmu {
             stats: Stats::default(),
             track: None,
             stamp: 0,
+            visit: 0,
             hand: 0,
             config,
         })
