@@ -25,6 +25,7 @@ pub mod hostile;
 mod link;
 mod memory;
 mod mmu;
+pub mod model;
 mod outbox;
 mod ptelist;
 pub mod reference;
