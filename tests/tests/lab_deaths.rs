@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use umbra::Failure;
 use umbra::cli;
 use umbra::ground::Clock;
+use umbra::lab::emulator::Emulator;
 use umbra::lab::entry::Entry;
 use umbra::lab::watch::Limits;
 use umbra::lab::{self, Machine, child, shelf};
@@ -117,8 +118,9 @@ fn drive(case: &str) -> Result<(), Failure> {
         "reset" => (kernel, "death=reset reboot=k".to_owned()),
         other => (kernel, format!("death={other}")),
     };
+    let init = "/proc/self/exe".into();
     let machine =
-        Machine { kernel, clock: Clock::Instructions, params: Vec::new(), init: "/proc/self/exe".into(), append };
+        Machine { emulator: Emulator::Qemu, kernel, clock: Clock::Instructions, params: Vec::new(), init, append };
     let words = ["umbra", "run", "no-such-scenario"].map(str::to_owned);
     let cli::Command::Run(args) = cli::parse(words)?.command else { panic!("a run is a run") };
     // On a busy machine a boot takes several times as long; only the two cases that wait for a limit have a short one.
@@ -133,7 +135,8 @@ fn shares_a_boot() {
     let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&Progress::Silent).expect("the kernel");
     let param = "kvm.tdp_mmu=0".parse().expect("a parameter");
     let (init, append) = ("/proc/self/exe".into(), "death=none".to_owned());
-    let machine = Machine { kernel, clock: Clock::Instructions, params: vec![param], init, append };
+    let (emulator, clock) = (Emulator::Qemu, Clock::Instructions);
+    let machine = Machine { emulator, kernel, clock, params: vec![param], init, append };
     let jobs = [&["no-such-scenario"][..], &["dirty-log", "--memory=2M", "--tracker=clear", "--backing=hugetlb"]].map(
         |words| match cli::parse(["umbra", "run"].iter().chain(words).map(ToString::to_string))
             .expect("good words")

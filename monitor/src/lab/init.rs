@@ -8,6 +8,7 @@ use super::plan::{self, Plan};
 use super::wire::{self, Message, Told};
 use crate::failure::Failure;
 use crate::ground::Ground;
+use crate::host;
 use crate::progress::Progress;
 use crate::scenario;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -249,7 +250,8 @@ fn supervise(number: usize, limit: Duration) -> Result<(), Failure> {
         (Some(0), _) => Ok(()),
         // Nothing else in the machine sends SIGKILL.
         (_, Some(9)) => {
-            Err(Failure::Check("the run was killed inside the lab: its 4 GiB of memory were used up".into()))
+            let gib = host::memory_bytes().unwrap_or_default().saturating_add(1 << 29) >> 30;
+            Err(Failure::Check(format!("the run was killed inside the lab: its {gib} GiB of memory were used up")))
         }
         _ => Err(Failure::Check(format!("the run crashed inside the lab: {status}"))),
     }
