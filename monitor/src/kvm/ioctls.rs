@@ -78,7 +78,7 @@ pub fn reset_dirty_rings(vm: &impl AsRawFd) -> io::Result<u64> {
     Ok(count.unsigned_abs().into())
 }
 
-/// `struct perf_event_attr` (include/uapi/linux/perf_event.h) as far as its first version goes.
+/// `struct perf_event_attr` (`include/uapi/linux/perf_event.h`) as far as its first version goes.
 #[repr(C)]
 #[derive(Default)]
 struct PerfEventAttr {
@@ -98,7 +98,7 @@ const PERF_TYPE_TRACEPOINT: u32 = 2;
 const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
 ioctl_iow_nr!(PERF_EVENT_IOC_SET_FILTER, 0x24, 6, usize);
 
-/// A counter of a tracepoint's hits on one thread, of those that pass the filter if there is one (perf_event_open(2)).
+/// A counter of a tracepoint's hits on one thread, of those that pass the filter if there is one (`perf_event_open(2)`).
 ///
 /// # Errors
 /// The system's: the user may not, there is no such thread, or the filter is none.

@@ -152,8 +152,9 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     let params = plan.params.iter().map(in_effect).collect();
     port.send(&Message::Ready(params)).map_err(check(PORT))?;
     quiet_khugepaged()?;
+    quiet_housekeeping();
     step(port, "waiting until the machine is idle")?;
-    if let Err(why) = idle::wait(plan.clock) {
+    if let Err(why) = idle::wait(plan.clock, plan.nanoseconds_per_instruction) {
         step(port, &format!("the machine is not idle: {why}"))?;
     }
     for (number, job) in plan.jobs.iter().enumerate() {
@@ -215,6 +216,15 @@ fn quiet_khugepaged() -> Result<(), Failure> {
     // Kept, since an empty list is what wakes it.
     std::hint::black_box(Box::leak(room.into_boxed_slice()));
     Ok(())
+}
+
+/// What else the kernel does every second or half second, whether there is something to do or not: adding up counters of memory, and thinking about
+/// compaction.
+fn quiet_housekeeping() {
+    for (setting, value) in [("stat_interval", "86400"), ("compaction_proactiveness", "0")] {
+        // A kernel without the setting does not do the work.
+        let _ = std::fs::write(Path::new("/proc/sys/vm").join(setting), value);
+    }
 }
 
 fn reserve(pages: u64) -> Result<(), Failure> {

@@ -196,6 +196,7 @@ fn image(machine: &Machine, jobs: &[RunArgs]) -> Result<initramfs::Image, Failur
         let path = std::fs::read_link(&machine.init).unwrap_or_else(|_| machine.init.clone());
         return Err(Error::NotStatic(path).into());
     }
+    let nanoseconds_per_instruction = machine.emulator.nanoseconds_per_instruction();
     let mut files = BTreeMap::new();
     let mut planned = Vec::new();
     for (number, args) in jobs.iter().enumerate() {
@@ -210,14 +211,20 @@ fn image(machine: &Machine, jobs: &[RunArgs]) -> Result<initramfs::Image, Failur
             }
             None => None,
         };
-        planned.push(Job::new(args, firmware, machine.emulator.nanoseconds_per_instruction()));
+        planned.push(Job::new(args, firmware, nanoseconds_per_instruction));
     }
     let modules = machine.modules();
     for module in &modules {
         files.insert(format!("umbra/modules/{}.ko", module.name), read(&machine.kernel.module(module))?);
     }
     let modules = modules.into_iter().map(|module| module.name).collect();
-    let plan = Plan { clock: machine.clock, modules, params: machine.params.clone(), jobs: planned };
+    let plan = Plan {
+        clock: machine.clock,
+        nanoseconds_per_instruction,
+        modules,
+        params: machine.params.clone(),
+        jobs: planned,
+    };
     let text = serde_json::to_vec(&plan).map_err(|error| Error::Scratch(error.into()))?;
     files.insert(plan::FILE.to_owned(), text);
     Ok(initramfs::build(&init, &files).map_err(Error::Scratch)?)

@@ -19,6 +19,8 @@ pub const HUGE: u64 = 2 << 20;
 pub struct Plan {
     /// The clock that phases are measured by.
     pub clock: Clock,
+    /// How many of the machine's nanoseconds an instruction takes.
+    pub nanoseconds_per_instruction: u32,
     /// The modules, in the order in which they are loaded.
     pub modules: Vec<String>,
     /// Their parameters.
