@@ -222,7 +222,8 @@ fn right(text: String) -> Cell {
 fn checks(rows: &[&Row]) -> Table {
     let mut table = plain_table();
     let stalls = rows.iter().any(|row| row.stall.is_some());
-    let mut header = vec![heading_cell("pages, in all rounds")];
+    let unit = rows.iter().find_map(|row| row.stall.as_ref()).map(|stall| format!("\nstalls: {}", stall.unit));
+    let mut header = vec![heading_cell(&format!("pages, in all rounds{}", unit.unwrap_or_default()))];
     header.extend(["written", "reported", "explained", "missed", "extra"].map(heading_cell));
     if stalls {
         header.extend(["stall p50", "p99", "p99.9", "max"].map(heading_cell));
