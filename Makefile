@@ -64,8 +64,12 @@ test: build shelf ## every check: format, lints, unit, property and integration 
 	}
 	trap sums EXIT
 	# The firmware by itself: beside the monitor its dependencies would get the features that the monitor's need, std among them.
-	(cargo test --locked --package umbra-guest-fw --lib --no-fail-fast
-	 cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast) 2>&1 | tee target/test.log
+	{
+	    held=0
+	    cargo test --locked --package umbra-guest-fw --lib --no-fail-fast || held=$$?
+	    cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast || held=$$?
+	    exit $$held
+	} 2>&1 | tee target/test.log
 
 # A check whose tool is not here is passed over, with a line that says so; in CI that is an error.
 absent = echo '$(2): not checked, because cargo has no $(1) here'; if [ "$${CI:-}" = true ]; then exit 1; fi

@@ -44,10 +44,17 @@ pub fn two_dimensional_paging() -> bool {
     }
 }
 
-/// Whether KVM splits huge pages when logging begins or is cleared (`kvm.eager_page_split`, since Linux 5.18).
+/// Whether KVM drops a huge mapping in order to split it, so that its pages fault in one by one.
+///
+/// With `kvm.eager_page_split` (since Linux 5.18) huge mappings are split before anybody writes. Without it the write itself splits: the
+/// TDP MMU then replaces the mapping by a full table (`tdp_mmu_split_huge_page`, since 5.18 too), the older MMU drops it (`drop_large_spte`).
 #[must_use]
-pub fn eager_page_split() -> bool {
-    parameter("kvm", "eager_page_split").is_some_and(|value| value == "Y")
+pub fn drops_huge_mappings() -> bool {
+    match parameter("kvm", "eager_page_split").as_deref() {
+        Some("Y") => false,
+        Some(_) => parameter("kvm", "tdp_mmu").as_deref() != Some("Y"),
+        None => true,
+    }
 }
 
 /// Bytes of memory in all, `None` if /proc does not say.

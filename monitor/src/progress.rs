@@ -2,8 +2,8 @@
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal as _;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// Nothing is shown before this much time has passed.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -14,13 +14,38 @@ pub type Sink = Box<dyn FnMut(&str) + Send>;
 /// Where progress goes.
 pub enum Progress {
     /// A spinner with the current step.
-    Bar(ProgressBar, Instant),
-    /// A line at most every [`PATIENCE`]: when the last one was written.
-    Lines(Mutex<Instant>),
+    Bar(ProgressBar),
+    /// A line for each step that lasts beyond [`PATIENCE`] or begins after it.
+    Lines(Arc<Mutex<Lines>>),
     /// To whatever the lab's PID 1 reports to.
     Sink(Mutex<Sink>),
     /// Nowhere.
     Silent,
+}
+
+/// Steps as lines.
+#[derive(Default)]
+pub struct Lines {
+    patience_is_over: bool,
+    /// The step that began before it was.
+    pending: Option<String>,
+}
+
+impl Lines {
+    fn step(&mut self, what: &str) {
+        if self.patience_is_over {
+            eprintln!("umbra: {what}");
+        } else {
+            self.pending = Some(what.to_owned());
+        }
+    }
+
+    fn lose_patience(&mut self) {
+        self.patience_is_over = true;
+        if let Some(what) = self.pending.take() {
+            eprintln!("umbra: {what}");
+        }
+    }
 }
 
 impl Progress {
@@ -28,31 +53,40 @@ impl Progress {
     #[must_use]
     pub fn stderr() -> Self {
         if !std::io::stderr().is_terminal() {
-            return Self::Lines(Mutex::new(Instant::now()));
+            let lines = Arc::new(Mutex::new(Lines::default()));
+            let weak = Arc::downgrade(&lines);
+            after_patience(move || {
+                if let Some(lines) = weak.upgrade()
+                    && let Ok(mut lines) = lines.lock()
+                {
+                    lines.lose_patience();
+                }
+            });
+            return Self::Lines(lines);
         }
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed} {msg}") {
             bar.set_style(style);
         }
-        Self::Bar(bar, Instant::now())
+        let weak = bar.downgrade();
+        after_patience(move || {
+            if let Some(bar) = weak.upgrade()
+                && !bar.is_finished()
+            {
+                bar.set_draw_target(ProgressDrawTarget::stderr());
+                bar.enable_steady_tick(Duration::from_millis(200));
+            }
+        });
+        Self::Bar(bar)
     }
 
     /// Says what is being done now.
     pub fn step(&self, what: &str) {
         match self {
-            Self::Bar(bar, since) => {
-                bar.set_message(what.to_owned());
-                if since.elapsed() >= PATIENCE && bar.is_hidden() {
-                    bar.set_draw_target(ProgressDrawTarget::stderr());
-                    bar.enable_steady_tick(Duration::from_millis(200));
-                }
-            }
-            Self::Lines(last) => {
-                if let Ok(mut last) = last.lock()
-                    && last.elapsed() >= PATIENCE
-                {
-                    eprintln!("umbra: {what}");
-                    *last = Instant::now();
+            Self::Bar(bar) => bar.set_message(what.to_owned()),
+            Self::Lines(lines) => {
+                if let Ok(mut lines) = lines.lock() {
+                    lines.step(what);
                 }
             }
             Self::Sink(sink) => {
@@ -65,9 +99,17 @@ impl Progress {
     }
 }
 
+/// The step that is being done when patience ends may be the last one for long, so a thread shows it.
+fn after_patience(show: impl FnOnce() + Send + 'static) {
+    std::thread::spawn(move || {
+        std::thread::sleep(PATIENCE);
+        show();
+    });
+}
+
 impl Drop for Progress {
     fn drop(&mut self) {
-        if let Self::Bar(bar, _) = self {
+        if let Self::Bar(bar) = self {
             bar.finish_and_clear();
         }
     }

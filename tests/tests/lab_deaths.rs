@@ -1,5 +1,6 @@
 //! Every way in which a lab machine can die, on a real boot each: one clear line of its own, the right exit code, and nothing left
-//! behind. This program is the test, the lab's user (`--drive CASE`) and the lab's PID 1 (which dies as the kernel's command line says).
+//! behind; and two jobs that share a boot. Words choose some of them. This program is the test, the lab's user (`--drive CASE`) and the
+//! lab's PID 1 (which dies as the kernel's command line says).
 
 use rustix::process::{Pid, Signal, getpid, kill_process};
 use rustix::system::{RebootCommand, reboot};
@@ -48,10 +49,11 @@ fn main() {
     if lab::init::inside() {
         lab::init::main();
     }
-    let mut words = std::env::args().skip(1);
-    if words.next().as_deref() == Some("--drive") {
-        let case = words.next().expect("a case follows --drive");
-        let failure = drive(&case).expect_err("the machine dies");
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--nocapture").collect();
+    if let [drive, case] = &words[..]
+        && drive == "--drive"
+    {
+        let failure = self::drive(case).expect_err("the machine dies");
         eprintln!("umbra: {failure}");
         std::process::exit(match failure {
             Failure::Check(_) => 1,
@@ -63,15 +65,20 @@ fn main() {
     // The kernel is fetched here if need be, where nobody measures the time.
     let shelf = shelf::shelf();
     shelf.kernel(None).expect("a default").ensure(&Progress::stderr()).expect("the default kernel");
+    let tried = |name: &str, test: &dyn Fn()| {
+        if words.is_empty() || words.iter().any(|word| word == name) {
+            let begun = Instant::now();
+            test();
+            println!("{name}: {:.1} s", begun.elapsed().as_secs_f32());
+        }
+    };
     for (case, code, line) in CASES {
-        let begun = Instant::now();
-        dies(case, *code, line);
-        println!("{case}: {:.1} s", begun.elapsed().as_secs_f32());
+        tried(case, &|| dies(case, *code, line));
     }
-    for (signal, code) in [(Signal::INT, Some(130)), (Signal::TERM, Some(130)), (Signal::KILL, None)] {
-        ends_on(signal, code);
-        println!("{signal:?}: ends QEMU");
-    }
+    tried("two-jobs", &shares_a_boot);
+    tried("sigint", &|| ends_on(Signal::INT, Some(130)));
+    tried("sigterm", &|| ends_on(Signal::TERM, Some(130)));
+    tried("sigkill", &|| ends_on(Signal::KILL, None));
 }
 
 /// What PID 1 does instead of its work.
@@ -118,6 +125,32 @@ fn drive(case: &str) -> Result<(), Failure> {
     let limits = Limits { silent: Duration::from_secs(20), wall };
     let mut results = lab::boot_within(&machine, &[args], limits, &Progress::Silent)?;
     results.pop().expect("a result for the job").map(|_| ())
+}
+
+/// Two jobs, the first of which fails: each has its own result.
+fn shares_a_boot() {
+    let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&Progress::Silent).expect("the kernel");
+    let param = "kvm.tdp_mmu=0".parse().expect("a parameter");
+    let (init, append) = ("/proc/self/exe".into(), "death=none".to_owned());
+    let machine = Machine { kernel, clock: Clock::Instructions, params: vec![param], init, append };
+    let jobs = [&["no-such-scenario"][..], &["dirty-log", "--memory=2M", "--tracker=clear", "--backing=hugetlb"]].map(
+        |words| match cli::parse(["umbra", "run"].iter().chain(words).map(ToString::to_string))
+            .expect("good words")
+            .command
+        {
+            cli::Command::Run(args) => args,
+            other => panic!("{other:?}"),
+        },
+    );
+    let results = lab::boot(&machine, &jobs, &Progress::Silent).expect("a boot");
+    assert!(matches!(&results[0], Err(Failure::Input(_))), "{:?}", results[0]);
+    let record = results[1].as_ref().expect("a record");
+    assert_eq!((record.host.ground.as_str(), record.host.deterministic), ("lab", true));
+    assert_eq!(record.host.params["kvm.tdp_mmu"], "N");
+    assert_eq!(record.host.kernel_package, Some(machine.kernel.package()));
+    assert!(record.host.emulator.as_ref().is_some_and(|emulator| emulator.starts_with("QEMU ")), "{record:?}");
+    assert!(record.host.image_sha256.as_ref().is_some_and(|hash| hash.len() == 64), "{record:?}");
+    assert_eq!(record.measured().count(), 1);
 }
 
 /// A copy of a cache entry whose manifest does not list kvm, which kvm-amd needs.

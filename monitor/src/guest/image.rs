@@ -113,7 +113,7 @@ impl Image {
         if let Some((start, name)) = after.checked_sub(1).and_then(|index| self.symbols.get(index))
             && address < IMAGE_END
         {
-            let _ = write!(text, " ({name}+{:#x})", address - start);
+            let _ = write!(text, " ({:#}+{:#x})", rustc_demangle::demangle(name), address - start);
         }
         text
     }

@@ -150,6 +150,7 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     }
     let params = plan.params.iter().map(in_effect).collect();
     port.send(&Message::Ready(params)).map_err(check(PORT))?;
+    quiet_khugepaged()?;
     step(port, "waiting until the machine is idle")?;
     if let Err(why) = idle::wait(plan.clock) {
         step(port, &format!("the machine is not idle: {why}"))?;
@@ -201,6 +202,18 @@ fn kernel_log() -> Vec<String> {
         lines.extend(text.lines().next().and_then(|line| line.split_once(';')).map(|(_, text)| text.to_owned()));
     }
     lines
+}
+
+/// khugepaged scans when the first process with room for a huge page appears, drains every CPU's page lists for it, and does so again
+/// every ten seconds: in the middle of whatever is measured then. So that first process is PID 1, before the wait for an idle machine, and the
+/// next scan is far away. Huge pages at a fault, which `thp` is about, are not its work.
+fn quiet_khugepaged() -> Result<(), Failure> {
+    const INTERVAL: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs";
+    std::fs::write(INTERVAL, u32::MAX.to_string()).map_err(check(INTERVAL))?;
+    let room = vec![1_u8; 2 * usize::try_from(plan::HUGE).unwrap_or(0)];
+    // Kept, since an empty list is what wakes it.
+    std::hint::black_box(Box::leak(room.into_boxed_slice()));
+    Ok(())
 }
 
 fn reserve(pages: u64) -> Result<(), Failure> {

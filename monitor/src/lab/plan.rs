@@ -12,7 +12,7 @@ use std::time::Duration;
 pub const FILE: &str = "umbra/plan.json";
 
 /// Pages of hugetlb, in bytes.
-const HUGE: u64 = 2 << 20;
+pub const HUGE: u64 = 2 << 20;
 
 /// One boot.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]

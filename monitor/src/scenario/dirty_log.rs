@@ -122,7 +122,7 @@ impl<'a> Run<'a> {
         let window = self.machine.command(Command::Populate, 0)?;
         self.phase("populate", 0, window);
         let before = self.counters()?;
-        let drops_huge = self.setup.plan.backing.is_huge() && !host::eager_page_split();
+        let drops_huge = self.setup.plan.backing.is_huge() && host::drops_huge_mappings();
         let mut expectation = Expectation::new(self.kind, &self.setup.plan.slots, drops_huge);
 
         let (started, window) = timer.window(witness, || self.tracker.start(&self.machine));
