@@ -3,6 +3,7 @@
 //! Everything here acts on this process's own memory by address and length. A stretch that is not mapped, or not mapped for what is asked,
 //! is refused by the kernel; nothing here reads or writes the memory's bytes.
 
+mod ioctls;
 pub mod pagemap;
 pub mod residency;
 pub mod userfault;

@@ -221,6 +221,7 @@ impl HostMemory {
     }
 
     /// Writes the first word of page `index`, as a guest would. Returns false, and changes nothing, beyond the end.
+    #[must_use]
     pub fn set_first_word(&self, index: u64, value: u64) -> bool {
         let Some(word) = self.word_at(index) else { return false };
         // SAFETY: as above; nobody has a reference to the memory.

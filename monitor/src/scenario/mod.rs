@@ -2,6 +2,7 @@
 
 mod dirty_log;
 mod setup;
+mod snapshot;
 mod soak;
 
 pub use setup::{Options, Setup};
@@ -11,6 +12,7 @@ use crate::failure::Failure;
 use crate::ground::Ground;
 use crate::progress::Progress;
 use crate::report::Record;
+use crate::track::{self, Kind};
 
 /// A scenario.
 pub struct Scenario {
@@ -18,6 +20,8 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it does, in one line.
     pub description: &'static str,
+    /// The trackers that run without `--tracker`.
+    pub trackers: &'static [Kind],
     run: fn(&Setup, &Progress) -> Result<Record, Failure>,
 }
 
@@ -26,11 +30,19 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "dirty-log",
         description: "what KVM's dirty tracking costs: populate, enable, rounds of dirty/get/clear, disable, retouch",
+        trackers: &track::OF_KVM,
         run: dirty_log::run,
+    },
+    Scenario {
+        name: "snapshot",
+        description: "which tracker for a snapshot: each of them where 0, 1, 10 and 100% of the pages are written",
+        trackers: &track::ALL,
+        run: snapshot::run,
     },
     Scenario {
         name: "soak",
         description: "the guest writes while the controller harvests: a write may be reported late, never lost",
+        trackers: &track::OF_KVM,
         run: soak::run,
     },
 ];

@@ -5,7 +5,8 @@
 //! - a round that a vCPU had finished before a harvest began must be in the copy after it, for every page the round wrote;
 //! - at the end, one last harvest makes the copy equal to the memory.
 //!
-//! Either failing means that a write was lost.
+//! Either failing means that a write was lost. Where a tracker loses writes between harvest and clear by its definition (`soft-dirty`), the guest stands
+//! still from the one to the other.
 
 use super::Setup;
 use super::setup::Fault;
@@ -74,12 +75,19 @@ impl<'a> Soak<'a> {
         let begin = Instant::now();
         while begin.elapsed() < share {
             std::thread::sleep(PAUSE);
+            if self.kind.needs_standstill() {
+                self.stand_still()?;
+            }
             let finished = self.rounds_done()?;
             self.harvest()?;
             self.check_finished(&finished);
+            if self.kind.needs_standstill() {
+                // All go on from the slowest vCPU's round; the others repeat some.
+                let next = self.rounds_done()?.into_iter().min().unwrap_or(1);
+                self.machine.begin(Command::FreeRun, next)?;
+            }
         }
-        self.machine.stop_free_run()?;
-        self.machine.finish_all(Command::FreeRun)?;
+        self.stand_still()?;
         self.harvest()?;
         let lost: Vec<_> =
             (0..self.setup.plan.pattern.pages).filter(|&page| self.word(page) != self.copied(page)).collect();
@@ -89,6 +97,13 @@ impl<'a> Soak<'a> {
         let rounds: u64 = self.rounds_done()?.iter().map(|next| next - 1).sum();
         self.tracker.stop(&self.machine)?;
         Ok(self.row(rounds))
+    }
+
+    /// Lets the vCPUs finish their round and waits for them.
+    fn stand_still(&self) -> Result<(), Failure> {
+        self.machine.stop_free_run()?;
+        self.machine.finish_all(Command::FreeRun)?;
+        Ok(())
     }
 
     fn row(self, rounds: u64) -> Row {

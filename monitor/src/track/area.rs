@@ -88,14 +88,17 @@ pub mod tests {
 
     /// Writes tracked page `page`.
     pub fn write(memory: &[HostMemory; 2], page: u64, value: u64) {
-        let written = if page < 5 { memory[0].set_first_word(page, value) } else { memory[1].set_first_word(page - 5, value) };
+        let written =
+            if page < 5 { memory[0].set_first_word(page, value) } else { memory[1].set_first_word(page - 5, value) };
         assert!(written, "page {page}");
     }
 
     /// The set of these pages.
     pub fn set(pages: &[u64]) -> PageSet {
         let mut set = PageSet::new(12);
-        pages.iter().for_each(|&page| assert!(set.insert(page)));
+        for &page in pages {
+            assert!(set.insert(page));
+        }
         set
     }
 
@@ -107,7 +110,9 @@ pub mod tests {
         let part = |area: usize, first, pages| areas[area].stretch.part(first, pages);
         assert_eq!(found, [part(0, 0, 2), part(0, 3, 2), part(1, 0, 2), part(1, 6, 1)]);
         let mut again = PageSet::new(12);
-        found.into_iter().for_each(|stretch| insert(&areas, stretch, &mut again));
+        for stretch in found {
+            insert(&areas, stretch, &mut again);
+        }
         assert_eq!(again, set);
     }
 

@@ -140,7 +140,9 @@ mod tests {
                 let Ok(mut tracker) = WrittenPages::new(areas, order) else { return };
                 tracker.begin().unwrap();
                 for pages in [&[0, 4, 5, 11][..], &[], &[2, 3]] {
-                    pages.iter().for_each(|&page| write(&memory, page, 2));
+                    for &page in pages {
+                        write(&memory, page, 2);
+                    }
                     tracker.scan().unwrap();
                     tracker.protect().unwrap();
                     assert_eq!(found(&tracker), set(pages), "{order:?} {backing}");

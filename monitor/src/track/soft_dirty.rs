@@ -1,4 +1,4 @@
-//! `soft-dirty`: bit 55 of pagemap's entries, cleared by /proc/self/clear_refs for the whole process at once.
+//! `soft-dirty`: bit 55 of pagemap's entries, cleared by `/proc/self/clear_refs` for the whole process at once.
 //!
 //! To read and to clear are two calls, and the second also clears what the first has not seen: a write between them is lost, unless the
 //! guest stands still from the one to the other, as it does where snapshots are taken this way.
@@ -26,17 +26,18 @@ pub struct SoftDirty {
 pub fn check() -> Result<(), Error> {
     let (pagemap, mut clear) = (Pagemap::open()?, ClearRefs::open()?);
     let memory = HostMemory::new(PAGE_SIZE, Backing::Anonymous)?;
-    let mut is_dirty = |pagemap: &Pagemap| {
+    let is_dirty = |pagemap: &Pagemap| {
         let mut entry = [0];
         pagemap.entries(Stretch { start: memory.hva(), pages: 1 }, &mut entry)?;
         Ok::<_, Error>(is_soft_dirty(entry[0]))
     };
-    memory.set_first_word(0, 1);
+    let _ = memory.set_first_word(0, 1);
     clear.clear_soft_dirty()?;
     let before = is_dirty(&pagemap)?;
-    memory.set_first_word(0, 2);
-    if before || !is_dirty(&pagemap)? {
-        let silent = "a page that was written has no soft-dirty bit (/proc/self/clear_refs takes the 4 and does nothing)";
+    let written = memory.set_first_word(0, 2);
+    if before || !written || !is_dirty(&pagemap)? {
+        let silent =
+            "a page that was written has no soft-dirty bit (/proc/self/clear_refs takes the 4 and does nothing)";
         return Err(missing("CONFIG_MEM_SOFT_DIRTY", silent));
     }
     Ok(())

@@ -178,7 +178,9 @@ mod tests {
             let Ok(mut tracker) = Faults::new(areas) else { return };
             tracker.begin().unwrap();
             for pages in [&[0, 4, 5, 11][..], &[], &[2, 3]] {
-                pages.iter().for_each(|&page| write(&memory, page, 2));
+                for &page in pages {
+                    write(&memory, page, 2);
+                }
                 tracker.take().unwrap();
                 tracker.protect().unwrap();
                 assert_eq!(tracker.harvested, set(pages), "{backing}");
