@@ -10,9 +10,10 @@ pub const PERCENTS: [u64; 4] = [0, 1, 10, 100];
 
 /// What the columns are.
 pub const FOOTNOTES: &str = "\
-start: per tracked page, in all below. clean: a page that is only read, in a round without writes. 1%, 10%, 100%: a page that is written, when so many
-are; what the clean ones cost has been taken off. Guest above: a round's time, faults included. Monitor below: get and clear.
-stall: one write, at 100% (p50) and the longest of all. reported: in the last round, where 1% and 10% were written. lost: written, not reported.
+Guest above: a round's time, faults included; monitor below: get and clear. start: per tracked page, and in all.
+clean: a page that is only read, in rounds without writes. 1%, 10%, 100%: a page that is written, when so many are; what clean pages cost has been
+taken off, so that what makes those dearer than in rounds without writes (they fault in again, and by 4 KiB) is in it. -: lost in the noise.
+stall: one write, at 100% (p50), and the longest of all. reported: in the last round of 1% and of 10%. lost: written, and never reported.
 ";
 
 /// What a round costs at one share of writes.
@@ -43,10 +44,10 @@ fn round(row: &Row) -> Option<Round> {
     })
 }
 
-/// What each of `written` pages cost, when `all` pages without a write cost `clean`.
-fn each(cost: u64, clean: u64, written: u64, all: u64) -> u64 {
+/// What each of `written` pages cost, when `all` pages without a write cost `clean`. `None` if there is nothing left for them, as on a noisy clock.
+fn each(cost: u64, clean: u64, written: u64, all: u64) -> Option<u64> {
     let others = u128::from(clean) * u128::from(all.saturating_sub(written)) / u128::from(all.max(1));
-    cost.saturating_sub(u64::try_from(others).unwrap_or(u64::MAX)) / written.max(1)
+    cost.checked_sub(u64::try_from(others).unwrap_or(u64::MAX))?.checked_div(written)
 }
 
 /// A row of the table for each tracker that has a row of the Record for each share.
@@ -100,7 +101,8 @@ fn cells(name: &str, rows: &BTreeMap<u64, &Row>, pages: u64) -> Option<Vec<Cell>
     for round in dirty {
         let guest = each(round.guest, clean.guest, round.written, pages);
         let monitor = each(round.monitor, clean.monitor, round.written, pages);
-        cells.push(right(format!("{}\n{}", scaled(guest), scaled(monitor))));
+        let [guest, monitor] = [guest, monitor].map(|cost| cost.map_or_else(|| "-".to_owned(), scaled));
+        cells.push(right(format!("{guest}\n{monitor}")));
     }
     let stalls = || rows.values().filter_map(|row| row.stall.as_ref());
     cells.push(right(scaled(rows.get(&100)?.stall.as_ref()?.p50)));
@@ -163,8 +165,8 @@ mod tests {
 
     #[test]
     fn noise_below_the_clean_pages_is_nothing() {
-        assert_eq!(each(900, 1000, 10, 1000), 0);
-        assert_eq!(each(1000, 0, 10, 1000), 100);
-        assert_eq!(each(5, 5, 0, 0), 5);
+        assert_eq!(each(900, 1000, 10, 1000), None);
+        assert_eq!(each(1000, 0, 10, 1000), Some(100));
+        assert_eq!(each(5, 5, 0, 0), None);
     }
 }
