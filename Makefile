@@ -89,6 +89,11 @@ lab-%: build shelf ## any scenario in the lab (lab-dirty-log, lab-soak, ...), wi
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
 	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)
 
+.PHONY: bench-trackers
+bench-trackers: build shelf ## which tracker for a snapshot: a written and a clean page under each, in the lab and on this machine's KVM
+	@for backing in anonymous thp shmem; do $(UMBRA) lab snapshot --memory 16M --backing $$backing $(ARGS); done
+	for backing in anonymous thp shmem; do $(UMBRA) run snapshot --memory 16M --rounds 10 --backing $$backing $(ARGS) || [ $$? = 3 ]; done
+
 .PHONY: test-fresh
 test-fresh: ## `make run` and `make test` in minimal chroots of Debian 12 and 13 (SUITES); root, mmdebstrap; some GB, some minutes
 	@tests/fresh $(SUITES)

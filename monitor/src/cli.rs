@@ -87,7 +87,7 @@ pub struct RunArgs {
     /// Leaf size of the firmware's own page tables: 4k, 2m.
     #[arg(long, default_value = "4k")]
     pub guest_page: String,
-    /// Trackers, separated by commas (default: all).
+    /// Trackers, separated by commas, or all (default: KVM's own; snapshot: all).
     #[arg(long, value_delimiter = ',')]
     pub tracker: Vec<String>,
     /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).

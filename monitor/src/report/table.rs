@@ -1,6 +1,7 @@
 //! A Record as a table on the terminal.
 
 use super::record::{Phase, Record, Row, Rows};
+use super::snapshot;
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -10,6 +11,13 @@ use std::fmt::Write as _;
 pub fn render(record: &Record) -> String {
     let mut text = heading(record);
     let measured: Vec<_> = record.measured().collect();
+    if record.scenario == "snapshot" {
+        let _ = write!(text, "\n{}\n", snapshot::table(record, pages(record)));
+        text.push_str(&missing(record));
+        text.push_str(snapshot::FOOTNOTES);
+        text.push_str(&about_clock(record, &measured));
+        return text;
+    }
     if measured.iter().any(|row| !row.phases.is_empty()) {
         let _ = write!(text, "\n{}\n", costs(record, &measured));
     }
@@ -17,12 +25,20 @@ pub fn render(record: &Record) -> String {
     if let Some(table) = counters(&measured) {
         let _ = write!(text, "\n{table}\n");
     }
+    text.push_str(&missing(record));
+    text.push_str(&footnotes(&measured));
+    text.push_str(&about_clock(record, &measured));
+    text
+}
+
+/// A line for each row that this host cannot do.
+fn missing(record: &Record) -> String {
+    let mut text = String::new();
     for row in &record.rows {
         if let Rows::NotHere { name, not_here } = row {
             let _ = writeln!(text, "{name}: not here: {not_here}");
         }
     }
-    text.push_str(&footnotes(record, &measured));
     text
 }
 
@@ -58,9 +74,12 @@ fn heading(record: &Record) -> String {
         _ => "this machine, ".to_owned(),
     };
     let accesses = accesses(record);
-    let percent = number(record, "write-percent");
+    let writes = match record.config.get("write-percent").and_then(serde_json::Value::as_u64) {
+        Some(percent) => format!("{} of {accesses} accesses a round write ({percent}%)", accesses * percent / 100),
+        None => format!("{accesses} accesses a round"),
+    };
     format!(
-        "{}: {place}Linux {}, KVM on {}\n{} pages ({} MiB) in {} slot{}, {}; {} vCPU{}; pattern {}, seed {}: {} of {accesses} accesses a round write ({percent}%)\n",
+        "{}: {place}Linux {}, KVM on {}\n{} pages ({} MiB) in {} slot{}, {}; {} vCPU{}; pattern {}, seed {}: {writes}\n",
         record.scenario,
         host.kernel,
         host.vendor,
@@ -73,7 +92,6 @@ fn heading(record: &Record) -> String {
         if number(record, "vcpus") == 1 { "" } else { "s" },
         words(record, "pattern"),
         words(record, "seed"),
-        accesses * percent / 100,
     )
 }
 
@@ -111,7 +129,7 @@ fn aliases(record: &Record) -> u64 {
 }
 
 /// Up to four significant digits: 987, 19.95k, 4.701M, 135.9M.
-fn scaled(value: u64) -> String {
+pub(super) fn scaled(value: u64) -> String {
     let (unit, suffix) = match value {
         0..10_000 => return value.to_string(),
         10_000..1_000_000 => (1000, "k"),
@@ -130,7 +148,7 @@ fn scaled(value: u64) -> String {
 }
 
 /// `value / count`, rounded, with a digit behind the point below ten.
-fn per(value: u64, count: u64) -> String {
+pub(super) fn per(value: u64, count: u64) -> String {
     if count == 0 {
         return "-".to_owned();
     }
@@ -177,7 +195,7 @@ fn smallest<'a>(row: &'a Row, phase: &str, rounds: Rounds) -> Option<&'a Phase> 
 }
 
 /// A table of plain text: no colours, so `NO_COLOR` has nothing to forbid.
-fn plain_table() -> Table {
+pub(super) fn plain_table() -> Table {
     let line = LineStyle::none().fill('─').junction('─');
     let style = TableStyle::new().top_border(line).header_separator(line).bottom_border(line);
     let mut table = Table::new();
@@ -185,7 +203,7 @@ fn plain_table() -> Table {
     table
 }
 
-fn heading_cell(text: &str) -> Cell {
+pub(super) fn heading_cell(text: &str) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
 }
 
@@ -214,7 +232,7 @@ fn costs(record: &Record, rows: &[&Row]) -> Table {
     table
 }
 
-fn right(text: String) -> Cell {
+pub(super) fn right(text: String) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
 }
 
@@ -277,7 +295,7 @@ fn counters(rows: &[&Row]) -> Option<Table> {
     Some(table)
 }
 
-fn footnotes(record: &Record, rows: &[&Row]) -> String {
+fn footnotes(rows: &[&Row]) -> String {
     let mut text = String::new();
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
@@ -287,6 +305,12 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
             "Costs: timed pass. Stalls (one write, guest's clock) and counters: observed pass. Pages: both passes.\n",
         );
     }
+    text
+}
+
+/// What the clock's figures are worth.
+fn about_clock(record: &Record, rows: &[&Row]) -> String {
+    let mut text = String::new();
     text.push_str(match (record.scenario.as_str(), record.host.clock.as_str()) {
         ("model", "instructions") => {
             "Instructions of the shadow MMU and of the walker that executes L2; a real L2 pays an exit for each fault besides.\n"

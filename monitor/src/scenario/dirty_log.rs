@@ -8,15 +8,14 @@ use super::Setup;
 use super::setup::Fault;
 use crate::failure::Failure;
 use crate::ground::Clock;
-use crate::guest::Machine;
-use crate::host;
+use crate::guest::{Machine, Plan};
 use crate::kvm::clock::Window;
 use crate::kvm::witness::Witness;
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::{Counter, Phase, Row, Stall, TruthRound};
-use crate::track::{Expectation, Kind, Tracker};
+use crate::track::{self, Expectation, Kind, Tracker};
 use crate::truth::{Contents, Round, Verdict};
 use std::collections::BTreeMap;
 use umbra_shared::histogram::Histogram;
@@ -61,7 +60,8 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     setup.rows(|kind| row(setup, kind, progress))
 }
 
-fn row(setup: &Setup, kind: Kind, progress: &Progress) -> Result<Row, Failure> {
+/// Both passes of one tracker.
+pub(super) fn row(setup: &Setup, kind: Kind, progress: &Progress) -> Result<Row, Failure> {
     let mut tries = tries(setup.plan.timer.clock());
     let mut row = loop {
         let row = Run::new(setup, kind, Pass::Timed, progress)?.finish()?;
@@ -124,8 +124,8 @@ impl<'a> Run<'a> {
         let window = self.machine.command(Command::Populate, 0)?;
         self.phase("populate", 0, window);
         let before = self.counters()?;
-        let drops_huge = self.setup.plan.backing.is_huge() && host::drops_huge_mappings();
-        let mut expectation = Expectation::new(self.kind, &self.setup.plan.slots, drops_huge);
+        let Plan { slots, backing, .. } = &self.setup.plan;
+        let mut expectation = Expectation::new(self.kind, slots, *backing, track::Host::here());
 
         let (started, window) = timer.window(witness, || self.tracker.start(&self.machine));
         started?;

@@ -3,6 +3,7 @@
 mod dirty_log;
 mod model;
 mod setup;
+mod snapshot;
 mod soak;
 
 pub use setup::{Options, Setup};
@@ -13,6 +14,7 @@ use crate::ground::Ground;
 use crate::kvm::vm::Resident;
 use crate::progress::Progress;
 use crate::report::Record;
+use crate::track::{self, Kind};
 
 /// A scenario.
 pub struct Scenario {
@@ -20,6 +22,8 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it does, in one line.
     pub description: &'static str,
+    /// The trackers that run without `--tracker`; none where the scenario has no trackers.
+    pub trackers: &'static [Kind],
     work: Work,
 }
 
@@ -36,16 +40,25 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "dirty-log",
         description: "what KVM's dirty tracking costs: populate, enable, rounds of dirty/get/clear, disable, retouch",
+        trackers: &track::OF_KVM,
         work: Work::Kvm(dirty_log::run),
     },
     Scenario {
         name: "model",
         description: "Umbra's own shadow MMU on a software walker: every strategy on the same run, no KVM needed",
+        trackers: &[],
         work: Work::Model,
+    },
+    Scenario {
+        name: "snapshot",
+        description: "which tracker for a snapshot: each of them where 0, 1, 10 and 100% of the pages are written",
+        trackers: &track::ALL,
+        work: Work::Kvm(snapshot::run),
     },
     Scenario {
         name: "soak",
         description: "the guest writes while the controller harvests: a write may be reported late, never lost",
+        trackers: &track::OF_KVM,
         work: Work::Kvm(soak::run),
     },
 ];

@@ -6,7 +6,8 @@
 //! - at the end, one last harvest makes the copy equal to the memory.
 //!
 //! Either failing means that a write was lost. Where several vCPUs write the same page, the first holds in a weaker form: a vCPU that is behind
-//! may overwrite a newer stamp with an older one, but not with one of a round that it had finished before the newer one's began.
+//! may overwrite a newer stamp with an older one, but not with one of a round that it had finished before the newer one's began. Where a tracker
+//! loses writes between harvest and clear by its definition (`soft-dirty`), the guest stands still from the one to the other.
 
 use super::Setup;
 use super::setup::Fault;
@@ -82,17 +83,22 @@ impl<'a> Soak<'a> {
         let begin = Instant::now();
         while begin.elapsed() < share {
             std::thread::sleep(PAUSE);
+            if self.kind.needs_standstill() {
+                self.stand_still()?;
+            }
             // In this order: what begins after the second look began after the first.
             let reached = self.rounds_done()?.into_iter().min().unwrap_or(1);
             let finished = self.rounds_done()?;
             self.harvest()?;
             self.check_finished(&finished);
             self.reached = reached;
+            if self.kind.needs_standstill() {
+                // All go on from the slowest vCPU's round; the others repeat some.
+                let next = self.rounds_done()?.into_iter().min().unwrap_or(1);
+                self.machine.begin(Command::FreeRun, next)?;
+            }
         }
-        self.machine.stop_free_run()?;
-        self.machine.finish_all(Command::FreeRun)?;
-        // The firmware counts over the whole free run; a page written in several rounds counts in each.
-        self.sums.written = self.machine.writes()?;
+        self.stand_still()?;
         self.harvest()?;
         let lost: Vec<_> =
             (0..self.setup.plan.pattern.pages).filter(|&page| self.word(page) != self.copied(page)).collect();
@@ -105,6 +111,15 @@ impl<'a> Soak<'a> {
         }
         self.tracker.stop(&self.machine)?;
         Ok(self.row(rounds))
+    }
+
+    /// Lets the vCPUs finish their round and waits for them.
+    fn stand_still(&mut self) -> Result<(), Failure> {
+        self.machine.stop_free_run()?;
+        self.machine.finish_all(Command::FreeRun)?;
+        // The firmware counts over the whole free run; a page written in several rounds counts in each.
+        self.sums.written += self.machine.writes()?;
+        Ok(())
     }
 
     fn row(self, rounds: u64) -> Row {
