@@ -8,6 +8,7 @@
 pub mod gfn;
 pub mod histogram;
 pub mod layout;
+pub mod paging;
 pub mod pattern;
 pub mod protocol;
 

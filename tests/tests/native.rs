@@ -1,7 +1,9 @@
 //! Runs on this machine's /dev/kvm. Where there is none, every test checks that `umbra` says so.
 
+use rustix::process::{Pid, Signal};
+use std::time::{Duration, Instant};
 use umbra::report::Record;
-use umbra_tests::{kvm_here, record, refused, umbra};
+use umbra_tests::{command, finish, kvm_here, record, refused, umbra};
 
 /// A run whose truth held, or `None` where there is no KVM (and `umbra` said that).
 fn measured(words: &[&str]) -> Option<Record> {
@@ -123,4 +125,34 @@ fn the_soak_can_fail() {
     let run = umbra(&words, 60);
     assert_eq!(run.code, Some(1), "{}{}", run.stdout, run.stderr);
     assert!(run.stderr.contains("clear") && run.stderr.contains("page "), "{}", run.stderr);
+}
+
+#[test]
+fn an_interrupted_run_leaves_nothing() {
+    if !kvm_here() {
+        return refused(&["run", "soak"], 3, &["/dev/kvm"]);
+    }
+    for signal in [Signal::INT, Signal::TERM] {
+        let directory = tempfile::tempdir().unwrap();
+        let out = directory.path().join("record.json").to_string_lossy().into_owned();
+        let run = command(&["run", "soak", "--memory", "8M", "--vcpus", "2", "--seconds", "60", "--out", &out])
+            .spawn()
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(700));
+        rustix::process::kill_process(Pid::from_child(&run), signal).unwrap();
+        let begin = Instant::now();
+        // The VM, its memory and its threads are the process's own, so they end with it.
+        let run = finish(run, Duration::from_secs(20));
+        assert!(run.code.is_none() || run.code == Some(130), "{signal:?}: {run:?}");
+        assert!(begin.elapsed() < Duration::from_secs(10), "{signal:?}");
+        assert_eq!(directory.path().read_dir().unwrap().count(), 0, "{signal:?} left a file");
+    }
+}
+
+#[test]
+fn the_table_is_plain_text() {
+    let Some(_) = measured(&["dirty-log", "--memory", "1M", "--tracker", "bitmap"]) else { return };
+    let run = umbra(&["run", "dirty-log", "--memory", "1M", "--tracker", "bitmap"], 60);
+    assert!(!run.stdout.contains('\u{1b}') && !run.stderr.contains('\u{1b}'), "escape sequences without a terminal");
+    assert!(run.stdout.contains("missed") && run.stdout.contains("bitmap"), "{}", run.stdout);
 }

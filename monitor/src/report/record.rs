@@ -189,6 +189,14 @@ pub struct Stall {
     pub total: u64,
 }
 
+impl Row {
+    /// Whether the truth did not hold.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.truth.pages.missed > 0 || self.truth.pages.extra > 0 || !self.truth.faults.is_empty()
+    }
+}
+
 impl Record {
     /// The file's text: JSON with two spaces of indent and a newline at the end.
     ///

@@ -10,6 +10,7 @@ pub use setup::{Options, Setup};
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::ground::Ground;
+use crate::kvm::vm::Resident;
 use crate::progress::Progress;
 use crate::report::Record;
 use crate::track::{self, Kind};
@@ -54,6 +55,7 @@ pub const ALL: &[Scenario] = &[
 pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record, Failure> {
     let scenario = find(args)?;
     let setup = Setup::new(args, ground)?;
+    let _resident = Resident::new()?;
     (scenario.run)(&setup, progress)
 }
 
