@@ -79,8 +79,8 @@ impl Probe {
             .iter()
             .map(|scenario| Place {
                 name: scenario.name.to_owned(),
-                here: kvm_error.is_none(),
-                missing: kvm_error.clone(),
+                here: kvm_error.is_none() || !scenario.needs_kvm(),
+                missing: kvm_error.clone().filter(|_| scenario.needs_kvm()),
             })
             .collect();
         let free = first_line("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");

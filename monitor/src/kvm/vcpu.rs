@@ -21,7 +21,7 @@ const EXIT_DIRTY_RING_FULL: u32 = 31;
 pub enum Exit {
     /// The guest rang.
     Doorbell(Doorbell),
-    /// The guest cannot go on: what happened, and RIP and RSP at that moment.
+    /// The guest cannot go on: what happened, and RIP at that moment.
     Broken {
         /// In words.
         what: String,

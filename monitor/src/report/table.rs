@@ -60,11 +60,15 @@ fn pages(record: &Record) -> u64 {
 
 /// Accesses of one round, which the firmware executes and the table divides by.
 fn accesses(record: &Record) -> u64 {
-    if words(record, "pattern") == "empty" { 0 } else { pages(record) * number(record, "accesses-per-page") }
+    let pages = pages(record) * aliases(record);
+    if words(record, "pattern") == "empty" { 0 } else { pages * number(record, "accesses-per-page") }
 }
 
 fn heading(record: &Record) -> String {
     let host = &record.host;
+    if record.scenario == "model" {
+        return model_heading(record);
+    }
     let place = match host.ground.as_str() {
         "lab" => format!("the lab ({}), ", host.emulator.as_deref().unwrap_or("emulator unknown")),
         _ => "this machine, ".to_owned(),
@@ -89,6 +93,39 @@ fn heading(record: &Record) -> String {
         words(record, "pattern"),
         words(record, "seed"),
     )
+}
+
+/// What a run of the shadow MMU was about.
+fn model_heading(record: &Record) -> String {
+    let place = match record.host.ground.as_str() {
+        "lab" => format!("in the lab, Linux {}", record.host.kernel),
+        _ => "no clock".to_owned(),
+    };
+    let or = |option: &str, default: &str| match words(record, option) {
+        given if given.is_empty() => default.to_owned(),
+        given => given,
+    };
+    format!(
+        "model: Umbra's shadow MMU on the software walker, {place}\n\
+         {} L1 pages ({} MiB), L2 GPAs of each: {} ({}); EPT12: {}, leaves {}; split {}, collapse {}\n\
+         pattern {}, {}% of {} accesses a round write\n",
+        pages(record),
+        number(record, "memory") >> 20,
+        aliases(record),
+        or("alias-kind", "contiguous"),
+        or("format", "ept"),
+        or("leaf", "4k"),
+        or("split", "lazy"),
+        or("collapse", "none"),
+        words(record, "pattern"),
+        number(record, "write-percent"),
+        accesses(record),
+    )
+}
+
+/// L2 GPAs for each tracked page: 1 where there is no L2.
+fn aliases(record: &Record) -> u64 {
+    number(record, "alias").max(1)
 }
 
 /// Up to four significant digits: 987, 19.95k, 4.701M, 135.9M.
@@ -171,7 +208,7 @@ pub(super) fn heading_cell(text: &str) -> Cell {
 }
 
 fn costs(record: &Record, rows: &[&Row]) -> Table {
-    let unit = &record.host.clock;
+    let unit = rows.iter().find_map(|row| row.phases.first()).map_or("", |phase| phase.unit.as_str());
     let mut table = plain_table();
     let shown: Vec<_> = COLUMNS
         .iter()
@@ -203,10 +240,15 @@ pub(super) fn right(text: String) -> Cell {
 fn checks(rows: &[&Row]) -> Table {
     let mut table = plain_table();
     let stalls = rows.iter().any(|row| row.stall.is_some());
-    let mut header = vec![heading_cell("pages, in all rounds")];
+    let unit = rows.iter().find_map(|row| row.stall.as_ref()).map(|stall| format!("\nstalls: {}", stall.unit));
+    let mut header = vec![heading_cell(&format!("pages, in all rounds{}", unit.unwrap_or_default()))];
     header.extend(["written", "reported", "explained", "missed", "extra"].map(heading_cell));
     if stalls {
         header.extend(["stall p50", "p99", "p99.9", "max"].map(heading_cell));
+    }
+    let memory = rows.iter().any(|row| row.memory.is_some());
+    if memory {
+        header.extend(["tables, bytes", "rmaps", "in caches", "tracking"].map(heading_cell));
     }
     table.set_header(header);
     for row in rows {
@@ -222,6 +264,10 @@ fn checks(rows: &[&Row]) -> Table {
             None if stalls => cells.extend(["-"; 4].map(|none| right(none.to_owned()))),
             None => {}
         }
+        if let Some(bytes) = &row.memory {
+            let bytes = [bytes.table_bytes, bytes.rmap_bytes, bytes.cache_bytes, bytes.track_bytes];
+            cells.extend(bytes.map(|value| right(scaled(value))));
+        }
         table.add_row(cells);
     }
     table
@@ -229,8 +275,9 @@ fn checks(rows: &[&Row]) -> Table {
 
 /// Counters: a row each, a column for each row of the Record.
 fn counters(rows: &[&Row]) -> Option<Table> {
-    let names: BTreeSet<_> =
-        rows.iter().flat_map(|row| row.counters.iter().map(|(name, c)| (name, &c.source))).collect();
+    // A counter that is 0 in every row says nothing.
+    let counted = rows.iter().flat_map(|row| &row.counters).filter(|(_, counter)| counter.value > 0);
+    let names: BTreeSet<_> = counted.map(|(name, counter)| (name, &counter.source)).collect();
     if names.is_empty() {
         return None;
     }
@@ -252,6 +299,8 @@ fn footnotes(rows: &[&Row]) -> String {
     let mut text = String::new();
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
+    }
+    if rows.iter().any(|row| row.stall.is_some()) {
         text.push_str(
             "Costs: timed pass. Stalls (one write, guest's clock) and counters: observed pass. Pages: both passes.\n",
         );
@@ -262,9 +311,12 @@ fn footnotes(rows: &[&Row]) -> String {
 /// What the clock's figures are worth.
 fn about_clock(record: &Record, rows: &[&Row]) -> String {
     let mut text = String::new();
-    let unit = record.host.clock.as_str();
-    text.push_str(match unit {
-        "instructions" => {
+    text.push_str(match (record.scenario.as_str(), record.host.clock.as_str()) {
+        ("model", "instructions") => {
+            "Instructions of the shadow MMU and of the walker that executes L2; a real L2 pays an exit for each fault besides.\n"
+        }
+        ("model", _) => "Faults and bytes, no time: `umbra lab model` gives instructions for the same run.\n",
+        (_, "instructions") => {
             "Instructions of guest, kernel and monitor together; they leave out what a world switch, a TLB or cache miss costs on hardware.\n"
         }
         _ => "Wall-clock time on a machine that others may share: compare ratios, not single figures.\n",

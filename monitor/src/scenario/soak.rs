@@ -181,11 +181,11 @@ impl<'a> Soak<'a> {
             self.running[vcpu] = (next, self.reached);
             let last = next.saturating_sub(1);
             let then_reached = if last == running { then_reached } else { self.reached };
-            let least = if one_writer { last } else { then_reached.min(last) };
+            let surely = if one_writer { last } else { then_reached.min(last) };
             let share = pattern.share(vcpu as u64, finished.len() as u64);
             let late: Vec<_> = share
                 .map(|index| pattern.access(last, index))
-                .filter(|access| access.write && self.copied(access.page) < Pattern::stamp(least, access.page))
+                .filter(|access| access.write && self.copied(access.page) < Pattern::stamp(surely, access.page))
                 .map(|access| access.page)
                 .collect();
             for page in late {
