@@ -6,8 +6,9 @@
 //! - at the end, one last harvest makes the copy equal to the memory.
 //!
 //! Either failing means that a write was lost. Where several vCPUs write the same page, the first holds in a weaker form: a vCPU that is behind
-//! may overwrite a newer stamp with an older one, but not with one of a round that it had finished before the newer one's began. Where a tracker
-//! loses writes between harvest and clear by its definition (`soft-dirty`), the guest stands still from the one to the other.
+//! may overwrite a newer stamp with an older one, but not with one of a round that it had finished before the newer one's began.
+//!
+//! Where a tracker loses writes between harvest and clear by its definition (`soft-dirty`), the guest stands still from the one to the other.
 
 use super::Setup;
 use super::setup::Fault;
@@ -101,9 +102,7 @@ impl<'a> Soak<'a> {
             self.check_finished(&finished);
             self.reached = reached;
             if self.kind.needs_standstill() {
-                // All go on from the slowest vCPU's round; the others repeat some.
-                let next = self.rounds_done()?.into_iter().min().unwrap_or(1);
-                self.machine.begin(Command::FreeRun, next)?;
+                self.go_on(&finished)?;
             }
         }
         self.stand_still()?;
@@ -129,6 +128,15 @@ impl<'a> Soak<'a> {
         // The firmware counts over the whole free run; a page written in several rounds counts in each.
         self.sums.written += self.machine.writes()?;
         Ok(())
+    }
+
+    /// After a stand-still all vCPUs go on with the same round, the next of the one that was ahead: stamps still grow, and nobody is held to the
+    /// rounds that the others leave out.
+    fn go_on(&mut self, finished: &[u64]) -> Result<(), Failure> {
+        let next = finished.iter().copied().max().unwrap_or(1);
+        self.running.fill((next, next));
+        self.reached = next;
+        Ok(self.machine.begin(Command::FreeRun, next)?)
     }
 
     fn row(self, rounds: u64) -> Row {
