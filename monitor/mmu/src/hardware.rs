@@ -35,7 +35,7 @@ impl Mmu {
     /// The root is stale.
     pub fn hardware_walk(&mut self, root: RootId, l2: L2Gfn, needed: Access) -> Result<Hardware, MmuError> {
         let root_entry = self.roots.get(root)?;
-        if l2.0 >= root_entry.role.format.frames() {
+        if l2.0 >= root_entry.frames {
             return Ok(Hardware::Violation);
         }
         let found = self.lookup(root_entry.page, l2);
@@ -64,7 +64,7 @@ impl Mmu {
     /// The root is stale.
     pub fn peek(&self, root: RootId, l2: L2Gfn) -> Result<Option<(Frame, Level, Access)>, MmuError> {
         let root = self.roots.get(root)?;
-        if l2.0 >= root.role.format.frames() {
+        if l2.0 >= root.frames {
             return Ok(None);
         }
         let found = self.lookup(root.page, l2);

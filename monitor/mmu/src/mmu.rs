@@ -10,7 +10,7 @@ use crate::memory::{Env, Slot, Slots};
 use crate::outbox::{Outbox, extent};
 use crate::ptelist::{Allowance, PteLists};
 use crate::rmap::Rmaps;
-use crate::role::{ModeBits, Role, RootRole};
+use crate::role::{ModeBits, Role, RootRole, level_of};
 use crate::roots::{RootId, Roots};
 use crate::spte::{Spte, SpteRef};
 use crate::stats::{Memory, Stats};
@@ -250,18 +250,15 @@ impl Mmu {
     #[inline]
     pub(crate) fn lookup(&self, page: u32, l2: L2Gfn) -> Found {
         let mut page = page;
-        let mut level = self.arena.header(page).role.level();
+        let mut shift = 9 * (self.arena.header(page).role.level() as u32 - 1);
         loop {
-            let at = SpteRef::new(page, Format::shadow_index(level, l2));
-            let spte = self.arena.spte(at);
-            let below = Level::from_number(level.number() - 1);
-            match below {
-                Some(below) if spte.present() && !spte.is_leaf(level) => {
-                    page = spte.child();
-                    level = below;
-                }
-                _ => return Found { at, level, spte },
+            let index = (l2.0 >> shift & 511) as usize;
+            let spte = self.arena.table(page)[index];
+            if shift == 0 || spte.ends_walk() {
+                return Found { at: SpteRef::new(page, index), level: level_of(shift / 9 + 1), spte };
             }
+            page = spte.child();
+            shift -= 9;
         }
     }
 

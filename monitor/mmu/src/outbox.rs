@@ -16,6 +16,37 @@ enum Change {
 }
 
 const FLUSHES: usize = 8;
+const BATCH: usize = 32;
+
+/// Ranges that get the same rights at once.
+#[derive(Debug)]
+pub struct Batch {
+    extents: [Extent; BATCH],
+    count: usize,
+    access: Access,
+}
+
+impl Batch {
+    /// An empty batch.
+    #[inline]
+    #[must_use]
+    pub fn new() -> Self {
+        Self { extents: [Extent::default(); BATCH], count: 0, access: Access::NONE }
+    }
+
+    /// Adds `extent`; `false` when it must be posted first, because it is full or of other rights.
+    #[inline]
+    pub fn add(&mut self, extent: Extent, access: Access) -> bool {
+        if self.count > 0 && self.access != access {
+            return false;
+        }
+        let Some(place) = self.extents.get_mut(self.count) else { return false };
+        *place = extent;
+        self.access = access;
+        self.count += 1;
+        true
+    }
+}
 
 /// Changes on their way out. Neighbouring ones of a kind become one.
 #[derive(Debug, Default)]
@@ -51,7 +82,6 @@ impl Outbox {
         self.pending = Some((extent, change));
     }
 
-    #[inline]
     fn post(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats) {
         match self.pending.take() {
             None => {}
@@ -73,6 +103,7 @@ impl Outbox {
     }
 
     /// A leaf is mapped.
+    #[inline]
     pub fn map(
         &mut self,
         mapper: &mut dyn Mapper,
@@ -84,16 +115,74 @@ impl Outbox {
     }
 
     /// Rights have changed.
+    #[inline]
     pub fn protect(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, extent: Extent, access: Access) {
         self.push(mapper, stats, extent, Change::Protect(access));
     }
 
+    /// Rights have changed, and no neighbour's change is expected.
+    #[inline]
+    pub fn protect_now(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, extent: Extent, access: Access) {
+        if self.pending.is_some() {
+            self.post(mapper, stats);
+        }
+        stats.protect_extents += 1;
+        stats.protect_pages += extent.frames;
+        mapper.protect(extent, access);
+    }
+
+    /// A leaf is mapped, and no neighbour's mapping is expected.
+    #[inline]
+    pub fn map_now(
+        &mut self,
+        mapper: &mut dyn Mapper,
+        stats: &mut Stats,
+        extent: Extent,
+        (frame, level, access): (Frame, Level, Access),
+    ) {
+        if self.pending.is_some() {
+            self.post(mapper, stats);
+        }
+        stats.map_extents += 1;
+        stats.map_pages += extent.frames;
+        mapper.map(extent, frame, level, access);
+    }
+
+    /// Rights of all ranges in `batch` have changed; it is empty afterwards. One range is gathered with its neighbours,
+    /// several go at once.
+    pub fn protect_batch(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, batch: &mut Batch) {
+        let extents = batch.extents.get(..batch.count).unwrap_or_default();
+        match extents {
+            [] => {}
+            [extent] => {
+                self.protect(mapper, stats, *extent, batch.access);
+                self.flush(*extent);
+            }
+            extents => {
+                self.post(mapper, stats);
+                stats.protect_extents += extents.len() as u64;
+                stats.protect_pages += extents.iter().map(|extent| extent.frames).sum::<u64>();
+                mapper.protect_all(extents, batch.access);
+                if extents.len() > FLUSHES {
+                    self.flush_all();
+                } else {
+                    for extent in extents {
+                        self.flush(*extent);
+                    }
+                }
+            }
+        }
+        batch.count = 0;
+    }
+
     /// Nothing is mapped any more.
+    #[inline]
     pub fn unmap(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, extent: Extent) {
         self.push(mapper, stats, extent, Change::Unmap);
     }
 
     /// Cached translations of `extent` are void.
+    #[inline]
     pub fn flush(&mut self, extent: Extent) {
         if self.flush_all {
             return;
@@ -127,7 +216,9 @@ impl Outbox {
     /// Sends what is left: changes first, then flushes. `forget` is a seeded defect.
     #[inline]
     pub fn finish(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, forget: bool) {
-        self.post(mapper, stats);
+        if self.pending.is_some() {
+            self.post(mapper, stats);
+        }
         if self.flush_all || !self.flushes.is_empty() {
             self.send_flushes(mapper, stats, forget);
         }

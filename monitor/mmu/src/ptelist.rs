@@ -229,6 +229,7 @@ impl PteLists {
     ///
     /// # Errors
     /// No memory; the list is as before.
+    #[inline]
     pub fn add(&mut self, head: &mut Head, entry: SpteRef, for_split: bool) -> Result<(), MmuError> {
         let rest = head.rest();
         if head.is_empty() {
@@ -299,6 +300,7 @@ impl PteLists {
     }
 
     /// Removes `entry`; `false` if it is not listed.
+    #[inline]
     pub fn remove(&mut self, head: &mut Head, entry: SpteRef) -> bool {
         let rest = head.rest();
         if rest & LIST == 0 {
@@ -340,6 +342,7 @@ impl PteLists {
 
     /// How many references are listed.
     #[must_use]
+    #[inline]
     pub fn count(&self, head: Head) -> u32 {
         match head.rest() {
             _ if head.is_empty() => 0,
@@ -356,6 +359,7 @@ impl PteLists {
     }
 
     /// The next reference. The list must not have changed since the cursor was made.
+    #[inline]
     pub fn next(&self, cursor: &mut Cursor) -> Option<SpteRef> {
         if cursor.first != 0 {
             let entry = cursor.first;

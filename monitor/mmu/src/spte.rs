@@ -57,10 +57,19 @@ impl Spte {
         self.present() && (level as u8 == 1 || self.0 & ept::LARGE != 0)
     }
 
+    /// Whether a walk that comes here above the lowest level ends: nothing is present, or a huge leaf is.
+    #[inline]
+    #[must_use]
+    pub const fn ends_walk(self) -> bool {
+        // A link has all rights and is not large.
+        self.0 & (ept::RIGHTS | ept::LARGE) != ept::RIGHTS
+    }
+
     /// The child's arena index, for a link.
     #[must_use]
     pub const fn child(self) -> u32 {
-        ((self.0 & ADDRESS_MASK) >> 12 & 0xffff_ffff) as u32
+        // Arena indices have 22 bits.
+        (self.0 >> 12 & 0x3f_ffff) as u32
     }
 
     /// The first frame, for a leaf.
