@@ -3,6 +3,7 @@
 use umbra_shared::{Gfn, L2Gfn, Level};
 
 use crate::access::{Access, Kind, Request};
+use crate::arena::Header;
 use crate::config::{MmuError, Split};
 use crate::defects::Defect;
 use crate::format::Format;
@@ -70,8 +71,31 @@ impl Mmu {
         request: Request,
     ) -> Result<Outcome, MmuError> {
         self.stats.faults += 1;
-        let (page, frames) = self.roots.get(root).map(|root| (root.page, root.frames))?;
         let l2 = L2Gfn::containing(l2_gpa);
+        if request.kind == Kind::Write
+            && !request.table_walk
+            && let Some((at, spte)) = self.hinted_leaf(root, l2)
+            && spte.is_closed()
+        {
+            self.stats.wp_faults += 1;
+            let leaf = Leaf { at, level: Level::K4, l2, root, frame: spte.frame() };
+            if self.trap(env, leaf)? == Trapped::Opened {
+                self.finish(env);
+                return Ok(Outcome::Mapped { level: Level::K4 });
+            }
+        }
+        self.fault_slowly(env, root, l2, request)
+    }
+
+    #[inline(never)]
+    fn fault_slowly(
+        &mut self,
+        env: &mut Env<'_>,
+        root: RootId,
+        l2: L2Gfn,
+        request: Request,
+    ) -> Result<Outcome, MmuError> {
+        let (page, frames) = self.roots.get(root).map(|root| (root.page, root.frames))?;
         let result = self.resolve(env, root, (page, frames), l2, request);
         self.finish(env);
         result
@@ -93,7 +117,7 @@ impl Mmu {
             Kind::Execute => Access::EXECUTE,
         };
         if l2.0 < frames {
-            let found = self.lookup(page, l2);
+            let found = self.lookup_hinted(root, page, l2);
             let spte = found.spte;
             if spte.is_leaf(found.level) {
                 let leaf = Leaf { at: found.at, level: found.level, l2, root, frame: spte.frame() };
@@ -109,8 +133,46 @@ impl Mmu {
                     }
                 }
             }
+            if !spte.present()
+                && found.level == Level::K4
+                && let Some(outcome) = self.resolve_below(env, root, found.at, l2, needed)?
+            {
+                return Ok(outcome);
+            }
         }
         self.resolve_by_walk(env, root, page, l2, request)
+    }
+
+    /// Resolves a fault from the lowest shadow page alone, as a processor does that has the upper entries cached: the
+    /// entries above count as they were when they were linked or last synchronised, the lowest is read now. `None` when
+    /// that does not permit the access; a walk from the top then decides.
+    fn resolve_below(
+        &mut self,
+        env: &mut Env<'_>,
+        root: RootId,
+        at: SpteRef,
+        l2: L2Gfn,
+        needed: Access,
+    ) -> Result<Option<Outcome>, MmuError> {
+        let Header { gfn: table, role, .. } = *self.arena.header(at.page());
+        let write = needed == Access::WRITE;
+        if role.direct() || self.defect(Defect::FaultMapsNothing) {
+            return Ok(None);
+        }
+        let Some((offset, width)) = guest::entry_place(role, at.index()) else { return Ok(None) };
+        let Some(tables) = self.slots.find(table) else { return Ok(None) };
+        let entry = guest::read_entry(env.memory, tables.frame, offset, width);
+        let decoded = guest::decode(role.format(), self.config.caps, Level::K4, entry);
+        let Decoded::Leaf { gfn, access, accessed, dirty } = decoded else { return Ok(None) };
+        let Some(backing) = self.slots.find(gfn) else { return Ok(None) };
+        let rights = role.access().and(access);
+        // Flags that must be set, and what is not permitted, take the long way.
+        if !rights.allows(needed) || !accessed || write && !(dirty && backing.writable) {
+            return Ok(None);
+        }
+        let writable = backing.writable && (dirty || self.defect(Defect::DirtyFlagIgnored));
+        let rights = if writable { rights } else { rights.without(Access::WRITE) };
+        self.map_leaf(env, root, at, Level::K4, (l2, rights, backing.frame, write)).map(Some)
     }
 
     /// A write hit a leaf that is only closed.
@@ -237,7 +299,8 @@ impl Mmu {
                     continue;
                 }
             } else if level <= goal && !self.has_split_child(at, role, target) {
-                return self.map_leaf(env, root, at, level, target);
+                let leaf = (target.l2, target.rights, base_frame(target, level), target.write);
+                return self.map_leaf(env, root, at, level, leaf);
             }
             page = self.child_for(env, at, role, target)?;
         }
@@ -323,12 +386,11 @@ impl Mmu {
         root: RootId,
         at: SpteRef,
         level: Level,
-        target: &Target<'_>,
+        (l2, permitted, frame, write): (L2Gfn, Access, Frame, bool),
     ) -> Result<Outcome, MmuError> {
-        let frame = base_frame(target, level);
         let old = self.arena.spte(at);
-        let mmu_writable = target.rights.allows(Access::WRITE);
-        let mut rights = target.rights;
+        let mmu_writable = permitted.allows(Access::WRITE);
+        let mut rights = permitted;
         if old.is_leaf(level) && old.frame() == frame {
             // Rights change in place; what tracking had opened or closed stays so.
             if self.track.is_some() && !old.writable() && !self.admits(frame, level, at) {
@@ -351,8 +413,8 @@ impl Mmu {
             }
             self.add_leaf(env, at, level, Spte::leaf(frame, level, rights, mmu_writable))?;
         }
-        let leaf = Leaf { at, level, l2: target.l2, root, frame };
-        if target.write && !self.arena.spte(at).writable() && self.trap(env, leaf)? == Trapped::Split {
+        let leaf = Leaf { at, level, l2, root, frame };
+        if write && !self.arena.spte(at).writable() && self.trap(env, leaf)? == Trapped::Split {
             return Ok(Outcome::Retry);
         }
         if level == Level::K4 && self.config.extent > 1 {

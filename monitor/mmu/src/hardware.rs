@@ -38,7 +38,8 @@ impl Mmu {
         if l2.0 >= root_entry.frames {
             return Ok(Hardware::Violation);
         }
-        let found = self.lookup(root_entry.page, l2);
+        let page = root_entry.page;
+        let found = self.lookup_hinted(root, page, l2);
         let spte = found.spte;
         if !spte.is_leaf(found.level) || !spte.access().allows(needed) {
             return Ok(Hardware::Violation);

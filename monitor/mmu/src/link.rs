@@ -315,6 +315,7 @@ impl Mmu {
 
     /// Takes `at` off the parents of `child`, which goes when it was the last.
     pub(crate) fn unlink(&mut self, env: &mut Env<'_>, child: u32, at: SpteRef) {
+        self.forget_hints();
         if self.defect(Defect::ParentLost) && self.arena.header(child).shared() {
             return;
         }
@@ -328,6 +329,7 @@ impl Mmu {
 
     /// Empties `page` and frees it. Its unmapping was announced where it was unlinked.
     pub(crate) fn free_page(&mut self, env: &mut Env<'_>, page: u32) {
+        self.forget_hints();
         self.empty_page(env, page);
         self.arena.release(page);
         self.stats.pages_freed += 1;
@@ -336,7 +338,7 @@ impl Mmu {
     fn empty_page(&mut self, env: &mut Env<'_>, page: u32) {
         let level = self.arena.header(page).role.level();
         let uses_dirty = self.track.as_ref().is_some_and(|track| track.strategy.uses_dirty_bits());
-        if level == Level::K4 && !uses_dirty && self.empty_contiguous(page) {
+        if level == Level::K4 && !uses_dirty && !self.empty_straight(page) {
             return;
         }
         for index in 0..512 {
@@ -360,48 +362,32 @@ impl Mmu {
         }
     }
 
-    /// The common case: all leaves are in one 2 MiB region of memory, whose heads are then found once.
-    fn empty_contiguous(&mut self, page: u32) -> bool {
-        let Some((table, header)) = self.arena.page_mut(page) else { return true };
-        if header.present == 0 {
-            return true;
+    /// The common case: blocks of 64 leaves that map their 2 MiB region of memory straight and have no aliases, whose
+    /// heads are then found once. Whether anything is left.
+    fn empty_straight(&mut self, page: u32) -> bool {
+        let Some((table, header)) = self.arena.page_mut(page) else { return false };
+        let Some(first) = table.iter().find(|spte| spte.present()).map(|spte| spte.frame()) else { return false };
+        if !self.rmaps.has_small(first) {
+            return header.present > 0;
         }
-        let Some(first) = table.iter().find(|spte| spte.present()).map(|spte| spte.frame()) else { return true };
-        let region = first.0 >> 9;
-        if table.iter().any(|spte| spte.present() && spte.frame().0 >> 9 != region) {
-            return false;
-        }
-        let Ok((heads, used)) = self.rmaps.chunk(first) else { return false };
-        let mut zapped = 0;
+        let Ok((heads, used)) = self.rmaps.chunk(first) else { return true };
         for start in (0..512).step_by(64) {
-            let Some(sptes) = table.get_mut(start..start + 64) else { continue };
-            // A block that maps its region straight and has no aliases is emptied as a whole.
-            let offset = (first.0 & !511) + start as u64;
-            let straight =
-                sptes.iter().enumerate().all(|(index, spte)| spte.present() && spte.frame().0 == offset + index as u64);
-            let Some(own) = heads.get_mut(start..start + 64) else { continue };
-            let alone = own.iter().enumerate().all(|(index, head)| head.is_only(SpteRef::new(page, start + index)));
-            if straight && alone {
-                own.fill(Head::default());
+            let Some((sptes, heads)) = table.get_mut(start..start + 64).zip(heads.get_mut(start..start + 64)) else {
+                continue;
+            };
+            let base = Spte::leaf(Frame((first.0 & !511) + start as u64), Level::K4, Access::READ, false);
+            let own = Head::one(SpteRef::new(page, start));
+            if Spte::are_straight(sptes, base) && Head::are_straight(heads, own) {
+                heads.fill(Head::default());
                 sptes.fill(Spte::NONE);
                 *used -= 64;
-                zapped += 64;
-                continue;
-            }
-            for (offset, spte) in sptes.iter_mut().enumerate().filter(|(_, spte)| spte.present()) {
-                let at = SpteRef::new(page, start + offset);
-                let head = &mut heads[(spte.frame().0 & 511) as usize];
-                if self.lists.remove(head, at) && head.is_empty() {
-                    *used -= 1;
-                }
-                *spte = Spte::NONE;
-                zapped += 1;
+                header.present -= 64;
+                self.stats.zapped += 64;
             }
         }
-        header.present = 0;
-        self.stats.zapped += zapped;
+        let left = header.present > 0;
         self.rmaps.settle(first);
-        true
+        left
     }
 
     /// Removes `page` from everywhere. A root loses its entries, but stays.

@@ -57,10 +57,10 @@ pub trait Mapper {
     fn map(&mut self, extent: Extent, frame: Frame, level: Level, access: Access);
     /// What is mapped in `extent` has `access` from now on, more or less than before. Holes in it stay holes.
     fn protect(&mut self, extent: Extent, access: Access);
-    /// [`Mapper::protect`] for ranges apart from each other: the aliases of one page.
-    fn protect_all(&mut self, extents: &[Extent], access: Access) {
-        for extent in extents {
-            self.protect(*extent, access);
+    /// [`Mapper::protect`] for ranges of `frames` frames each, apart from each other: the aliases of one page.
+    fn protect_all(&mut self, root: RootId, starts: &[L2Gfn], frames: u64, access: Access) {
+        for start in starts {
+            self.protect(Extent { root, start: *start, frames }, access);
         }
     }
     /// Nothing in `extent` may be reached.

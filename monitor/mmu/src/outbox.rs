@@ -16,13 +16,14 @@ enum Change {
 }
 
 const FLUSHES: usize = 8;
-const BATCH: usize = 32;
+const BATCH: usize = 64;
 
-/// Ranges that get the same rights at once.
+/// Leaves of one root and size that get the same rights at once.
 #[derive(Debug)]
 pub struct Batch {
-    extents: [Extent; BATCH],
+    starts: [L2Gfn; BATCH],
     count: usize,
+    root: u32,
     access: Access,
 }
 
@@ -31,20 +32,28 @@ impl Batch {
     #[inline]
     #[must_use]
     pub fn new() -> Self {
-        Self { extents: [Extent::default(); BATCH], count: 0, access: Access::NONE }
+        Self { starts: [L2Gfn(0); BATCH], count: 0, root: 0, access: Access::NONE }
     }
 
-    /// Adds `extent`; `false` when it must be posted first, because it is full or of other rights.
+    /// Adds the leaf at `start` under the root at index `root`; `false` when the batch must be posted first, because it
+    /// is full or of another root or rights.
     #[inline]
-    pub fn add(&mut self, extent: Extent, access: Access) -> bool {
-        if self.count > 0 && self.access != access {
+    pub fn add(&mut self, root: u32, start: L2Gfn, access: Access) -> bool {
+        if self.count == 0 {
+            (self.root, self.access) = (root, access);
+        } else if self.root != root || self.access != access {
             return false;
         }
-        let Some(place) = self.extents.get_mut(self.count) else { return false };
-        *place = extent;
-        self.access = access;
+        let Some(place) = self.starts.get_mut(self.count) else { return false };
+        *place = start;
         self.count += 1;
         true
+    }
+
+    /// The index of the leaves' root.
+    #[must_use]
+    pub const fn root(&self) -> u32 {
+        self.root
     }
 }
 
@@ -148,27 +157,30 @@ impl Outbox {
         mapper.map(extent, frame, level, access);
     }
 
-    /// Rights of all ranges in `batch` have changed; it is empty afterwards. One range is gathered with its neighbours,
-    /// several go at once.
-    pub fn protect_batch(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, batch: &mut Batch) {
-        let extents = batch.extents.get(..batch.count).unwrap_or_default();
-        match extents {
-            [] => {}
-            [extent] => {
-                self.protect(mapper, stats, *extent, batch.access);
-                self.flush(*extent);
-            }
-            extents => {
-                self.post(mapper, stats);
-                stats.protect_extents += extents.len() as u64;
-                stats.protect_pages += extents.iter().map(|extent| extent.frames).sum::<u64>();
-                mapper.protect_all(extents, batch.access);
-                if extents.len() > FLUSHES {
-                    self.flush_all();
-                } else {
-                    for extent in extents {
-                        self.flush(*extent);
-                    }
+    /// Rights of all leaves in `batch` have changed, each of `frames` frames under `root`; it is empty afterwards. One
+    /// leaf is gathered with its neighbours, several go at once.
+    pub fn protect_batch(
+        &mut self,
+        mapper: &mut dyn Mapper,
+        stats: &mut Stats,
+        batch: &mut Batch,
+        (root, frames): (RootId, u64),
+    ) {
+        let leaves = batch.starts.get(..batch.count).unwrap_or_default();
+        if let [start] = leaves {
+            let extent = Extent { root, start: *start, frames };
+            self.protect(mapper, stats, extent, batch.access);
+            self.flush(extent);
+        } else if !leaves.is_empty() {
+            self.post(mapper, stats);
+            stats.protect_extents += leaves.len() as u64;
+            stats.protect_pages += leaves.len() as u64 * frames;
+            mapper.protect_all(root, leaves, frames, batch.access);
+            if leaves.len() > FLUSHES {
+                self.flush_all();
+            } else {
+                for start in leaves {
+                    self.flush(Extent { root, start: *start, frames });
                 }
             }
         }

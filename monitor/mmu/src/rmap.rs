@@ -31,7 +31,10 @@ pub struct Rmaps {
 fn new_heads() -> Result<Box<[Head; 512]>, MmuError> {
     let mut heads = Vec::new();
     heads.try_reserve_exact(512).map_err(|_| MmuError::NoMemory)?;
-    heads.resize(512, Head::default());
+    // In blocks, as new tables are.
+    for _ in 0..8 {
+        heads.extend_from_slice(std::hint::black_box(&[Head::default(); 64]));
+    }
     heads.into_boxed_slice().try_into().map_err(|_| MmuError::NoMemory)
 }
 

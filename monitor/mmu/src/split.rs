@@ -106,7 +106,7 @@ impl Mmu {
             };
             let base = if *word == u64::MAX || keep_open { open } else { closed };
             let alike = *word == 0 || *word == u64::MAX || keep_open;
-            let free = sptes.iter().fold(0, |all, spte| all | spte.0) == 0 && heads.iter().all(|head| head.is_empty());
+            let free = sptes.iter().fold(0, |all, spte| all | spte.0) == 0 && Head::are_empty(heads);
             if alike && free && skip == 512 {
                 for (index, (spte, head)) in sptes.iter_mut().zip(heads.iter_mut()).enumerate() {
                     *head = Head::one(SpteRef::new(page, start + index));

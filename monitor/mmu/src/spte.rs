@@ -65,6 +65,18 @@ impl Spte {
         self.0 & (ept::RIGHTS | ept::LARGE) != ept::RIGHTS
     }
 
+    /// Whether `entries` are readable leaves of consecutive frames, the first of them `first`'s.
+    #[must_use]
+    pub fn are_straight(entries: &[Self], first: Self) -> bool {
+        let (mut differs, mut readable, mut expected) = (0, u64::MAX, first.0 & ADDRESS_MASK);
+        for entry in entries {
+            differs |= entry.0 & ADDRESS_MASK ^ expected;
+            readable &= entry.0;
+            expected += 1 << 12;
+        }
+        differs == 0 && readable & ept::READ != 0
+    }
+
     /// The child's arena index, for a link.
     #[must_use]
     pub const fn child(self) -> u32 {
@@ -94,6 +106,13 @@ impl Spte {
     #[must_use]
     pub const fn mmu_writable(self) -> bool {
         self.0 & MMU_WRITABLE != 0
+    }
+
+    /// Whether it is present, and writes are permitted but closed.
+    #[inline]
+    #[must_use]
+    pub const fn is_closed(self) -> bool {
+        self.0 & (MMU_WRITABLE | ept::WRITE) == MMU_WRITABLE && self.present()
     }
 
     /// The dirty flag.

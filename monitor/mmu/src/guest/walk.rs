@@ -94,25 +94,23 @@ struct Plain {
 impl Plain {
     const fn new(format: Format, caps: GuestCaps) -> Self {
         let reserved = caps.reserved_address();
-        match format {
-            Format::Ept { accessed_dirty, .. } => Self {
+        if let Format::Ept { accessed_dirty, .. } = format {
+            return Self {
                 reserved,
                 link: (ept::RIGHTS | 0xf << ept::MEMORY_TYPE_SHIFT | ept::LARGE, ept::RIGHTS),
                 leaf: (ept::RIGHTS | 7 << ept::MEMORY_TYPE_SHIFT, ept::RIGHTS | ept::WRITE_BACK),
                 accessed: if accessed_dirty { ept::ACCESSED } else { 0 },
                 dirty: if accessed_dirty { ept::DIRTY } else { 0 },
-            },
-            _ => {
-                let rights = long::PRESENT | long::WRITE | long::USER;
-                let mask = rights | long::NO_EXECUTE;
-                Self {
-                    reserved,
-                    link: (mask | long::LARGE, rights),
-                    leaf: (mask, rights),
-                    accessed: long::ACCESSED,
-                    dirty: long::DIRTY,
-                }
-            }
+            };
+        }
+        let rights = long::PRESENT | long::WRITE | long::USER;
+        let mask = rights | long::NO_EXECUTE;
+        Self {
+            reserved,
+            link: (mask | long::LARGE, rights),
+            leaf: (mask, rights),
+            accessed: long::ACCESSED,
+            dirty: long::DIRTY,
         }
     }
 }

@@ -3,13 +3,13 @@
 use umbra_shared::{L2Gfn, Level, PAGE_SHIFT};
 
 use super::{LOG_ENTRIES, Leaf, Tracking};
-use crate::access::Access;
 use crate::config::{MmuError, Split};
 use crate::defects::Defect;
 use crate::dirty::{PageSet, bits};
-use crate::memory::{Env, Extent};
+use crate::memory::Env;
 use crate::mmu::Mmu;
 use crate::outbox::Batch;
+use crate::ptelist::{Head, PteLists};
 use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
 
@@ -187,29 +187,47 @@ impl Mmu {
     /// Closes every leaf of `level` that maps `frame`: the next write by any alias traps.
     pub fn close_leaves(&mut self, env: &mut Env<'_>, frame: Frame, level: Level) {
         let mut batch = Batch::new();
+        let mut entries = [SpteRef(0); 64];
         let mut cursor = self.rmaps.walk(frame, level);
-        while let Some(at) = self.lists.next(&mut cursor) {
-            let Some((spte, header)) = self.arena.entry_mut(at) else { continue };
-            if !spte.writable() {
-                continue;
-            }
-            *spte = spte.closed();
-            let access = spte.access();
-            if header.shared() {
-                self.announce(env, at, Some(access));
-            } else {
-                let start = header.l2_base + ((at.index() as u64) << (level.shift() - PAGE_SHIFT));
-                let extent = Extent { root: self.roots.id(header.root), start: L2Gfn(start), frames: level.frames() };
-                if !batch.add(extent, access) {
-                    self.out.protect_batch(env.mapper, &mut self.stats, &mut batch);
-                    batch.add(extent, access);
-                }
-            }
-            if self.defect(Defect::AliasNotProtected) {
+        loop {
+            let mut count = self.lists.gather(&mut cursor, &mut entries);
+            if count == 0 {
                 break;
             }
+            if self.defect(Defect::AliasNotProtected) {
+                (count, cursor) = (1, PteLists::walk(Head::default()));
+            }
+            for &at in entries.get(..count).unwrap_or_default() {
+                self.close_leaf(env, &mut batch, at, level);
+            }
         }
-        self.out.protect_batch(env.mapper, &mut self.stats, &mut batch);
+        self.post_batch(env, &mut batch, level);
+    }
+
+    #[inline]
+    fn close_leaf(&mut self, env: &mut Env<'_>, batch: &mut Batch, at: SpteRef, level: Level) {
+        let Some((spte, header)) = self.arena.entry_mut(at) else { return };
+        if !spte.writable() {
+            return;
+        }
+        *spte = spte.closed();
+        let access = spte.access();
+        if header.shared() {
+            self.announce(env, at, Some(access));
+            return;
+        }
+        let start = L2Gfn(header.l2_base + ((at.index() as u64) << (level.shift() - PAGE_SHIFT)));
+        let root = header.root;
+        if !batch.add(root, start, access) {
+            self.post_batch(env, batch, level);
+            batch.add(root, start, access);
+        }
+    }
+
+    #[inline(never)]
+    fn post_batch(&mut self, env: &mut Env<'_>, batch: &mut Batch, level: Level) {
+        let root = self.roots.id(batch.root());
+        self.out.protect_batch(env.mapper, &mut self.stats, batch, (root, level.frames()));
     }
 
     /// Clears the dirty flags of every leaf of `level` that maps `frame`: hardware sets them at the next write.
@@ -364,9 +382,10 @@ impl Mmu {
         }
     }
 
-    /// Rights that `at` has now; for tests of strategies.
+    /// The page behind the leaf at `at`, if a write to it would trap for tracking alone.
     #[must_use]
-    pub fn access_at(&self, at: SpteRef) -> Access {
-        self.arena.spte(at).access()
+    pub fn closed_frame(&self, at: SpteRef) -> Option<Frame> {
+        let spte = self.arena.spte(at);
+        spte.is_closed().then(|| spte.frame())
     }
 }
