@@ -438,12 +438,17 @@ impl Mmu {
     /// As [`Self::open`] for a leaf on its own: posted at once when nothing waits to be joined with it.
     #[inline]
     pub(crate) fn open_now(&mut self, env: &mut Env<'_>, leaf: Leaf) {
-        let Some((spte, _)) = self.arena.entry_mut(leaf.at) else { return };
+        let Some((spte, header)) = self.arena.entry_mut(leaf.at) else { return };
         *spte = spte.opened();
         let access = spte.access();
         let (root, start) = leaf.path();
         let extent = extent(root, start, leaf.level.frames());
-        self.out.protect_now(env.mapper, &mut self.stats, extent, access);
+        if header.shared() {
+            // It may have been mapped by another path, which this one's mapper was not told of.
+            self.out.map_now(env.mapper, &mut self.stats, extent, (leaf.frame, leaf.level, access));
+        } else {
+            self.out.protect_now(env.mapper, &mut self.stats, extent, access);
+        }
     }
 
     /// A leaf is open for writes from now on. Posted for `path` alone: other paths find out by a fault.
@@ -460,7 +465,12 @@ impl Mmu {
             let (root, start) = self.first_path(at);
             self.root_extent(root, start, frames)
         };
-        if let Some(extent) = extent {
+        let Some(extent) = extent else { return };
+        let header = self.arena.header(at.page());
+        if header.shared() {
+            let leaf = (spte.frame(), header.role.level(), spte.access());
+            self.out.map(env.mapper, &mut self.stats, extent, leaf);
+        } else {
             self.out.protect(env.mapper, &mut self.stats, extent, spte.access());
         }
     }

@@ -68,7 +68,10 @@ impl Mmu {
             self.fill_large(env, child, below, huge.frame());
         }
         self.stats.shattered += 1;
-        if huge.writable() {
+        if !made && below > Level::K4 {
+            // What is below the child that was there already may have holes: posted as gone, and faults map it again.
+            self.announce(env, at, None);
+        } else if huge.writable() || self.arena.header(child).present < 512 {
             self.announce_closed(env, child);
         }
         Ok(())
@@ -160,7 +163,7 @@ impl Mmu {
         }
     }
 
-    /// After an open leaf was split: its closed parts are posted.
+    /// After an open leaf was split, or one whose table could not be filled: its closed and missing parts are posted.
     fn announce_closed(&mut self, env: &mut Env<'_>, page: u32) {
         for index in 0..512 {
             let at = SpteRef::new(page, index);
