@@ -87,12 +87,15 @@ pub struct RunArgs {
     /// Leaf size of the firmware's own page tables: 4k, 2m.
     #[arg(long, default_value = "4k")]
     pub guest_page: String,
-    /// Trackers, separated by commas (default: all).
+    /// Trackers, separated by commas, or all (default: KVM's own; snapshot: all).
     #[arg(long, value_delimiter = ',')]
     pub tracker: Vec<String>,
     /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).
     #[arg(long)]
     pub chunk: Option<u64>,
+    /// The shadow MMU, for `model`.
+    #[command(flatten)]
+    pub shadow: ShadowArgs,
     /// Seconds that `soak` runs.
     #[arg(long, default_value_t = 5)]
     pub seconds: u64,
@@ -105,6 +108,61 @@ pub struct RunArgs {
     /// Write the Record to this file.
     #[arg(long)]
     pub out: Option<PathBuf>,
+}
+
+/// Options of Umbra's own shadow MMU (umbra-mmu). An option that is not given has the default that its help names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+pub struct ShadowArgs {
+    /// Strategies, separated by commas (default: all): write-protect, lazy-huge, dirty-bit, log, combined, twin.
+    #[arg(long, value_delimiter = ',')]
+    pub strategy: Vec<String>,
+    /// How a huge entry becomes small ones: lazy, shatter, eager, eager-clear (lazy).
+    #[arg(long)]
+    pub split: Option<String>,
+    /// How they become huge again: none, lazy, in-place (none).
+    #[arg(long)]
+    pub collapse: Option<String>,
+    /// What becomes of roots: drop, address-space, keep, quota=N (keep).
+    #[arg(long)]
+    pub roots: Option<String>,
+    /// The format of EPT12: ept, npt, pae, 32bit (ept).
+    #[arg(long)]
+    pub format: Option<String>,
+    /// The leaves of EPT12: 4k, 2m, 1g (4k).
+    #[arg(long)]
+    pub leaf: Option<String>,
+    /// L2 GPAs for each L1 page (1).
+    #[arg(long)]
+    pub alias: Option<u64>,
+    /// How the aliases lie: contiguous, scattered, shared-tables (contiguous).
+    #[arg(long)]
+    pub alias_kind: Option<String>,
+    /// Pages that one fault may map, a power of two up to 512 (1).
+    #[arg(long)]
+    pub extent: Option<u32>,
+    /// Split-cache sizes in objects, MINIMUM/CAPACITY (1/40 tables, 64/104 descriptors; given, both are that).
+    #[arg(long)]
+    pub cache: Option<String>,
+}
+
+impl ShadowArgs {
+    /// What was given, by option name.
+    fn given(&self) -> Vec<(String, Value)> {
+        let texts = [
+            ("split", &self.split),
+            ("collapse", &self.collapse),
+            ("roots", &self.roots),
+            ("format", &self.format),
+            ("leaf", &self.leaf),
+            ("alias-kind", &self.alias_kind),
+            ("cache", &self.cache),
+        ];
+        let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text.clone()?.into())));
+        let numbers = [("alias", self.alias), ("extent", self.extent.map(u64::from))];
+        let numbers = numbers.into_iter().filter_map(|(name, number)| Some((name, number?.into())));
+        let strategy = (!self.strategy.is_empty()).then(|| ("strategy", self.strategy.join(",").into()));
+        texts.chain(numbers).chain(strategy).map(|(name, value)| (name.to_owned(), value)).collect()
+    }
 }
 
 /// The lab and what runs in it.
@@ -164,6 +222,7 @@ impl RunArgs {
         if let Some(chunk) = self.chunk {
             config.insert("chunk".into(), chunk.into());
         }
+        config.extend(self.shadow.given());
         if self.scenario == "soak" {
             config.insert("seconds".into(), self.seconds.into());
         }

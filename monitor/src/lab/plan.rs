@@ -74,7 +74,10 @@ impl Job {
 #[must_use]
 pub fn effort(args: &RunArgs) -> Duration {
     let mib = args.memory >> 20;
-    let touches = mib.saturating_mul(args.rounds.max(1)).saturating_mul(1 + args.accesses_per_page / 16);
+    // A row for each tracker and share of writes, where others have a row for each of KVM's four trackers.
+    let rows = if args.scenario == "snapshot" { 9 } else { 1 };
+    let touches =
+        mib.saturating_mul(args.rounds.max(1)).saturating_mul(1 + args.accesses_per_page / 16).saturating_mul(rows);
     // An absurd size is refused inside; it must not overflow here.
     Duration::from_secs((touches / 4).saturating_add(args.seconds).min(1 << 20))
 }

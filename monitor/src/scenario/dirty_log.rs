@@ -8,8 +8,7 @@ use super::Setup;
 use super::setup::Fault;
 use crate::failure::Failure;
 use crate::ground::Clock;
-use crate::guest::Machine;
-use crate::host;
+use crate::guest::{Machine, Plan};
 use crate::kvm::clock::Window;
 use crate::kvm::exits::{self, Exits};
 use crate::kvm::witness::Witness;
@@ -17,7 +16,7 @@ use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::{Counter, Phase, Row, Stall, TruthRound};
-use crate::track::{Expectation, Kind, Tracker};
+use crate::track::{self, Expectation, Kind, Tracker};
 use crate::truth::{Contents, Round, Verdict};
 use std::collections::BTreeMap;
 use umbra_shared::histogram::Histogram;
@@ -62,7 +61,8 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     setup.rows(|kind| row(setup, kind, progress))
 }
 
-fn row(setup: &Setup, kind: Kind, progress: &Progress) -> Result<Row, Failure> {
+/// Both passes of one tracker.
+pub(super) fn row(setup: &Setup, kind: Kind, progress: &Progress) -> Result<Row, Failure> {
     let mut tries = tries(setup.plan.timer.clock());
     let mut row = loop {
         let row = Run::new(setup, kind, Pass::Timed, progress)?.finish()?;
@@ -134,8 +134,8 @@ impl<'a> Run<'a> {
         let window = self.machine.command(Command::Populate, 0)?;
         self.phase("populate", 0, window);
         let before = self.counters()?;
-        let drops_huge = self.setup.plan.backing.is_huge() && host::drops_huge_mappings();
-        let mut expectation = Expectation::new(self.kind, &self.setup.plan.slots, drops_huge);
+        let Plan { slots, backing, .. } = &self.setup.plan;
+        let mut expectation = Expectation::new(self.kind, slots, *backing, track::Host::here());
 
         let (started, window) = timer.window(witness, || self.tracker.start(&self.machine));
         started?;
@@ -154,7 +154,10 @@ impl<'a> Run<'a> {
                 self.fault(&format!("the firmware measured {measured} writes where the pattern has {writes}"));
             }
             self.row.stall = Some(stall(&stalls, self.machine.tsc_khz(), timer.clock().unit()));
-            self.check_idle()?;
+            self.check_idle(&mut expectation)?;
+        }
+        if let Some(fault) = self.tracker.fault() {
+            self.fault(&fault);
         }
 
         self.step("disable", 0);
@@ -196,7 +199,11 @@ impl<'a> Run<'a> {
     /// Holds the report of `round` against the truth.
     fn check(&mut self, round: u64, expectation: &mut Expectation) -> Result<(), Failure> {
         let truth = Round::of(&self.setup.plan.pattern, round);
+        let promised = expectation.promises_all();
         let explained = expectation.explained(&truth.written, &truth.read);
+        if self.reported.count() < truth.written.capacity() && promised {
+            self.fault(&format!("round {round}: initially all set promises every page, and not all were reported"));
+        }
         self.inject(round, &truth, &explained);
         self.contents.write(round, &truth.written);
         let said = self.machine.writes()?;
@@ -227,13 +234,15 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// A harvest while the guest rests reports nothing. Where every round writes every page, only this shows that clearing cleared: a bit that
+    /// A harvest while the guest rests reports nothing but what the tracker reports whatever the guest does. Where every round writes every page, only this shows that clearing cleared: a bit that
     /// stays would hide a page that is lost later.
-    fn check_idle(&mut self) -> Result<(), Failure> {
+    fn check_idle(&mut self, expectation: &mut Expectation) -> Result<(), Failure> {
         self.tracker.harvest(&self.machine)?;
         self.reported.clear();
         self.tracker.report(&self.machine, &mut self.reported);
-        let stale: Vec<_> = self.reported.iter().collect();
+        let nothing = PageSet::new(self.reported.capacity());
+        let explained = expectation.explained(&nothing, &nothing);
+        let stale: Vec<_> = self.reported.without(&explained).iter().collect();
         self.row.truth.pages.extra += stale.len() as u64;
         for page in stale {
             self.fault(&format!(
@@ -250,16 +259,20 @@ impl<'a> Run<'a> {
         }
         match self.setup.inject {
             Some(Fault::LosePage) => {
-                if let Some(page) = truth.written.iter().next() {
-                    self.reported.remove(page);
-                }
+                let Some(page) = truth.written.iter().next() else {
+                    return self.fault("--inject lose-page: the round wrote no page that could be lost");
+                };
+                self.reported.remove(page);
             }
             Some(Fault::ExtraPage) => {
                 let pages = self.setup.plan.pattern.pages;
                 let innocent = (0..pages).find(|&page| !truth.written.contains(page) && !explained.contains(page));
-                if let Some(page) = innocent {
-                    self.reported.insert(page);
-                }
+                let Some(page) = innocent else {
+                    return self.fault(
+                        "--inject extra-page: every page of the round is written or explained (take more --rounds)",
+                    );
+                };
+                self.reported.insert(page);
             }
             None => {}
         }
@@ -353,8 +366,10 @@ impl<'a> Run<'a> {
 
 /// The guest's histogram in the unit of the Record. The guest measures in TSC ticks: in the lab an instruction each.
 fn stall(ticks: &Histogram, tsc_khz: u32, unit: &str) -> Stall {
+    // Where KVM does not say how fast the TSC is, ticks stay ticks.
+    let unit = if unit == "nanoseconds" && tsc_khz == 0 { "ticks" } else { unit };
     let convert = |value: u64| {
-        if unit == "instructions" || tsc_khz == 0 {
+        if unit != "nanoseconds" {
             return value;
         }
         u64::try_from(u128::from(value) * 1_000_000 / u128::from(tsc_khz)).unwrap_or(u64::MAX)

@@ -1,17 +1,20 @@
 //! Scenarios: set up, run, check against the truth, return a Record. One file each.
 
 mod dirty_log;
+mod model;
 mod setup;
+mod snapshot;
 mod soak;
 
 pub use setup::{Options, Setup};
 
-use crate::cli::RunArgs;
+use crate::cli::{RunArgs, ShadowArgs};
 use crate::failure::Failure;
 use crate::ground::Ground;
 use crate::kvm::vm::Resident;
 use crate::progress::Progress;
 use crate::report::Record;
+use crate::track::{self, Kind};
 
 /// A scenario.
 pub struct Scenario {
@@ -19,7 +22,17 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it does, in one line.
     pub description: &'static str,
-    run: fn(&Setup, &Progress) -> Result<Record, Failure>,
+    /// The trackers that run without `--tracker`; none where the scenario has no trackers.
+    pub trackers: &'static [Kind],
+    work: Work,
+}
+
+/// How a scenario runs.
+enum Work {
+    /// On KVM: a machine for each row.
+    Kvm(fn(&Setup, &Progress) -> Result<Record, Failure>),
+    /// On the software walker: no KVM is needed.
+    Model,
 }
 
 /// All scenarios.
@@ -27,14 +40,36 @@ pub const ALL: &[Scenario] = &[
     Scenario {
         name: "dirty-log",
         description: "what KVM's dirty tracking costs: populate, enable, rounds of dirty/get/clear, disable, retouch",
-        run: dirty_log::run,
+        trackers: &track::OF_KVM,
+        work: Work::Kvm(dirty_log::run),
+    },
+    Scenario {
+        name: "model",
+        description: "Umbra's own shadow MMU on a software walker: every strategy on the same run, no KVM needed",
+        trackers: &[],
+        work: Work::Model,
+    },
+    Scenario {
+        name: "snapshot",
+        description: "which tracker for a snapshot: each of them where 0, 1, 10 and 100% of the pages are written",
+        trackers: &track::ALL,
+        work: Work::Kvm(snapshot::run),
     },
     Scenario {
         name: "soak",
         description: "the guest writes while the controller harvests: a write may be reported late, never lost",
-        run: soak::run,
+        trackers: &track::OF_KVM,
+        work: Work::Kvm(soak::run),
     },
 ];
+
+impl Scenario {
+    /// Whether it needs a /dev/kvm.
+    #[must_use]
+    pub const fn needs_kvm(&self) -> bool {
+        matches!(self.work, Work::Kvm(_))
+    }
+}
 
 /// Runs what `args` ask for.
 ///
@@ -42,9 +77,15 @@ pub const ALL: &[Scenario] = &[
 /// [`Failure`]; a truth check that failed is not an error here but stands in the Record ([`Record::faults`]).
 pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record, Failure> {
     let scenario = find(args)?;
-    let setup = Setup::new(args, ground)?;
-    let _resident = Resident::new()?;
-    (scenario.run)(&setup, progress)
+    match scenario.work {
+        Work::Kvm(run) => {
+            no_shadow_options(args)?;
+            let setup = Setup::new(args, ground)?;
+            let _resident = Resident::new()?;
+            run(&setup, progress)
+        }
+        Work::Model => model::run(args, ground, progress),
+    }
 }
 
 fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
@@ -54,11 +95,24 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
     })
 }
 
+/// An option that would have no effect is refused.
+fn no_shadow_options(args: &RunArgs) -> Result<(), Failure> {
+    if args.shadow == ShadowArgs::default() {
+        return Ok(());
+    }
+    let name = &args.scenario;
+    Err(Failure::Input(format!(
+        "{name}: it has no shadow MMU, so --strategy, --split, --format and their kin mean nothing (model has one)"
+    )))
+}
+
 /// Checks `args` as far as that needs no KVM: what the lab does before it boots.
 ///
 /// # Errors
 /// [`Failure::Input`].
 pub fn check(args: &RunArgs) -> Result<(), Failure> {
-    find(args)?;
-    Options::new(args).map(|_| ())
+    match find(args)?.work {
+        Work::Kvm(_) => no_shadow_options(args).and_then(|()| Options::new(args)).map(|_| ()),
+        Work::Model => model::check(args),
+    }
 }

@@ -37,11 +37,42 @@ impl Fault {
     }
 }
 
-/// Rounds that the stamps have room for, and more than anybody waits for.
+/// More than anybody waits for; the stamps have room for 2^32.
 const MAX_ROUNDS: u64 = 1 << 20;
 
 fn input(message: String) -> Failure {
     Failure::Input(message)
+}
+
+/// What `--tracker` asks for.
+#[derive(Clone, Debug, Default)]
+struct Trackers {
+    /// A row each; empty for the scenario's own choice.
+    rows: Vec<Kind>,
+    /// Those that were asked for by name, so that a missing one is a failure.
+    named: Vec<Kind>,
+}
+
+impl Trackers {
+    fn parse(words: &[String]) -> Result<Self, Failure> {
+        let mut trackers = Self::default();
+        for word in words {
+            let kinds = if word == "all" {
+                track::ALL.to_vec()
+            } else {
+                let kind = word.parse().map_err(input)?;
+                trackers.named.push(kind);
+                vec![kind]
+            };
+            for kind in kinds {
+                // `all,ring-1024` has a row for each once.
+                if word != "all" || !trackers.rows.contains(&kind) {
+                    trackers.rows.push(kind);
+                }
+            }
+        }
+        Ok(trackers)
+    }
 }
 
 /// Options that make sense by themselves, on whatever host. The lab checks them before it boots.
@@ -52,7 +83,7 @@ pub struct Options {
     backing: Backing,
     guest_page: Level,
     image: Arc<Image>,
-    trackers: Vec<Kind>,
+    trackers: Trackers,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -83,7 +114,7 @@ impl Options {
                 args.slots
             ))
         })?;
-        let trackers = args.tracker.iter().map(|name| name.parse()).collect::<Result<Vec<Kind>, _>>().map_err(input)?;
+        let trackers = Trackers::parse(&args.tracker)?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut pattern = Pattern {
             kind: args.pattern,
@@ -132,7 +163,7 @@ fn check_ranges(args: &RunArgs, granule: Level) -> Result<(), Failure> {
 }
 
 /// A run that this host can make.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Setup {
     /// What machines are made of.
     pub plan: Plan,
@@ -144,9 +175,7 @@ pub struct Setup {
     pub seconds: u64,
     /// A fault to inject.
     pub inject: Option<Fault>,
-    trackers: Vec<Kind>,
-    /// Whether the trackers were asked for by name, so that a missing one is a failure.
-    by_name: bool,
+    trackers: Trackers,
     scenario: String,
     host: Host,
     config: BTreeMap<String, Value>,
@@ -177,15 +206,17 @@ impl Setup {
             image: options.image,
             timer: Timer::new(ground.clock()),
         };
-        let by_name = !options.trackers.is_empty();
+        let mut trackers = options.trackers;
+        if trackers.rows.is_empty() {
+            trackers.rows = super::find(args)?.trackers.to_vec();
+        }
         Ok(Self {
             plan,
             rounds: args.rounds,
             chunk: args.chunk,
             seconds: args.seconds,
             inject: options.inject,
-            trackers: if by_name { options.trackers } else { track::ALL.to_vec() },
-            by_name,
+            trackers,
             scenario: args.scenario.clone(),
             host,
             config: options.config,
@@ -195,7 +226,15 @@ impl Setup {
     /// The trackers that get a row each.
     #[must_use]
     pub fn trackers(&self) -> &[Kind] {
-        &self.trackers
+        &self.trackers.rows
+    }
+
+    /// The same run with another share of writes.
+    #[must_use]
+    pub fn writing(&self, percent: u64) -> Self {
+        let mut other = self.clone();
+        other.plan.pattern.write_percent = percent;
+        other
     }
 
     /// The Record of this run with these rows.
@@ -203,15 +242,16 @@ impl Setup {
     /// # Errors
     /// [`Failure::NotHere`] if no row could be measured, or one that was asked for by name could not.
     pub fn record(&self, rows: Vec<Rows>) -> Result<Record, Failure> {
-        let missing: Vec<_> = rows
-            .iter()
-            .filter_map(|row| match row {
-                Rows::NotHere { name, not_here } => Some(format!("{name}: {not_here}")),
-                Rows::Measured(_) => None,
-            })
-            .collect();
-        if !missing.is_empty() && (self.by_name || missing.len() == rows.len()) {
-            return Err(Failure::NotHere(format!("{} (`umbra lab {}` has it)", missing.join("; "), self.scenario)));
+        let by_name = |name: &str| self.trackers.named.iter().any(|kind| kind.to_string() == name);
+        let (mut missing, mut fails) = (Vec::new(), false);
+        for row in &rows {
+            if let Rows::NotHere { name, not_here } = row {
+                missing.push(format!("{name}: {not_here}"));
+                fails |= by_name(name);
+            }
+        }
+        if fails || (!missing.is_empty() && missing.len() == rows.len()) {
+            return Err(self.not_here(&missing.join("; ")));
         }
         Ok(Record {
             schema: SCHEMA,
@@ -222,13 +262,24 @@ impl Setup {
         })
     }
 
+    fn not_here(&self, what: &str) -> Failure {
+        let where_else =
+            if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
+        Failure::NotHere(format!("{what}{where_else}"))
+    }
+
     /// Measures a row for each tracker. Those that this host cannot do become `not_here`.
     ///
     /// # Errors
     /// Those of `measure`, and of [`Setup::record`].
     pub fn rows(&self, mut measure: impl FnMut(Kind) -> Result<Row, Failure>) -> Result<Record, Failure> {
+        // What was asked for by name and cannot be had is said at once, not after minutes of other rows.
+        for kind in &self.trackers.named {
+            kind.missing().map_or(Ok(()), |reason| Err(self.not_here(&format!("{kind}: {reason}"))))?;
+        }
         let rows = self
             .trackers
+            .rows
             .iter()
             .map(|&kind| match measure(kind) {
                 Ok(row) => Ok(Rows::Measured(Box::new(row))),
@@ -237,5 +288,23 @@ impl Setup {
             })
             .collect::<Result<Vec<_>, _>>()?;
         self.record(rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_is_each_tracker_once_and_none_of_them_by_name() {
+        let parse = |words: &[&str]| Trackers::parse(&words.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let all = parse(&["all"]).unwrap();
+        assert_eq!((all.rows.as_slice(), all.named.len()), (&track::ALL[..], 0));
+        let more = parse(&["ring-1024", "mincore", "all"]).unwrap();
+        assert_eq!(
+            (more.rows.len(), more.named.as_slice()),
+            (track::ALL.len() + 1, &[Kind::Ring(1024), Kind::Mincore][..])
+        );
+        assert!(parse(&["all", "none"]).is_err());
     }
 }

@@ -14,12 +14,12 @@ use crate::format::Format;
 use crate::memory::{L1Memory, Slot, Slots};
 use crate::mmu::Mmu;
 use crate::reference::{Context, History, Reference, Verdict};
-use crate::role::{ModeBits, RootRole};
+use crate::role::{ModeBits, RootRole, below};
 use crate::roots::RootId;
 use crate::spte::Frame;
 use crate::sync::Invalidation;
 use crate::tables::{Tables, leaf_entry, place, table_entry};
-use crate::walker::{Ended, PlainMemory, Walker};
+use crate::walker::{Ended, Mirror, PlainMemory, Walker};
 
 /// 2 MiB regions of L2 that are used: both halves of a 4 MiB page, all four quadrants, neighbours, aliases.
 const REGIONS: [u64; 9] = [0, 1, 2, 3, 512, 513, 1025, 1537, 1 << 18];
@@ -76,11 +76,14 @@ impl World {
         let mut memory = PlainMemory::new(frames, 0);
         let roots = build(&setup, &mut memory);
         memory.keep_journal();
+        let mut walker = Walker::new(memory, 9);
+        let watched = REGIONS.into_iter().flat_map(|region| PAGES.map(|page| L2Gfn(region << 9 | page)));
+        walker.tlb.mirror = Some(Box::new(Mirror::new(watched.collect())));
         Ok(Self {
             slots: Slots::new(&slots, frames)?,
             layout: 0,
             mmu,
-            walker: Walker::new(memory, 9),
+            walker,
             history: History::default(),
             contexts: Vec::new(),
             loaded: Vec::new(),
@@ -257,6 +260,14 @@ impl World {
                 if !self.reference().granted(context, l2, right, frame) {
                     return Err(format!("{kind:?} of L2 {l2} reached {frame:?} (cached: {cached}), never granted"));
                 }
+                let mirror = self.walker.tlb.mirror.as_ref().and_then(|mirror| mirror.find(root, l2));
+                if let (1.., Some(mapped)) = (faults, mirror)
+                    && !mapped.is_some_and(|(at, access)| at == frame && access.allows(right))
+                {
+                    return Err(format!(
+                        "{kind:?} of L2 {l2} faulted and nothing was posted that allows it: {mapped:?}"
+                    ));
+                }
                 let flags = self.reference().flags_set(context, l2, kind == Kind::Write);
                 if flags == Some(false) {
                     return Err(format!("{kind:?} of L2 {l2} left A/D flags of EPT12 clear"));
@@ -305,7 +316,7 @@ impl World {
                 }
                 table = Gfn(next);
             }
-            level = Level::from_number(level.number() - 1).unwrap_or(Level::K4);
+            level = below(level);
         }
         let Some(at) = place(format, level, l2) else { return };
         let old = Tables::read(&self.walker.memory, table, at);
@@ -602,6 +613,12 @@ impl World {
         let context = &self.contexts[loaded.context].1;
         let mapped = self.mmu.peek(loaded.id, l2).map_err(|error| error.to_string())?;
         let cached = self.walker.tlb.find(loaded.id, l2);
+        let posted = self.walker.tlb.mirror.as_ref().and_then(|mirror| mirror.find(loaded.id, l2)).flatten();
+        if let Some((frame, access)) = posted
+            && !mapped.is_some_and(|(at, _, allowed)| at == frame && allowed.allows(access))
+        {
+            return Err(format!("a mapper has {frame:?} {access} at L2 {l2}, EPT02 has {mapped:?}"));
+        }
         let found = [
             mapped.map(|(frame, _, access)| (frame, access, "EPT02")),
             cached.map(|(frame, access, _)| (frame, access, "the TLB")),

@@ -3,9 +3,11 @@
 //! The TLB keeps what it has until it is told to forget it, so a flush that the MMU owes is an access that goes wrong.
 
 mod memory;
+mod mirror;
 mod tlb;
 
 pub use memory::{PlainMemory, Written};
+pub use mirror::Mirror;
 pub use tlb::Tlb;
 
 use umbra_shared::{L2Gfn, PAGE_SHIFT};
@@ -59,9 +61,24 @@ pub struct Walker {
 
 /// The mapper of a processor that walks EPT02 itself: flushes matter, mappings are EPT02's own.
 impl Mapper for Tlb {
-    fn map(&mut self, _: Extent, _: Frame, _: Level, _: Access) {}
-    fn protect(&mut self, _: Extent, _: Access) {}
-    fn unmap(&mut self, _: Extent) {}
+    fn map(&mut self, extent: Extent, frame: Frame, _: Level, access: Access) {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.map(extent, frame, access);
+        }
+    }
+
+    fn protect(&mut self, extent: Extent, access: Access) {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.protect(extent, access);
+        }
+    }
+
+    fn unmap(&mut self, extent: Extent) {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.unmap(extent);
+        }
+    }
+
     fn flush(&mut self, flush: Flush) {
         match flush {
             Flush::All => self.forget_all(),

@@ -2,6 +2,7 @@
 
 use umbra_shared::{L2Gfn, Level};
 
+use super::Mirror;
 use crate::access::Access;
 use crate::memory::Extent;
 use crate::roots::RootId;
@@ -23,13 +24,15 @@ pub struct Tlb {
     mask: u64,
     /// Entries that flushes removed.
     pub forgotten: u64,
+    /// What a mapper would have mapped, for tests that ask.
+    pub mirror: Option<Box<Mirror>>,
 }
 
 impl Tlb {
     /// An empty TLB of `2^bits` entries.
     #[must_use]
     pub fn new(bits: u32) -> Self {
-        Self { entries: vec![None; 1 << bits], mask: (1 << bits) - 1, forgotten: 0 }
+        Self { entries: vec![None; 1 << bits], mask: (1 << bits) - 1, forgotten: 0, mirror: None }
     }
 
     fn place(&self, root: RootId, l2: L2Gfn) -> usize {
