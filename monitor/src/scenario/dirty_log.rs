@@ -9,6 +9,7 @@ use super::setup::Fault;
 use crate::failure::Failure;
 use crate::ground::Clock;
 use crate::guest::{Machine, Plan};
+use crate::host;
 use crate::kvm::clock::Window;
 use crate::kvm::exits::{self, Exits};
 use crate::kvm::witness::Witness;
