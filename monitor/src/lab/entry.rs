@@ -312,6 +312,18 @@ mod tests {
     }
 
     #[test]
+    fn an_entry_of_another_layout_is_noticed() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = entry(parent.path());
+        let mut manifest: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(directory.join(MANIFEST)).unwrap()).unwrap();
+        // The first layout had kvm-amd alone.
+        manifest["format"] = 1.into();
+        std::fs::write(directory.join(MANIFEST), manifest.to_string()).unwrap();
+        assert_eq!(flaw(&directory), Flaw::Manifest);
+    }
+
+    #[test]
     fn another_pin_is_noticed() {
         let parent = tempfile::tempdir().unwrap();
         let flaw = Entry::open(&entry(parent.path()), "linux 2").unwrap_err();
