@@ -74,6 +74,7 @@ test: build shelf ## every check: format, lints, unit, property and integration 
 	    held=0
 	    cargo test --locked --package umbra-guest-fw --lib --no-fail-fast || held=$$?
 	    cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast || held=$$?
+	    $(mmu) fuzz -- SEED=$(SEED) N=1000000 || held=$$?
 	    exit $$held
 	} 2>&1 | tee target/test.log
 
