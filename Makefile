@@ -1,11 +1,14 @@
 # Umbra's commands; `make help` lists them. Each target installs with apt what it lacks, so none needs a step before it.
 #
 #   ARGS       options of `umbra` for run, lab-*, soak       make run ARGS='--memory 256M --tracker ring'
-#   SECONDS    how long soak runs
+#   SECONDS    how long soak and fuzz-tables run
+#   SEED, N    where fuzz begins and how many operations it does; a failure prints a script for REPLAY=FILE
 #   SUITES     the Debian releases that test-fresh tries
 
 ARGS    ?=
 SECONDS ?= 60
+SEED    ?= 1
+N       ?= 10000000
 SUITES  ?= bookworm trixie
 
 SHELL       := /bin/bash
@@ -94,6 +97,27 @@ bench-trackers: build shelf ## which tracker for a snapshot: a written and a cle
 	@for backing in anonymous thp shmem; do $(UMBRA) lab snapshot --memory 16M --backing $$backing $(ARGS); done
 	for backing in anonymous thp shmem; do $(UMBRA) run snapshot --memory 16M --rounds 10 --backing $$backing $(ARGS) || [ $$? = 3 ]; done
 
+.PHONY: bench-strategies
+bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse
+	@for how in '--split lazy' '--split shatter' '--split eager --collapse in-place' '--split eager-clear --collapse lazy'; do
+	    $(UMBRA) lab model --leaf 2m $$how $(ARGS)
+	done
+
+# The shadow MMU's own programs (monitor/mmu/examples).
+mmu = cargo run --locked --quiet --release --package umbra-mmu --example
+
+.PHONY: fuzz
+fuzz: packages ## the shadow MMU against its reference model: N (10,000,000) random operations from SEED, or REPLAY=FILE
+	@$(mmu) fuzz -- SEED=$(SEED) N=$(N) $(if $(REPLAY),REPLAY=$(REPLAY))
+
+.PHONY: fuzz-tables
+fuzz-tables: packages ## hostile guest tables against the shadow MMU, for SECONDS
+	@timeout $$(($(SECONDS) + 120)) $(mmu) fuzz_tables -- SEED=$(SEED) SECONDS=$(SECONDS)
+
+.PHONY: bench-mmu
+bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind)
+	@$(mmu) bench_mmu
+
 .PHONY: test-fresh
 test-fresh: ## `make run` and `make test` in minimal chroots of Debian 12 and 13 (SUITES); root, mmdebstrap; some GB, some minutes
 	@tests/fresh $(SUITES)
@@ -106,6 +130,10 @@ clean: ## remove what was built; fetched kernels stay in the cache
 .PHONY: shelf
 shelf: build
 	@$(UMBRA) kernels fetch
+
+.PHONY: packages-bench
+packages-bench: packages
+	@command -v valgrind >/dev/null || $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get -qq install -y --no-install-recommends valgrind >/dev/null
 
 # What the others need: installed with apt if it is not here. A machine that has it all needs no network for this.
 .PHONY: packages

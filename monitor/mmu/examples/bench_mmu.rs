@@ -140,10 +140,10 @@ fn kept_root(pages: u64, operate: bool) -> u64 {
     let other = model.mmu.load_root(&mut model.walker.env(), roles[1], table).expect("loaded");
     model.mmu.drop_root(&mut model.walker.env(), other).expect("dropped");
     let changes = 10_000;
+    let mut env = model.walker.env();
     for change in 0..if operate { changes } else { 0 } {
-        let next = model.mmu.load_root(&mut model.walker.env(), roles[(change as usize + 1) % 2], table);
-        let next = next.expect("loaded");
-        model.mmu.drop_root(&mut model.walker.env(), root).expect("dropped");
+        let next = model.mmu.load_root(&mut env, roles[usize::from(change % 2 == 0)], table).expect("loaded");
+        model.mmu.drop_root(&mut env, root).expect("dropped");
         root = next;
     }
     changes
@@ -260,7 +260,9 @@ fn table(sizes: &[u64], room: f64, only: Option<&str>) -> Result<bool, String> {
         for &mib in sizes {
             let difference = count(op.name, mib, true)?.saturating_sub(count(op.name, mib, false)?);
             let units = units(op, mib);
-            figures.push(difference as f64 / units as f64);
+            // Hundredths, so that whole numbers do: counts stay far below 2^53.
+            let hundredths = u32::try_from(difference * 100 / units).map_err(|_| "a count beyond any sense")?;
+            figures.push(f64::from(hundredths) / 100.0);
         }
         let (low, high) = figures.iter().fold((f64::MAX, 0.0f64), |(low, high), &at| (low.min(at), high.max(at)));
         let spread = (high / low - 1.0) * 100.0;

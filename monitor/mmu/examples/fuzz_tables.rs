@@ -32,11 +32,11 @@ fn main() -> ExitCode {
                 println!("SEED={seed} STEPS={steps}: {what}");
                 return ExitCode::from(1);
             }
-            Ok(seen) => {
-                total.accesses += seen.accesses;
-                total.reached += seen.reached;
-                total.most_bytes = total.most_bytes.max(seen.most_bytes);
-                total.most_work = total.most_work.max(seen.most_work);
+            Ok(found) => {
+                total.accesses += found.accesses;
+                total.reached += found.reached;
+                total.most_bytes = total.most_bytes.max(found.most_bytes);
+                total.most_work = total.most_work.max(found.most_work);
             }
         }
         slowest = slowest.max((begun.elapsed(), seed));

@@ -2,7 +2,8 @@
 
 use umbra_shared::{Gfn, L2Gfn, Level};
 
-use crate::access::{Access, Request};
+use crate::access::{Access, Kind, Request};
+use crate::arena::Header;
 use crate::config::{MmuError, Split};
 use crate::defects::Defect;
 use crate::format::Format;
@@ -10,7 +11,7 @@ use crate::guest::{self, Decoded, Ended, Reflection, Walk};
 use crate::memory::{Env, Extent};
 use crate::mmu::Mmu;
 use crate::outbox::extent;
-use crate::role::Role;
+use crate::role::{Role, below};
 use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
 use crate::track::{Leaf, Trapped};
@@ -70,28 +71,56 @@ impl Mmu {
         request: Request,
     ) -> Result<Outcome, MmuError> {
         self.stats.faults += 1;
-        let page = self.roots.get(root)?.page;
         let l2 = L2Gfn::containing(l2_gpa);
-        let result = self.resolve(env, root, page, l2, request);
+        if request.kind == Kind::Write
+            && !request.table_walk
+            && let Some((at, spte)) = self.hinted_leaf(root, l2)
+            && spte.is_closed()
+        {
+            self.stats.wp_faults += 1;
+            let leaf = Leaf { at, level: Level::K4, l2, root, frame: spte.frame() };
+            if self.trap(env, leaf)? == Trapped::Opened {
+                self.finish(env);
+                return Ok(Outcome::Mapped { level: Level::K4 });
+            }
+        }
+        self.fault_slowly(env, root, l2, request)
+    }
+
+    #[inline(never)]
+    fn fault_slowly(
+        &mut self,
+        env: &mut Env<'_>,
+        root: RootId,
+        l2: L2Gfn,
+        request: Request,
+    ) -> Result<Outcome, MmuError> {
+        let (page, frames) = self.roots.get(root).map(|root| (root.page, root.frames))?;
+        let result = self.resolve(env, root, (page, frames), l2, request);
         self.finish(env);
         result
     }
 
+    #[inline]
     fn resolve(
         &mut self,
         env: &mut Env<'_>,
         root: RootId,
-        page: u32,
+        (page, frames): (u32, u64),
         l2: L2Gfn,
         request: Request,
     ) -> Result<Outcome, MmuError> {
-        let format = self.arena.header(page).role.format();
-        let needed = format.needed(request);
-        if l2.0 < format.frames() {
-            let found = self.lookup(page, l2);
+        let needed = match request.kind {
+            _ if request.table_walk => self.arena.header(page).role.format().needed(request),
+            Kind::Read => Access::READ,
+            Kind::Write => Access::WRITE,
+            Kind::Execute => Access::EXECUTE,
+        };
+        if l2.0 < frames {
+            let found = self.lookup_hinted(root, page, l2);
             let spte = found.spte;
             if spte.is_leaf(found.level) {
-                let leaf = Leaf { at: found.at, level: found.level, l2, root };
+                let leaf = Leaf { at: found.at, level: found.level, l2, root, frame: spte.frame() };
                 if spte.access().allows(needed) {
                     self.stats.spurious += 1;
                     self.post_map(env, leaf, spte);
@@ -104,25 +133,65 @@ impl Mmu {
                     }
                 }
             }
+            if !spte.present()
+                && found.level == Level::K4
+                && let Some(outcome) = self.resolve_below(env, root, found.at, l2, needed)?
+            {
+                return Ok(outcome);
+            }
         }
         self.resolve_by_walk(env, root, page, l2, request)
     }
 
+    /// Resolves a fault from the lowest shadow page alone, as a processor does that has the upper entries cached: the
+    /// entries above count as they were when they were linked or last synchronised, the lowest is read now. `None` when
+    /// that does not permit the access; a walk from the top then decides.
+    fn resolve_below(
+        &mut self,
+        env: &mut Env<'_>,
+        root: RootId,
+        at: SpteRef,
+        l2: L2Gfn,
+        needed: Access,
+    ) -> Result<Option<Outcome>, MmuError> {
+        let Header { gfn: table, role, .. } = *self.arena.header(at.page());
+        let write = needed == Access::WRITE;
+        if role.direct() || self.defect(Defect::FaultMapsNothing) {
+            return Ok(None);
+        }
+        let Some((offset, width)) = guest::entry_place(role, at.index()) else { return Ok(None) };
+        let Some(tables) = self.slots.find(table) else { return Ok(None) };
+        let entry = guest::read_entry(env.memory, tables.frame, offset, width);
+        let decoded = guest::decode(role.format(), self.config.caps, Level::K4, entry);
+        let Decoded::Leaf { gfn, access, accessed, dirty } = decoded else { return Ok(None) };
+        let Some(backing) = self.slots.find(gfn) else { return Ok(None) };
+        let rights = role.access().and(access);
+        // Flags that must be set, and what is not permitted, take the long way.
+        if !rights.allows(needed) || !accessed || write && !(dirty && backing.writable) {
+            return Ok(None);
+        }
+        let writable = backing.writable && (dirty || self.defect(Defect::DirtyFlagIgnored));
+        let rights = if writable { rights } else { rights.without(Access::WRITE) };
+        self.map_leaf(env, root, at, Level::K4, (l2, rights, backing.frame, write)).map(Some)
+    }
+
     /// A write hit a leaf that is only closed.
+    #[inline]
     fn trap(&mut self, env: &mut Env<'_>, leaf: Leaf) -> Result<Trapped, MmuError> {
         if let Some(strategy) = self.track.as_ref().map(|track| track.strategy) {
             return strategy.trap(self, env, leaf);
         }
-        self.open(env, leaf.at, Some(leaf.path()));
+        self.open_now(env, leaf);
         Ok(Trapped::Opened)
     }
 
     fn post_map(&mut self, env: &mut Env<'_>, leaf: Leaf, spte: Spte) {
         let (root, start) = leaf.path();
         let extent = extent(root, start, leaf.level.frames());
-        self.out.map(env.mapper, &mut self.stats, extent, (spte.frame(), leaf.level, spte.access()));
+        self.out.map_now(env.mapper, &mut self.stats, extent, (spte.frame(), leaf.level, spte.access()));
     }
 
+    #[inline(never)]
     fn resolve_by_walk(
         &mut self,
         env: &mut Env<'_>,
@@ -135,8 +204,10 @@ impl Mmu {
         let format = role.format();
         let write = format.needed(request) == Access::WRITE;
         for _ in 0..WALKS {
-            let mut walk = match guest::walk(env.memory, &self.slots, self.config.caps, (role, table), l2, request) {
-                Ended::At(walk) => walk,
+            let mut walk = Walk::new();
+            let caps = self.config.caps;
+            match guest::walk(&mut walk, env.memory, &self.slots, caps, (role, table), l2, request) {
+                Ended::AtPage => {}
                 Ended::Reflect(reflection) => {
                     // The processor forgets what it had cached for an address that violates (SDM 3C 29.4.3.1).
                     if !self.defect(Defect::ReflectionKeepsLeaf) {
@@ -150,7 +221,7 @@ impl Mmu {
                     self.stats.wants_memory += 1;
                     return Ok(Outcome::WantsMemory { gfn, write });
                 }
-            };
+            }
             let gfn = Gfn(walk.gfn.0 | l2.0 & (walk.level.frames() - 1));
             let backing = self.slots.find(gfn).filter(|backing| backing.writable || !write);
             let Some(backing) = backing else {
@@ -158,7 +229,9 @@ impl Mmu {
                 self.stats.wants_memory += 1;
                 return Ok(Outcome::WantsMemory { gfn, write });
             };
-            self.make_pages_available(env, PAGES_A_FAULT)?;
+            if self.arena.in_use() + PAGES_A_FAULT > self.config.quota() {
+                self.make_pages_available(env, PAGES_A_FAULT)?;
+            }
             if !self.set_guest_flags(env, format, &mut walk, write) {
                 continue;
             }
@@ -183,8 +256,11 @@ impl Mmu {
 
     /// The size of the leaf that guest, memory and tracking allow.
     fn leaf_level(&self, target: &Target<'_>) -> Level {
-        let across = self.defect(Defect::CollapseAcrossSlot);
-        let mut level = self.slots.max_level(target.gfn, target.walk.level.min(self.config.max_level), across);
+        let limit = target.walk.level.min(self.config.max_level);
+        if limit == Level::K4 {
+            return limit;
+        }
+        let mut level = self.slots.max_level(target.gfn, limit, self.defect(Defect::CollapseAcrossSlot));
         if let Some(track) = &self.track
             && target.write
         {
@@ -193,7 +269,7 @@ impl Mmu {
                 if track.strategy.traps_whole(track, level) || track.strategy.admit(track, base, level, false) {
                     break;
                 }
-                level = Level::from_number(level.number() - 1).unwrap_or(Level::K4);
+                level = below(level);
             }
         }
         level
@@ -209,9 +285,22 @@ impl Mmu {
         loop {
             let role = self.arena.header(page).role;
             let level = role.level();
-            let at = SpteRef::new(page, Format::shadow_index(level, target.l2));
-            if level <= goal && !self.has_split_child(at, role, target) {
-                return self.map_leaf(env, root, at, level, target);
+            let index = Format::shadow_index(level, target.l2);
+            let at = SpteRef::new(page, index);
+            if level > target.walk.level {
+                let spte = self.arena.table(page)[index];
+                let step = &target.walk.steps[level as usize - 1];
+                let child = self.arena.header(spte.child());
+                let fits = !spte.ends_walk()
+                    && child.gfn == step.next
+                    && child.role == role.child(false, step.access, guest::child_quadrant(role, index));
+                if fits {
+                    page = spte.child();
+                    continue;
+                }
+            } else if level <= goal && !self.has_split_child(at, role, target) {
+                let leaf = (target.l2, target.rights, base_frame(target, level), target.write);
+                return self.map_leaf(env, root, at, level, leaf);
             }
             page = self.child_for(env, at, role, target)?;
         }
@@ -297,12 +386,11 @@ impl Mmu {
         root: RootId,
         at: SpteRef,
         level: Level,
-        target: &Target<'_>,
+        (l2, permitted, frame, write): (L2Gfn, Access, Frame, bool),
     ) -> Result<Outcome, MmuError> {
-        let frame = base_frame(target, level);
         let old = self.arena.spte(at);
-        let mmu_writable = target.rights.allows(Access::WRITE);
-        let mut rights = target.rights;
+        let mmu_writable = permitted.allows(Access::WRITE);
+        let mut rights = permitted;
         if old.is_leaf(level) && old.frame() == frame {
             // Rights change in place; what tracking had opened or closed stays so.
             if self.track.is_some() && !old.writable() && !self.admits(frame, level, at) {
@@ -325,8 +413,8 @@ impl Mmu {
             }
             self.add_leaf(env, at, level, Spte::leaf(frame, level, rights, mmu_writable))?;
         }
-        let leaf = Leaf { at, level, l2: target.l2, root };
-        if target.write && !self.arena.spte(at).writable() && self.trap(env, leaf)? == Trapped::Split {
+        let leaf = Leaf { at, level, l2, root, frame };
+        if write && !self.arena.spte(at).writable() && self.trap(env, leaf)? == Trapped::Split {
             return Ok(Outcome::Retry);
         }
         if level == Level::K4 && self.config.extent > 1 {

@@ -35,10 +35,11 @@ impl Mmu {
     /// The root is stale.
     pub fn hardware_walk(&mut self, root: RootId, l2: L2Gfn, needed: Access) -> Result<Hardware, MmuError> {
         let root_entry = self.roots.get(root)?;
-        if l2.0 >= root_entry.role.format.frames() {
+        if l2.0 >= root_entry.frames {
             return Ok(Hardware::Violation);
         }
-        let found = self.lookup(root_entry.page, l2);
+        let page = root_entry.page;
+        let found = self.lookup_hinted(root, page, l2);
         let spte = found.spte;
         if !spte.is_leaf(found.level) || !spte.access().allows(needed) {
             return Ok(Hardware::Violation);
@@ -64,7 +65,7 @@ impl Mmu {
     /// The root is stale.
     pub fn peek(&self, root: RootId, l2: L2Gfn) -> Result<Option<(Frame, Level, Access)>, MmuError> {
         let root = self.roots.get(root)?;
-        if l2.0 >= root.role.format.frames() {
+        if l2.0 >= root.frames {
             return Ok(None);
         }
         let found = self.lookup(root.page, l2);

@@ -92,17 +92,17 @@ pub fn run(seed: u64, steps: u64) -> Result<Seen, String> {
         }
     }
     let mut walker = Walker::new(memory, 6);
-    let mut seen = Seen::default();
+    let mut found = Seen::default();
     let mut loaded = Vec::new();
     let mut harvested = PageSet::new(FRAMES);
     for step in 0..steps {
         let before = mmu.stats();
-        operate(main, &mut rng, &mut mmu, &mut walker, &mut loaded, &mut harvested, &mut seen);
+        operate(main, &mut rng, &mut mmu, &mut walker, &mut loaded, &mut harvested, &mut found);
         let work = mmu.stats().since(before);
-        seen.most_work =
-            seen.most_work.max(work.mapped + work.zapped + work.synced + work.pages_made + work.pages_freed);
+        found.most_work =
+            found.most_work.max(work.mapped + work.zapped + work.synced + work.pages_made + work.pages_freed);
         let bytes = mmu.memory_in_use().total();
-        seen.most_bytes = seen.most_bytes.max(bytes);
+        found.most_bytes = found.most_bytes.max(bytes);
         if bytes > mmu.memory_bound() {
             return Err(format!("step {step}: {bytes} bytes are above the bound of {}", mmu.memory_bound()));
         }
@@ -114,7 +114,7 @@ pub fn run(seed: u64, steps: u64) -> Result<Seen, String> {
         }
     }
     mmu.audit()?;
-    Ok(seen)
+    Ok(found)
 }
 
 fn operate(
@@ -124,7 +124,7 @@ fn operate(
     walker: &mut Walker,
     loaded: &mut Vec<(crate::roots::RootId, Format)>,
     harvested: &mut PageSet,
-    seen: &mut Seen,
+    found: &mut Seen,
 ) {
     // Refusals are answers too: the guest may ask for anything.
     match rng.below(40) {
@@ -182,10 +182,10 @@ fn operate(
                 _ => L2Gfn(rng.below(2048)),
             };
             let request = rng.pick(&[Request::READ, Request::WRITE, Request::EXECUTE, Request::TABLE_WALK]);
-            seen.accesses += 1;
+            found.accesses += 1;
             let ended = walker.access(mmu, root, l2, request, format.needed(request));
             if let crate::walker::Ended::Done { frame, .. } = ended {
-                seen.reached += 1;
+                found.reached += 1;
                 if rng.once_in(8) && format.needed(request) == crate::Access::WRITE {
                     let value = word(rng, main.is_ept(), 0);
                     walker.memory.store(frame, rng.below(4096), value);
@@ -204,9 +204,9 @@ mod tests {
         let mut reached = 0;
         let mut accesses = 0;
         for seed in 0..60 {
-            let seen = run(seed, 3000).unwrap();
-            reached += seen.reached;
-            accesses += seen.accesses;
+            let found = run(seed, 3000).unwrap();
+            reached += found.reached;
+            accesses += found.accesses;
         }
         assert!(reached > accesses / 50, "the tables lead nowhere: {reached} of {accesses}");
         assert!(reached < accesses, "nothing was refused");

@@ -12,10 +12,11 @@ use crate::dirty::L2Set;
 use crate::memory::{Env, Extent};
 use crate::mmu::Mmu;
 use crate::outbox::extent;
-use crate::ptelist::PteLists;
+use crate::ptelist::{Head, PteLists};
 use crate::role::Role;
 use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
+use crate::track::Leaf;
 
 /// Paths that are announced one by one; an entry with more is announced as "everything".
 const MAX_PATHS: usize = 64;
@@ -39,6 +40,7 @@ impl Mmu {
     }
 
     /// The L2 frames under entry `at`, by the page's first path: exact unless the page is shared.
+    #[inline]
     pub(crate) fn first_path(&self, at: SpteRef) -> (u32, u64) {
         let header = self.arena.header(at.page());
         (header.root, header.l2_base + at.index() as u64 * header.role.level().frames())
@@ -72,11 +74,13 @@ impl Mmu {
         paths
     }
 
+    #[inline]
     fn root_extent(&self, index: u32, start: u64, frames: u64) -> Option<Extent> {
         self.roots.at(index).map(|root| extent(root.id, start, frames))
     }
 
     /// Posts an unmap (`access` none) or a change of rights of entry `at` on all its paths, and asks for the flush.
+    #[inline]
     pub(crate) fn announce(&mut self, env: &mut Env<'_>, at: SpteRef, access: Option<Access>) {
         let header = self.arena.header(at.page());
         let frames = header.role.level().frames();
@@ -114,6 +118,7 @@ impl Mmu {
     }
 
     /// Marks the page behind leaf `at` as written through `at`. `offset` picks the 4 KiB page in a larger leaf.
+    #[inline]
     pub(crate) fn mark_written(&mut self, at: SpteRef, offset: u64) {
         let frame = self.arena.spte(at).frame().plus(offset);
         let Some(track) = &mut self.track else { return };
@@ -123,7 +128,7 @@ impl Mmu {
         }
     }
 
-    fn mark_l2(&mut self, at: SpteRef, offset: u64) {
+    pub(crate) fn mark_l2(&mut self, at: SpteRef, offset: u64) {
         if self.track.as_ref().and_then(|track| track.l2.as_ref()).is_none_or(L2Set::is_all) {
             return;
         }
@@ -180,6 +185,7 @@ impl Mmu {
     }
 
     /// Puts a leaf where nothing is. A full list loses its oldest entry.
+    #[inline]
     pub(crate) fn add_leaf(
         &mut self,
         env: &mut Env<'_>,
@@ -309,6 +315,7 @@ impl Mmu {
 
     /// Takes `at` off the parents of `child`, which goes when it was the last.
     pub(crate) fn unlink(&mut self, env: &mut Env<'_>, child: u32, at: SpteRef) {
+        self.forget_hints();
         if self.defect(Defect::ParentLost) && self.arena.header(child).shared() {
             return;
         }
@@ -322,6 +329,7 @@ impl Mmu {
 
     /// Empties `page` and frees it. Its unmapping was announced where it was unlinked.
     pub(crate) fn free_page(&mut self, env: &mut Env<'_>, page: u32) {
+        self.forget_hints();
         self.empty_page(env, page);
         self.arena.release(page);
         self.stats.pages_freed += 1;
@@ -330,7 +338,7 @@ impl Mmu {
     fn empty_page(&mut self, env: &mut Env<'_>, page: u32) {
         let level = self.arena.header(page).role.level();
         let uses_dirty = self.track.as_ref().is_some_and(|track| track.strategy.uses_dirty_bits());
-        if level == Level::K4 && !uses_dirty && self.empty_contiguous(page) {
+        if level == Level::K4 && !uses_dirty && !self.empty_straight(page) {
             return;
         }
         for index in 0..512 {
@@ -354,38 +362,32 @@ impl Mmu {
         }
     }
 
-    /// The common case: all leaves are in one 2 MiB region of memory, whose heads are then found once.
-    fn empty_contiguous(&mut self, page: u32) -> bool {
-        let Some((table, header)) = self.arena.page_mut(page) else { return true };
-        if header.present == 0 {
-            return true;
+    /// The common case: blocks of 64 leaves that map their 2 MiB region of memory straight and have no aliases, whose
+    /// heads are then found once. Whether anything is left.
+    fn empty_straight(&mut self, page: u32) -> bool {
+        let Some((table, header)) = self.arena.page_mut(page) else { return false };
+        let Some(first) = table.iter().find(|spte| spte.present()).map(|spte| spte.frame()) else { return false };
+        if !self.rmaps.has_small(first) {
+            return header.present > 0;
         }
-        let Some(first) = table.iter().find(|spte| spte.present()).map(|spte| spte.frame()) else { return true };
-        let region = first.0 >> 9;
-        if table.iter().any(|spte| spte.present() && spte.frame().0 >> 9 != region) {
-            return false;
-        }
-        let Ok((heads, used)) = self.rmaps.chunk(first) else { return false };
-        let mut zapped = 0;
-        for (index, spte) in table.iter_mut().enumerate() {
-            if !spte.present() {
+        let Ok((heads, used)) = self.rmaps.chunk(first) else { return true };
+        for start in (0..512).step_by(64) {
+            let Some((sptes, heads)) = table.get_mut(start..start + 64).zip(heads.get_mut(start..start + 64)) else {
                 continue;
+            };
+            let base = Spte::leaf(Frame((first.0 & !511) + start as u64), Level::K4, Access::READ, false);
+            let own = Head::one(SpteRef::new(page, start));
+            if Spte::are_straight(sptes, base) && Head::are_straight(heads, own) {
+                heads.fill(Head::default());
+                sptes.fill(Spte::NONE);
+                *used -= 64;
+                header.present -= 64;
+                self.stats.zapped += 64;
             }
-            let at = SpteRef::new(page, index);
-            let head = &mut heads[(spte.frame().0 & 511) as usize];
-            if head.is_only(at) {
-                *head = crate::ptelist::Head::default();
-                *used -= 1;
-            } else if self.lists.remove(head, at) && head.is_empty() {
-                *used -= 1;
-            }
-            *spte = Spte::NONE;
-            zapped += 1;
         }
-        header.present = 0;
-        self.stats.zapped += zapped;
+        let left = header.present > 0;
         self.rmaps.settle(first);
-        true
+        left
     }
 
     /// Removes `page` from everywhere. A root loses its entries, but stays.
@@ -433,7 +435,19 @@ impl Mmu {
         Ok(())
     }
 
+    /// As [`Self::open`] for a leaf on its own: posted at once when nothing waits to be joined with it.
+    #[inline]
+    pub(crate) fn open_now(&mut self, env: &mut Env<'_>, leaf: Leaf) {
+        let Some((spte, _)) = self.arena.entry_mut(leaf.at) else { return };
+        *spte = spte.opened();
+        let access = spte.access();
+        let (root, start) = leaf.path();
+        let extent = extent(root, start, leaf.level.frames());
+        self.out.protect_now(env.mapper, &mut self.stats, extent, access);
+    }
+
     /// A leaf is open for writes from now on. Posted for `path` alone: other paths find out by a fault.
+    #[inline]
     pub(crate) fn open(&mut self, env: &mut Env<'_>, at: SpteRef, path: Option<(RootId, u64)>) {
         let spte = self.arena.spte(at).opened();
         if let Some(table) = self.arena.table_mut(at.page()) {
@@ -448,20 +462,6 @@ impl Mmu {
         };
         if let Some(extent) = extent {
             self.out.protect(env.mapper, &mut self.stats, extent, spte.access());
-        }
-    }
-
-    /// Closes a leaf for writes, on all its paths.
-    pub(crate) fn close(&mut self, env: &mut Env<'_>, at: SpteRef) {
-        let spte = self.arena.spte(at);
-        if spte.writable() {
-            self.arena.set(at, spte.closed());
-            if spte.closed().present() {
-                self.announce(env, at, Some(spte.closed().access()));
-            } else {
-                // A write-only leaf does not exist (SDM 3C 29.3.3.1), so this is not reached.
-                self.announce(env, at, None);
-            }
         }
     }
 

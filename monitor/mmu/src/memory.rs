@@ -3,6 +3,7 @@
 use umbra_shared::{Gfn, L2Gfn, Level};
 
 use crate::access::Access;
+use crate::role::below;
 use crate::roots::RootId;
 use crate::spte::Frame;
 
@@ -30,7 +31,7 @@ pub trait L1Memory {
 }
 
 /// A range of L2 frames under a root.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extent {
     /// The root that translates them.
     pub root: RootId,
@@ -56,6 +57,12 @@ pub trait Mapper {
     fn map(&mut self, extent: Extent, frame: Frame, level: Level, access: Access);
     /// What is mapped in `extent` has `access` from now on, more or less than before. Holes in it stay holes.
     fn protect(&mut self, extent: Extent, access: Access);
+    /// [`Mapper::protect`] for ranges of `frames` frames each, apart from each other: the aliases of one page.
+    fn protect_all(&mut self, root: RootId, starts: &[L2Gfn], frames: u64, access: Access) {
+        for start in starts {
+            self.protect(Extent { root, start: *start, frames }, access);
+        }
+    }
     /// Nothing in `extent` may be reached.
     fn unmap(&mut self, extent: Extent);
     /// Translations that were cached are void. Comes last, before the operation returns.
@@ -164,12 +171,14 @@ impl Slots {
         (self.slots.capacity() * size_of::<Slot>()) as u64
     }
 
+    #[inline]
     fn slot(&self, gfn: Gfn) -> Option<&Slot> {
         self.slots.iter().find(|slot| slot.holds(gfn))
     }
 
     /// Where `gfn` is, or `None` when no slot covers it.
     #[must_use]
+    #[inline]
     pub fn find(&self, gfn: Gfn) -> Option<Backing> {
         self.slot(gfn).map(|slot| Backing { frame: slot.frame(gfn), writable: !slot.read_only })
     }
@@ -194,7 +203,7 @@ impl Slots {
             if inside && aligned {
                 break;
             }
-            level = Level::from_number(level.number() - 1).unwrap_or(Level::K4);
+            level = below(level);
         }
         level
     }

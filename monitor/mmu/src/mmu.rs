@@ -10,7 +10,7 @@ use crate::memory::{Env, Slot, Slots};
 use crate::outbox::{Outbox, extent};
 use crate::ptelist::{Allowance, PteLists};
 use crate::rmap::Rmaps;
-use crate::role::{ModeBits, Role, RootRole};
+use crate::role::{ModeBits, Role, RootRole, level_of};
 use crate::roots::{RootId, Roots};
 use crate::spte::{Spte, SpteRef};
 use crate::stats::{Memory, Stats};
@@ -35,6 +35,20 @@ pub struct Mmu {
     pub(crate) stamp: u32,
     pub(crate) visit: u32,
     pub(crate) hand: u32,
+    hints: [Hint; HINTS],
+    links: u32,
+}
+
+/// Lowest pages that walks of EPT02 found lately, as a processor's paging-structure cache has them.
+const HINTS: usize = 16;
+
+/// The lowest shadow page for 512 L2 frames of a root, while no link has been removed since.
+#[derive(Clone, Copy, Debug, Default)]
+struct Hint {
+    key: u64,
+    root: RootId,
+    page: u32,
+    links: u32,
 }
 
 /// Where a walk of EPT02 ended.
@@ -65,6 +79,8 @@ impl Mmu {
             stamp: 0,
             visit: 0,
             hand: 0,
+            hints: [Hint::default(); HINTS],
+            links: 1,
             config,
         })
     }
@@ -250,19 +266,50 @@ impl Mmu {
     #[inline]
     pub(crate) fn lookup(&self, page: u32, l2: L2Gfn) -> Found {
         let mut page = page;
-        let mut level = self.arena.header(page).role.level();
+        let mut shift = 9 * (self.arena.header(page).role.level() as u32 - 1);
         loop {
-            let at = SpteRef::new(page, Format::shadow_index(level, l2));
-            let spte = self.arena.spte(at);
-            let below = Level::from_number(level.number() - 1);
-            match below {
-                Some(below) if spte.present() && !spte.is_leaf(level) => {
-                    page = spte.child();
-                    level = below;
-                }
-                _ => return Found { at, level, spte },
+            let index = (l2.0 >> shift & 511) as usize;
+            let spte = self.arena.table(page)[index];
+            if shift == 0 || spte.ends_walk() {
+                return Found { at: SpteRef::new(page, index), level: level_of(shift / 9 + 1), spte };
             }
+            page = spte.child();
+            shift -= 9;
         }
+    }
+
+    /// [`Self::lookup`] under `root`, by the hints where they reach.
+    #[inline]
+    pub(crate) fn lookup_hinted(&mut self, root: RootId, page: u32, l2: L2Gfn) -> Found {
+        let key = l2.0 >> 9;
+        let slot = (l2.0 >> 9 & (HINTS as u64 - 1)) as usize;
+        let hint = self.hints[slot];
+        if hint.key == key && hint.root == root && hint.links == self.links {
+            let index = (l2.0 & 511) as usize;
+            let spte = self.arena.table(hint.page)[index];
+            return Found { at: SpteRef::new(hint.page, index), level: Level::K4, spte };
+        }
+        let found = self.lookup(page, l2);
+        if found.level == Level::K4 {
+            self.hints[slot] = Hint { key, root, page: found.at.page(), links: self.links };
+        }
+        found
+    }
+
+    /// The small leaf at `l2` under `root`, if a hint reaches it.
+    #[inline]
+    pub(crate) fn hinted_leaf(&self, root: RootId, l2: L2Gfn) -> Option<(SpteRef, Spte)> {
+        let hint = self.hints[(l2.0 >> 9 & (HINTS as u64 - 1)) as usize];
+        if hint.key != l2.0 >> 9 || hint.root != root || hint.links != self.links {
+            return None;
+        }
+        let index = (l2.0 & 511) as usize;
+        Some((SpteRef::new(hint.page, index), self.arena.table(hint.page)[index]))
+    }
+
+    /// Voids all hints: a link is about to go.
+    pub(crate) fn forget_hints(&mut self) {
+        self.links = self.links.wrapping_add(1).max(1);
     }
 
     #[inline]

@@ -212,8 +212,7 @@ impl Model {
         // Only a strategy that compares contents needs contents.
         let content_from = if config.mmu.strategy.name() == "twin" { 0 } else { first_table };
         let units = config.pages / span(config.format, config.leaf);
-        let first = (units * 5 / 8) | 1;
-        let multiplier = (first..=first + units).find(|&odd| gcd(odd, units) == 1).unwrap_or(1);
+        let multiplier = (units * 5 / 8..=units).find(|&step| gcd(step, units) == 1).unwrap_or(1);
         let mut walker = Walker::new(PlainMemory::new(frames, content_from), 9);
         let mut tables = Tables::new(config.format, first_table, frames);
         let model = |l2| l1_page(&config, stride, multiplier, l2);

@@ -16,6 +16,46 @@ enum Change {
 }
 
 const FLUSHES: usize = 8;
+const BATCH: usize = 64;
+
+/// Leaves of one root and size that get the same rights at once.
+#[derive(Debug)]
+pub struct Batch {
+    starts: [L2Gfn; BATCH],
+    count: usize,
+    root: u32,
+    access: Access,
+}
+
+impl Batch {
+    /// An empty batch.
+    #[inline]
+    #[must_use]
+    pub fn new() -> Self {
+        Self { starts: [L2Gfn(0); BATCH], count: 0, root: 0, access: Access::NONE }
+    }
+
+    /// Adds the leaf at `start` under the root at index `root`; `false` when the batch must be posted first, because it
+    /// is full or of another root or rights.
+    #[inline]
+    pub fn add(&mut self, root: u32, start: L2Gfn, access: Access) -> bool {
+        if self.count == 0 {
+            (self.root, self.access) = (root, access);
+        } else if self.root != root || self.access != access {
+            return false;
+        }
+        let Some(place) = self.starts.get_mut(self.count) else { return false };
+        *place = start;
+        self.count += 1;
+        true
+    }
+
+    /// The index of the leaves' root.
+    #[must_use]
+    pub const fn root(&self) -> u32 {
+        self.root
+    }
+}
 
 /// Changes on their way out. Neighbouring ones of a kind become one.
 #[derive(Debug, Default)]
@@ -51,7 +91,6 @@ impl Outbox {
         self.pending = Some((extent, change));
     }
 
-    #[inline]
     fn post(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats) {
         match self.pending.take() {
             None => {}
@@ -73,6 +112,7 @@ impl Outbox {
     }
 
     /// A leaf is mapped.
+    #[inline]
     pub fn map(
         &mut self,
         mapper: &mut dyn Mapper,
@@ -84,16 +124,77 @@ impl Outbox {
     }
 
     /// Rights have changed.
+    #[inline]
     pub fn protect(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, extent: Extent, access: Access) {
         self.push(mapper, stats, extent, Change::Protect(access));
     }
 
+    /// Rights have changed, and no neighbour's change is expected.
+    #[inline]
+    pub fn protect_now(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, extent: Extent, access: Access) {
+        if self.pending.is_some() {
+            self.post(mapper, stats);
+        }
+        stats.protect_extents += 1;
+        stats.protect_pages += extent.frames;
+        mapper.protect(extent, access);
+    }
+
+    /// A leaf is mapped, and no neighbour's mapping is expected.
+    #[inline]
+    pub fn map_now(
+        &mut self,
+        mapper: &mut dyn Mapper,
+        stats: &mut Stats,
+        extent: Extent,
+        (frame, level, access): (Frame, Level, Access),
+    ) {
+        if self.pending.is_some() {
+            self.post(mapper, stats);
+        }
+        stats.map_extents += 1;
+        stats.map_pages += extent.frames;
+        mapper.map(extent, frame, level, access);
+    }
+
+    /// Rights of all leaves in `batch` have changed, each of `frames` frames under `root`; it is empty afterwards. One
+    /// leaf is gathered with its neighbours, several go at once.
+    pub fn protect_batch(
+        &mut self,
+        mapper: &mut dyn Mapper,
+        stats: &mut Stats,
+        batch: &mut Batch,
+        (root, frames): (RootId, u64),
+    ) {
+        let leaves = batch.starts.get(..batch.count).unwrap_or_default();
+        if let [start] = leaves {
+            let extent = Extent { root, start: *start, frames };
+            self.protect(mapper, stats, extent, batch.access);
+            self.flush(extent);
+        } else if !leaves.is_empty() {
+            self.post(mapper, stats);
+            stats.protect_extents += leaves.len() as u64;
+            stats.protect_pages += leaves.len() as u64 * frames;
+            mapper.protect_all(root, leaves, frames, batch.access);
+            if leaves.len() > FLUSHES {
+                self.flush_all();
+            } else {
+                for start in leaves {
+                    self.flush(Extent { root, start: *start, frames });
+                }
+            }
+        }
+        batch.count = 0;
+    }
+
     /// Nothing is mapped any more.
+    #[inline]
     pub fn unmap(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, extent: Extent) {
         self.push(mapper, stats, extent, Change::Unmap);
     }
 
     /// Cached translations of `extent` are void.
+    #[inline]
     pub fn flush(&mut self, extent: Extent) {
         if self.flush_all {
             return;
@@ -127,7 +228,9 @@ impl Outbox {
     /// Sends what is left: changes first, then flushes. `forget` is a seeded defect.
     #[inline]
     pub fn finish(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, forget: bool) {
-        self.post(mapper, stats);
+        if self.pending.is_some() {
+            self.post(mapper, stats);
+        }
         if self.flush_all || !self.flushes.is_empty() {
             self.send_flushes(mapper, stats, forget);
         }

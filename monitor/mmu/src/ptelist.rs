@@ -49,10 +49,21 @@ impl Head {
         if self.is_empty() { None } else { Some(SpteRef(self.first())) }
     }
 
-    /// Whether it is exactly this one entry.
+    /// Whether all of `heads` are empty.
     #[must_use]
-    pub const fn is_only(self, entry: SpteRef) -> bool {
-        self.0 == entry.0 as u64
+    pub fn are_empty(heads: &[Self]) -> bool {
+        heads.iter().fold(0, |all, head| all | head.0) == 0
+    }
+
+    /// Whether `heads` are lists of one, whose entries are consecutive from that of `first`.
+    #[must_use]
+    pub fn are_straight(heads: &[Self], first: Self) -> bool {
+        let (mut differs, mut expected) = (0, first.0);
+        for head in heads {
+            differs |= head.0 ^ expected;
+            expected += 1;
+        }
+        differs == 0
     }
 }
 
@@ -229,6 +240,7 @@ impl PteLists {
     ///
     /// # Errors
     /// No memory; the list is as before.
+    #[inline]
     pub fn add(&mut self, head: &mut Head, entry: SpteRef, for_split: bool) -> Result<(), MmuError> {
         let rest = head.rest();
         if head.is_empty() {
@@ -299,6 +311,7 @@ impl PteLists {
     }
 
     /// Removes `entry`; `false` if it is not listed.
+    #[inline]
     pub fn remove(&mut self, head: &mut Head, entry: SpteRef) -> bool {
         let rest = head.rest();
         if rest & LIST == 0 {
@@ -340,6 +353,7 @@ impl PteLists {
 
     /// How many references are listed.
     #[must_use]
+    #[inline]
     pub fn count(&self, head: Head) -> u32 {
         match head.rest() {
             _ if head.is_empty() => 0,
@@ -355,7 +369,36 @@ impl PteLists {
         Cursor { first: head.first(), rest: head.rest(), slot: 0 }
     }
 
+    /// The next references, as many as `into` has room for; how many those are. As [`Self::next`] for many.
+    #[inline]
+    pub fn gather(&self, cursor: &mut Cursor, into: &mut [SpteRef; 64]) -> usize {
+        let mut count = 0;
+        while count < into.len() {
+            let desc = cursor.rest & !LIST;
+            if cursor.first == 0 && cursor.slot == 0 && cursor.rest & LIST != 0 {
+                // A whole descriptor at once.
+                let filled = self.filled(self.word(desc, COUNT)) as usize;
+                let start = desc as usize * self.stride;
+                let entries = self.words.get(start + FIRST..start + FIRST + filled).unwrap_or_default();
+                if let Some(room) = into.get_mut(count..count + entries.len()) {
+                    for (place, entry) in room.iter_mut().zip(entries) {
+                        *place = SpteRef(*entry);
+                    }
+                    count += entries.len();
+                    let next = self.word(desc, NEXT);
+                    cursor.rest = if next == 0 { 0 } else { next | LIST };
+                    continue;
+                }
+            }
+            let Some(entry) = self.next(cursor) else { break };
+            into[count] = entry;
+            count += 1;
+        }
+        count
+    }
+
     /// The next reference. The list must not have changed since the cursor was made.
+    #[inline]
     pub fn next(&self, cursor: &mut Cursor) -> Option<SpteRef> {
         if cursor.first != 0 {
             let entry = cursor.first;

@@ -31,7 +31,10 @@ pub struct Rmaps {
 fn new_heads() -> Result<Box<[Head; 512]>, MmuError> {
     let mut heads = Vec::new();
     heads.try_reserve_exact(512).map_err(|_| MmuError::NoMemory)?;
-    heads.resize(512, Head::default());
+    // In blocks, as new tables are.
+    for _ in 0..8 {
+        heads.extend_from_slice(std::hint::black_box(&[Head::default(); 64]));
+    }
     heads.into_boxed_slice().try_into().map_err(|_| MmuError::NoMemory)
 }
 
@@ -66,6 +69,7 @@ impl Rmaps {
         usize::try_from(frame.0 >> 9).unwrap_or(usize::MAX)
     }
 
+    #[inline]
     fn chunk_index(&self, frame: Frame) -> usize {
         // 0 stands for none, so stored indices are one higher.
         (self.regions.get(Self::region(frame)).copied().unwrap_or(0) as usize).wrapping_sub(1)
@@ -73,6 +77,7 @@ impl Rmaps {
 
     /// The list of `frame`'s leaves of `level`.
     #[must_use]
+    #[inline]
     pub fn head(&self, frame: Frame, level: Level) -> Head {
         match level {
             Level::K4 => match self.chunks.get(self.chunk_index(frame)) {
@@ -88,6 +93,7 @@ impl Rmaps {
     ///
     /// # Errors
     /// No memory, or a frame beyond it.
+    #[inline]
     pub fn chunk(&mut self, frame: Frame) -> Result<(&mut [Head; 512], &mut u16), MmuError> {
         let mut index = self.chunk_index(frame);
         if !matches!(self.chunks.get(index), Some(Some(_))) {
@@ -155,6 +161,7 @@ impl Rmaps {
     ///
     /// # Errors
     /// No memory, or [`MmuError::ListFull`] when the list has its longest length: zap the oldest, then retry.
+    #[inline]
     pub fn add(
         &mut self,
         lists: &mut PteLists,

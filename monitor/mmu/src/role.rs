@@ -16,6 +16,22 @@ const GUEST_MODE: u64 = 1 << 14;
 const MODE_SHIFT: u32 = 16;
 const OFFSET_SHIFT: u32 = 24;
 
+/// Levels by number; what is no level counts as the lowest.
+const LEVELS: [Level; 8] = [Level::K4, Level::K4, Level::M2, Level::G1, Level::T512, Level::P256, Level::K4, Level::K4];
+
+/// The level below `level`; of the lowest, itself.
+#[must_use]
+pub const fn below(level: Level) -> Level {
+    LEVELS[(level as usize).saturating_sub(1)]
+}
+
+/// The level numbered `number`; what is no level counts as the lowest.
+#[inline]
+#[must_use]
+pub const fn level_of(number: u32) -> Level {
+    LEVELS[(number & 7) as usize]
+}
+
 /// Bits of L2's paging mode that do not change EPT02, but that a role has, as in KVM: CR0.WP, CR4.SMEP and their kin.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ModeBits(pub u8);
@@ -84,10 +100,7 @@ impl Role {
     /// The level of the page's entries.
     #[must_use]
     pub const fn level(self) -> Level {
-        match Level::from_number((self.0 & 7) as u8) {
-            Some(level) => level,
-            None => Level::K4,
-        }
+        LEVELS[(self.0 & 7) as usize]
     }
 
     /// The page shadows no guest table: it splits a larger guest leaf.
@@ -124,6 +137,18 @@ impl Role {
             2 => Format::Pae { nx: b },
             _ => Format::Bits32 { pse: b },
         }
+    }
+
+    /// Whether the guest's entries are 4 bytes wide.
+    #[must_use]
+    pub const fn has_4_byte_gpte(self) -> bool {
+        self.0 >> FORMAT_SHIFT & 3 == 3
+    }
+
+    /// Whether the guest's tables have 8-byte entries and no root of another shape: EPT or long mode.
+    #[must_use]
+    pub const fn is_plain(self) -> bool {
+        self.0 >> FORMAT_SHIFT & 3 < 2
     }
 
     /// All bits, for hashing and for logs.

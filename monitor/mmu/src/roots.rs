@@ -33,6 +33,8 @@ pub struct Root {
     pub role: RootRole,
     /// The guest's table.
     pub table: u64,
+    /// L2 frames that its format can name.
+    pub frames: u64,
     /// When it was last loaded or dropped, in loads and drops.
     pub last_used: u64,
     /// An invalidation applied while it was not loaded.
@@ -59,8 +61,16 @@ impl Roots {
         }
     }
 
+    /// The name of the root at `index`; of a place that is free, the name that its next root will have.
+    #[inline]
+    #[must_use]
+    pub fn id(&self, index: u32) -> RootId {
+        self.roots.get(index as usize).map(|root| root.id).unwrap_or_default()
+    }
+
     /// The root at `index`, if that place is in use.
     #[must_use]
+    #[inline]
     pub fn at(&self, index: u32) -> Option<&Root> {
         self.roots.get(index as usize).filter(|root| root.page != 0)
     }
@@ -107,7 +117,7 @@ impl Roots {
             Some(index) => index,
             None if self.roots.len() < 1 << 16 => {
                 let id = RootId::new(narrow(self.roots.len()), 0);
-                let free = Root { page: 0, id, count: 0, role, table, last_used: 0, pending_sync: false };
+                let free = Root { page: 0, id, count: 0, role, table, frames: 0, last_used: 0, pending_sync: false };
                 if self.roots.len() == self.roots.capacity() {
                     self.roots.reserve_exact((self.roots.len() / 4).max(4));
                 }
@@ -117,7 +127,8 @@ impl Roots {
             None => return None,
         };
         let root = self.roots.get_mut(index)?;
-        *root = Root { page, count: 0, role, table, pending_sync: false, ..*root };
+        let frames = role.format.frames();
+        *root = Root { page, count: 0, role, table, frames, pending_sync: false, ..*root };
         Some(root.id)
     }
 

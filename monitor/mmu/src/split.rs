@@ -99,24 +99,42 @@ impl Mmu {
         let Ok((heads, used)) = self.rmaps.chunk(first) else { return };
         let Some((table, header)) = self.arena.page_mut(page) else { return };
         let mut filled = 0;
-        for (index, (spte, head)) in table.iter_mut().zip(heads.iter_mut()).enumerate() {
-            if spte.present() {
+        for (block, word) in admitted.iter().enumerate() {
+            let start = block * 64;
+            let Some((sptes, heads)) = table.get_mut(start..start + 64).zip(heads.get_mut(start..start + 64)) else {
+                continue;
+            };
+            let base = if *word == u64::MAX || keep_open { open } else { closed };
+            let alike = *word == 0 || *word == u64::MAX || keep_open;
+            let free = sptes.iter().fold(0, |all, spte| all | spte.0) == 0 && Head::are_empty(heads);
+            if alike && free && skip == 512 {
+                for (index, (spte, head)) in sptes.iter_mut().zip(heads.iter_mut()).enumerate() {
+                    *head = Head::one(SpteRef::new(page, start + index));
+                    *spte = Spte(base.0 + ((start + index) as u64) * 4096);
+                }
+                *used += 64;
+                filled += 64;
                 continue;
             }
-            let at = SpteRef::new(page, index);
-            if index >= skip {
-                // Seeded defect: not listed.
-            } else if head.is_empty() {
-                *head = Head::one(at);
-                *used += 1;
-            } else if self.lists.count(*head) >= longest || self.lists.add(head, at, true).is_err() {
-                // Left out: a fault maps it.
-                continue;
+            for (offset, (spte, head)) in sptes.iter_mut().zip(heads.iter_mut()).enumerate() {
+                let index = start + offset;
+                if spte.present() {
+                    continue;
+                }
+                let at = SpteRef::new(page, index);
+                if index >= skip {
+                    // Seeded defect: not listed.
+                } else if head.is_empty() {
+                    *head = Head::one(at);
+                    *used += 1;
+                } else if self.lists.count(*head) >= longest || self.lists.add(head, at, true).is_err() {
+                    // Left out: a fault maps it.
+                    continue;
+                }
+                let is_open = keep_open || word >> offset & 1 != 0;
+                *spte = Spte(if is_open { open } else { closed }.0 + ((index as u64) << 12));
+                filled += 1;
             }
-            let is_open = keep_open || admitted[index >> 6] >> (index & 63) & 1 != 0;
-            let base = if is_open { open } else { closed };
-            *spte = Spte(base.0 + ((index as u64) << 12));
-            filled += 1;
         }
         header.present += filled;
         self.rmaps.settle(first);

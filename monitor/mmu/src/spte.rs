@@ -57,10 +57,31 @@ impl Spte {
         self.present() && (level as u8 == 1 || self.0 & ept::LARGE != 0)
     }
 
+    /// Whether a walk that comes here above the lowest level ends: nothing is present, or a huge leaf is.
+    #[inline]
+    #[must_use]
+    pub const fn ends_walk(self) -> bool {
+        // A link has all rights and is not large.
+        self.0 & (ept::RIGHTS | ept::LARGE) != ept::RIGHTS
+    }
+
+    /// Whether `entries` are readable leaves of consecutive frames, the first of them `first`'s.
+    #[must_use]
+    pub fn are_straight(entries: &[Self], first: Self) -> bool {
+        let (mut differs, mut readable, mut expected) = (0, u64::MAX, first.0 & ADDRESS_MASK);
+        for entry in entries {
+            differs |= entry.0 & ADDRESS_MASK ^ expected;
+            readable &= entry.0;
+            expected += 1 << 12;
+        }
+        differs == 0 && readable & ept::READ != 0
+    }
+
     /// The child's arena index, for a link.
     #[must_use]
     pub const fn child(self) -> u32 {
-        ((self.0 & ADDRESS_MASK) >> 12 & 0xffff_ffff) as u32
+        // Arena indices have 22 bits.
+        (self.0 >> 12 & 0x3f_ffff) as u32
     }
 
     /// The first frame, for a leaf.
@@ -85,6 +106,13 @@ impl Spte {
     #[must_use]
     pub const fn mmu_writable(self) -> bool {
         self.0 & MMU_WRITABLE != 0
+    }
+
+    /// Whether it is present, and writes are permitted but closed.
+    #[inline]
+    #[must_use]
+    pub const fn is_closed(self) -> bool {
+        self.0 & (MMU_WRITABLE | ept::WRITE) == MMU_WRITABLE && self.present()
     }
 
     /// The dirty flag.

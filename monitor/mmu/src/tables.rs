@@ -5,7 +5,9 @@ use umbra_shared::{Gfn, L2Gfn, Level};
 
 use crate::access::Access;
 use crate::format::Format;
+pub use crate::guest::place;
 use crate::memory::L1Memory;
+use crate::role::below;
 use crate::spte::Frame;
 use crate::walker::PlainMemory;
 
@@ -50,19 +52,6 @@ pub const fn leaf_entry(format: Format, level: Level, gfn: Gfn, access: Access, 
         | if nx && !access.allows(Access::EXECUTE) { long::NO_EXECUTE } else { 0 }
         | if used { long::ACCESSED } else { 0 }
         | if used && writes { long::DIRTY } else { 0 }
-}
-
-/// Where the entry for `l2` is in a guest table of `level`: byte offset and width. `None` where the format has no such
-/// level.
-#[must_use]
-pub const fn place(format: Format, level: Level, l2: L2Gfn) -> Option<(u64, u64)> {
-    match (format, level) {
-        (Format::Bits32 { .. }, Level::K4) => Some(((l2.0 & 1023) * 4, 4)),
-        (Format::Bits32 { .. }, Level::M2) => Some(((l2.0 >> 10 & 1023) * 4, 4)),
-        (Format::Bits32 { .. }, _) => None,
-        (Format::Pae { .. }, Level::G1) => Some(((l2.0 >> 18 & 3) * 8, 8)),
-        _ => Some((Format::shadow_index(level, l2) as u64 * 8, 8)),
-    }
 }
 
 /// L2 frames that one guest entry of `level` covers.
@@ -149,7 +138,7 @@ impl Tables {
                     new
                 };
             }
-            at = Level::from_number(at.number() - 1).unwrap_or(Level::K4);
+            at = below(at);
         }
         table
     }

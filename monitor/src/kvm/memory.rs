@@ -95,7 +95,8 @@ pub struct HostMemory {
     backing: Backing,
 }
 
-// SAFETY: the memory belongs to this value and is reached only through volatile accesses (below) or by KVM.
+// SAFETY: the memory belongs to this value and is reached only by KVM, through volatile accesses (below) and through vm-memory, whose own are
+// volatile or atomic.
 unsafe impl Send for HostMemory {}
 // SAFETY: as above; concurrent volatile accesses race only with the guest, which they must bear anyway.
 unsafe impl Sync for HostMemory {}

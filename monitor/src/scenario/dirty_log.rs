@@ -146,6 +146,9 @@ impl<'a> Run<'a> {
             self.row.stall = Some(stall(&stalls, self.machine.tsc_khz(), timer.clock().unit()));
             self.check_idle(&mut expectation)?;
         }
+        if let Some(fault) = self.tracker.fault() {
+            self.fault(&fault);
+        }
 
         self.step("disable", 0);
         let (stopped, window) = timer.window(witness, || self.tracker.stop(&self.machine));
@@ -186,7 +189,11 @@ impl<'a> Run<'a> {
     /// Holds the report of `round` against the truth.
     fn check(&mut self, round: u64, expectation: &mut Expectation) -> Result<(), Failure> {
         let truth = Round::of(&self.setup.plan.pattern, round);
+        let promised = expectation.promises_all();
         let explained = expectation.explained(&truth.written, &truth.read);
+        if self.reported.count() < truth.written.capacity() && promised {
+            self.fault(&format!("round {round}: initially all set promises every page, and not all were reported"));
+        }
         self.inject(round, &truth, &explained);
         self.contents.write(round, &truth.written);
         let said = self.machine.writes()?;
@@ -242,16 +249,20 @@ impl<'a> Run<'a> {
         }
         match self.setup.inject {
             Some(Fault::LosePage) => {
-                if let Some(page) = truth.written.iter().next() {
-                    self.reported.remove(page);
-                }
+                let Some(page) = truth.written.iter().next() else {
+                    return self.fault("--inject lose-page: the round wrote no page that could be lost");
+                };
+                self.reported.remove(page);
             }
             Some(Fault::ExtraPage) => {
                 let pages = self.setup.plan.pattern.pages;
                 let innocent = (0..pages).find(|&page| !truth.written.contains(page) && !explained.contains(page));
-                if let Some(page) = innocent {
-                    self.reported.insert(page);
-                }
+                let Some(page) = innocent else {
+                    return self.fault(
+                        "--inject extra-page: every page of the round is written or explained (take more --rounds)",
+                    );
+                };
+                self.reported.insert(page);
             }
             None => {}
         }
@@ -337,8 +348,10 @@ impl<'a> Run<'a> {
 
 /// The guest's histogram in the unit of the Record. The guest measures in TSC ticks: in the lab an instruction each.
 fn stall(ticks: &Histogram, tsc_khz: u32, unit: &str) -> Stall {
+    // Where KVM does not say how fast the TSC is, ticks stay ticks.
+    let unit = if unit == "nanoseconds" && tsc_khz == 0 { "ticks" } else { unit };
     let convert = |value: u64| {
-        if unit == "instructions" || tsc_khz == 0 {
+        if unit != "nanoseconds" {
             return value;
         }
         u64::try_from(u128::from(value) * 1_000_000 / u128::from(tsc_khz)).unwrap_or(u64::MAX)

@@ -37,7 +37,7 @@ impl Fault {
     }
 }
 
-/// Rounds that the stamps have room for, and more than anybody waits for.
+/// More than anybody waits for; the stamps have room for 2^32.
 const MAX_ROUNDS: u64 = 1 << 20;
 
 fn input(message: String) -> Failure {
@@ -251,7 +251,7 @@ impl Setup {
             }
         }
         if fails || (!missing.is_empty() && missing.len() == rows.len()) {
-            return Err(Failure::NotHere(format!("{} (`umbra lab {}` has it)", missing.join("; "), self.scenario)));
+            return Err(self.not_here(&missing.join("; ")));
         }
         Ok(Record {
             schema: SCHEMA,
@@ -262,11 +262,21 @@ impl Setup {
         })
     }
 
+    fn not_here(&self, what: &str) -> Failure {
+        let where_else =
+            if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
+        Failure::NotHere(format!("{what}{where_else}"))
+    }
+
     /// Measures a row for each tracker. Those that this host cannot do become `not_here`.
     ///
     /// # Errors
     /// Those of `measure`, and of [`Setup::record`].
     pub fn rows(&self, mut measure: impl FnMut(Kind) -> Result<Row, Failure>) -> Result<Record, Failure> {
+        // What was asked for by name and cannot be had is said at once, not after minutes of other rows.
+        for kind in &self.trackers.named {
+            kind.missing().map_or(Ok(()), |reason| Err(self.not_here(&format!("{kind}: {reason}"))))?;
+        }
         let rows = self
             .trackers
             .rows

@@ -83,6 +83,12 @@ impl Expectation {
         }
     }
 
+    /// Whether the next harvest must report every page: *initially all set* promises that of the first.
+    #[must_use]
+    pub const fn promises_all(&self) -> bool {
+        self.all
+    }
+
     /// The pages that this harvest may report beyond `written`, when the guest `read` those pages since the last one.
     pub fn explained(&mut self, written: &PageSet, read: &PageSet) -> PageSet {
         let mut explained = PageSet::new(written.capacity());

@@ -59,6 +59,11 @@ pub trait Tracker {
     /// Puts what the last harvest found into `into`. Never called inside a window.
     fn report(&mut self, machine: &Machine, into: &mut PageSet);
 
+    /// Something that must never happen, if it has: an entry that names no tracked page, for instance.
+    fn fault(&self) -> Option<String> {
+        None
+    }
+
     /// Events that the tracker itself counted, by name.
     fn counters(&self, _machine: &Machine) -> Vec<(&'static str, u64)> {
         Vec::new()
@@ -221,6 +226,16 @@ impl Kind {
             Self::UffdWp => Userfault::open(Mode::Synchronous).map(|_| ()),
             Self::SoftDirty => soft_dirty::check(),
         }
+    }
+
+    /// What it lacks here, found out by making a VM for it.
+    #[must_use]
+    pub fn missing(self) -> Option<String> {
+        let prepared = kvm::vm::open().and_then(|kvm| {
+            let vm = kvm.create_vm().map_err(kvm::vm::failed("KVM_CREATE_VM"))?;
+            self.prepare(&vm)
+        });
+        prepared.err().map(|error| error.to_string())
     }
 
     /// Makes the tracker for a machine that was prepared for it. A CLEAR covers `chunk` pages.

@@ -6,6 +6,7 @@ use umbra_shared::{Gfn, Level};
 use super::{Decoded, GuestCaps};
 use crate::access::Access;
 
+#[inline]
 pub(super) fn decode(caps: GuestCaps, accessed_dirty: bool, level: Level, raw: u64) -> Decoded {
     let access = Access::from_bits(raw);
     if access.is_none() {

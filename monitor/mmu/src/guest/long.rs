@@ -16,6 +16,7 @@ pub(super) const fn rights(raw: u64, nx: bool) -> Access {
     Access::READ.or(write).or(execute)
 }
 
+#[inline]
 pub(super) fn decode(caps: GuestCaps, nx: bool, level: Level, raw: u64) -> Decoded {
     if raw & long::PRESENT == 0 {
         return Decoded::NotPresent;

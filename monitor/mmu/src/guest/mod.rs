@@ -8,7 +8,8 @@ mod long;
 mod walk;
 
 pub use walk::{
-    Ended, Reflection, Step, Walk, child_quadrant, entry_place, read_entry, set_accessed_dirty, shadow_leaf, walk,
+    Ended, Reflection, Step, Walk, child_quadrant, entry_place, place, read_entry, set_accessed_dirty, shadow_leaf,
+    walk,
 };
 
 use umbra_shared::{Gfn, Level};
@@ -75,6 +76,7 @@ pub enum Decoded {
 
 /// Checks `entry`, found at `level` in a table of `format`. A 4 MiB page's frame is that of its first half.
 #[must_use]
+#[inline]
 pub fn decode(format: Format, caps: GuestCaps, level: Level, entry: GuestEntry) -> Decoded {
     match format {
         Format::Ept { accessed_dirty, .. } => ept::decode(caps, accessed_dirty, level, entry.0),

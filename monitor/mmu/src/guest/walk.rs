@@ -1,14 +1,14 @@
 //! The walk of EPT12, what it reflects to L1, and the A/D bits that it sets.
 
 use umbra_shared::paging::ept::qualification;
-use umbra_shared::paging::{ept, long, npf};
+use umbra_shared::paging::{ADDRESS_MASK, ept, long, npf};
 use umbra_shared::{Gfn, L2Gfn, Level};
 
 use super::{Decoded, GuestCaps, GuestEntry, decode};
 use crate::access::{Access, Kind, Request};
 use crate::format::Format;
 use crate::memory::{Exchange, L1Memory, Slots};
-use crate::role::Role;
+use crate::role::{Role, below};
 use crate::spte::Frame;
 
 /// What L1 is told about an access that EPT12 does not permit.
@@ -54,13 +54,113 @@ pub struct Walk {
     pub access: Access,
     /// The leaf's dirty flag was set, or is not in use.
     pub dirty: bool,
+    /// The accessed flags of all its entries were set, or are not in use.
+    pub accessed: bool,
+}
+
+impl Walk {
+    /// A walk that has not begun.
+    #[must_use]
+    pub const fn new() -> Self {
+        const NONE: Step = Step {
+            frame: Frame(0),
+            offset: 0,
+            raw: 0,
+            next: Gfn(0),
+            access: Access::NONE,
+            writable: false,
+            real: false,
+        };
+        Self { steps: [NONE; 5], level: Level::K4, gfn: Gfn(0), access: Access::NONE, dirty: false, accessed: true }
+    }
+}
+
+impl Default for Walk {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Bits that tell ordinary entries of EPT and long mode from everything else: all rights, nothing reserved. What fits
+/// needs no further checks.
+struct Plain {
+    reserved: u64,
+    link: (u64, u64),
+    leaf: (u64, u64),
+    accessed: u64,
+    dirty: u64,
+}
+
+impl Plain {
+    const fn new(format: Format, caps: GuestCaps) -> Self {
+        let reserved = caps.reserved_address();
+        if let Format::Ept { accessed_dirty, .. } = format {
+            return Self {
+                reserved,
+                link: (ept::RIGHTS | 0xf << ept::MEMORY_TYPE_SHIFT | ept::LARGE, ept::RIGHTS),
+                leaf: (ept::RIGHTS | 7 << ept::MEMORY_TYPE_SHIFT, ept::RIGHTS | ept::WRITE_BACK),
+                accessed: if accessed_dirty { ept::ACCESSED } else { 0 },
+                dirty: if accessed_dirty { ept::DIRTY } else { 0 },
+            };
+        }
+        let rights = long::PRESENT | long::WRITE | long::USER;
+        let mask = rights | long::NO_EXECUTE;
+        Self {
+            reserved,
+            link: (mask | long::LARGE, rights),
+            leaf: (mask, rights),
+            accessed: long::ACCESSED,
+            dirty: long::DIRTY,
+        }
+    }
+}
+
+/// Follows ordinary entries of EPT and long mode as far as they go; `walk.level` says how far. `true`: to the page.
+fn walk_plain(
+    walk: &mut Walk,
+    memory: &dyn L1Memory,
+    slots: &Slots,
+    plain: &Plain,
+    table: &mut Gfn,
+    l2: L2Gfn,
+) -> bool {
+    let mut shift = 9 * (walk.level as u32 - 1);
+    loop {
+        let Some(backing) = slots.find(*table) else { return false };
+        let offset = (l2.0 >> shift & 511) * 8;
+        let raw = memory.read(backing.frame, offset);
+        let (mask, value) = if shift == 0 { plain.leaf } else { plain.link };
+        if raw & (mask | plain.reserved) != value {
+            return false;
+        }
+        let next = Gfn((raw & ADDRESS_MASK) >> 12);
+        walk.steps[walk.level as usize - 1] = Step {
+            frame: backing.frame,
+            offset,
+            raw,
+            writable: backing.writable,
+            next,
+            access: Access::ALL,
+            real: true,
+        };
+        walk.accessed &= raw & plain.accessed == plain.accessed;
+        if shift == 0 {
+            walk.gfn = next;
+            walk.access = Access::ALL;
+            walk.dirty = raw & plain.dirty == plain.dirty;
+            return true;
+        }
+        *table = next;
+        walk.level = below(walk.level);
+        shift -= 9;
+    }
 }
 
 /// How a walk ended.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// At a page.
-    At(Walk),
+    AtPage,
     /// EPT12 does not permit it.
     Reflect(Reflection),
     /// A table lies in guest frames that no slot covers.
@@ -73,8 +173,12 @@ pub enum Ended {
 /// 4-byte entries (seed 002): a guest directory of 1,024 x 4 MiB has four shadow directories, so the quadrant consumes
 /// address bits 31:30, and two shadow entries share one guest entry; a guest table of 1,024 pages has two shadow tables.
 #[must_use]
+#[inline]
 pub const fn entry_place(role: Role, index: usize) -> Option<(u64, u64)> {
     let index = index as u64;
+    if role.is_plain() {
+        return Some((index * 8, 8));
+    }
     let quadrant = role.quadrant() as u64;
     match (role.format(), role.level()) {
         (Format::Bits32 { .. }, Level::K4) => Some(((quadrant & 1) * 2048 + index * 4, 4)),
@@ -85,9 +189,27 @@ pub const fn entry_place(role: Role, index: usize) -> Option<(u64, u64)> {
     }
 }
 
+/// Where the entry for `l2` is in a guest table of `level`: byte offset and width. `None` where the format has no such
+/// level.
+#[must_use]
+#[inline]
+pub const fn place(format: Format, level: Level, l2: L2Gfn) -> Option<(u64, u64)> {
+    match (format, level) {
+        (Format::Bits32 { .. }, Level::K4) => Some(((l2.0 & 1023) * 4, 4)),
+        (Format::Bits32 { .. }, Level::M2) => Some(((l2.0 >> 10 & 1023) * 4, 4)),
+        (Format::Bits32 { .. }, _) => None,
+        (Format::Pae { .. }, Level::G1) => Some(((l2.0 >> 18 & 3) * 8, 8)),
+        _ => Some((Format::shadow_index(level, l2) as u64 * 8, 8)),
+    }
+}
+
 /// The quadrant of the child that entry `index` of a page of `role` leads to.
 #[must_use]
+#[inline]
 pub const fn child_quadrant(role: Role, index: usize) -> u8 {
+    if !role.has_4_byte_gpte() {
+        return 0;
+    }
     match (role.format(), role.level()) {
         (Format::Bits32 { .. }, Level::G1) => (index as u64 & 3) as u8,
         (Format::Bits32 { .. }, Level::M2) => (index as u64 & 1) as u8,
@@ -96,6 +218,7 @@ pub const fn child_quadrant(role: Role, index: usize) -> u8 {
 }
 
 /// Reads the entry of `width` bytes at `offset`.
+#[inline]
 pub fn read_entry(memory: &dyn L1Memory, frame: Frame, offset: u64, width: u64) -> GuestEntry {
     let word = memory.read(frame, offset & !7);
     if width == 8 {
@@ -107,8 +230,9 @@ pub fn read_entry(memory: &dyn L1Memory, frame: Frame, offset: u64, width: u64) 
 /// Walks EPT12 for `request` to `l2`. `root` is the root's role and `table` its frame.
 ///
 /// Nothing is written: see [`set_accessed_dirty`].
-#[must_use]
+/// `walk` is new, or will be as if it were.
 pub fn walk(
+    walk: &mut Walk,
     memory: &dyn L1Memory,
     slots: &Slots,
     caps: GuestCaps,
@@ -122,46 +246,50 @@ pub fn walk(
         reflect.rights = Access::NONE;
         return Ended::Reflect(reflect.not_present());
     }
-    let mut steps = [Step::default(); 5];
-    let (mut role, mut table) = (root, table);
+    walk.level = root.level();
+    walk.accessed = true;
+    let mut table = table;
+    if root.is_plain() && walk_plain(walk, memory, slots, &Plain::new(format, caps), &mut table, l2) {
+        return Ended::AtPage;
+    }
+    let mut table_offset = root.table_offset();
     loop {
-        let level = role.level();
-        let index = Format::shadow_index(level, l2);
-        let mut step = Step { next: table, access: reflect.rights, ..Step::default() };
-        if let Some((offset, width)) = entry_place(role, index) {
+        let level = walk.level;
+        let step = &mut walk.steps[level as usize - 1];
+        if let Some((offset, width)) = place(format, level, l2) {
+            let offset = offset + table_offset;
+            table_offset = 0;
             let Some(backing) = slots.find(table) else { return Ended::NoTable(table) };
             let entry = read_entry(memory, backing.frame, offset, width);
-            step = Step { frame: backing.frame, offset, raw: entry.0, writable: backing.writable, real: true, ..step };
+            *step =
+                Step { frame: backing.frame, offset, raw: entry.0, writable: backing.writable, real: true, ..*step };
             match decode(format, caps, level, entry) {
                 Decoded::NotPresent => {
                     reflect.rights = Access::NONE;
                     return Ended::Reflect(reflect.not_present());
                 }
                 Decoded::Reserved => return Ended::Reflect(reflect.reserved()),
-                Decoded::Table { gfn, access, .. } => {
+                Decoded::Table { gfn, access, accessed } => {
+                    walk.accessed &= accessed;
                     reflect.rights = reflect.rights.and(access);
-                    step.next = gfn;
+                    table = gfn;
                 }
-                Decoded::Leaf { gfn, access, dirty, .. } => {
+                Decoded::Leaf { gfn, access, accessed, dirty } => {
+                    walk.accessed &= accessed;
                     reflect.rights = reflect.rights.and(access);
-                    step.access = reflect.rights;
-                    if let Some(slot) = steps.get_mut(usize::from(level.number()) - 1) {
-                        *slot = step;
-                    }
                     if !reflect.rights.allows(format.needed(request)) {
                         return Ended::Reflect(reflect.denied());
                     }
-                    let gfn = shadow_leaf(format, level, gfn, l2);
-                    return Ended::At(Walk { steps, level, gfn, access: reflect.rights, dirty });
+                    walk.gfn = shadow_leaf(format, level, gfn, l2);
+                    walk.access = reflect.rights;
+                    walk.dirty = dirty;
+                    return Ended::AtPage;
                 }
             }
         }
+        step.next = table;
         step.access = reflect.rights;
-        if let Some(slot) = steps.get_mut(usize::from(level.number()) - 1) {
-            *slot = step;
-        }
-        table = step.next;
-        role = role.child(false, step.access, child_quadrant(role, index));
+        walk.level = below(level);
     }
 }
 
@@ -232,7 +360,7 @@ pub fn set_accessed_dirty(
     write: bool,
     mut touched: impl FnMut(Frame),
 ) -> bool {
-    if !format.has_accessed_dirty() {
+    if !format.has_accessed_dirty() || walk.accessed && (walk.dirty || !write) {
         return true;
     }
     let (accessed, dirty) = if format.is_ept() { (ept::ACCESSED, ept::DIRTY) } else { (long::ACCESSED, long::DIRTY) };

@@ -14,7 +14,7 @@ use crate::format::Format;
 use crate::memory::{L1Memory, Slot, Slots};
 use crate::mmu::Mmu;
 use crate::reference::{Context, History, Reference, Verdict};
-use crate::role::{ModeBits, RootRole};
+use crate::role::{ModeBits, RootRole, below};
 use crate::roots::RootId;
 use crate::spte::Frame;
 use crate::sync::Invalidation;
@@ -305,7 +305,7 @@ impl World {
                 }
                 table = Gfn(next);
             }
-            level = Level::from_number(level.number() - 1).unwrap_or(Level::K4);
+            level = below(level);
         }
         let Some(at) = place(format, level, l2) else { return };
         let old = Tables::read(&self.walker.memory, table, at);

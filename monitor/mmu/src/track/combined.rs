@@ -8,7 +8,7 @@ use super::{Leaf, Strategy, Tracking, Trapped};
 use crate::config::MmuError;
 use crate::memory::Env;
 use crate::mmu::Mmu;
-use crate::spte::{Frame, Spte, SpteRef};
+use crate::spte::{Frame, Spte};
 
 /// A fault every 64 neighbours instead of every page; the harvest costs what was touched.
 #[derive(Clone, Copy, Debug)]
@@ -47,9 +47,9 @@ impl Strategy for Combined {
         mmu.scan_dirty(env, true);
     }
 
-    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, at: SpteRef, level: Level) {
+    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, frame: Frame, level: Level) {
         if level == Level::K4 {
-            mmu.close_block(env, at);
+            mmu.close_blocks(env, frame);
         }
     }
 }

@@ -5,7 +5,7 @@ use umbra_shared::Level;
 use super::{Strategy, Tracking};
 use crate::memory::Env;
 use crate::mmu::Mmu;
-use crate::spte::{Frame, Spte, SpteRef};
+use crate::spte::{Frame, Spte};
 
 /// No faults on small leaves; every harvest looks at every entry.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +41,7 @@ impl Strategy for DirtyBit {
         mmu.scan_dirty(env, false);
     }
 
-    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, at: SpteRef, _: Level) {
-        mmu.clean_leaf(env, at);
+    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, frame: Frame, level: Level) {
+        mmu.clean_leaves(env, frame, level);
     }
 }

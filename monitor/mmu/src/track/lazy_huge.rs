@@ -7,7 +7,7 @@ use super::{Strategy, Tracking};
 use crate::config::Config;
 use crate::memory::Env;
 use crate::mmu::Mmu;
-use crate::spte::{Frame, Spte, SpteRef};
+use crate::spte::{Frame, Spte};
 
 /// Enabling costs nothing; the first round reports all of memory.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +46,7 @@ impl Strategy for LazyHuge {
         track.dirty.word(first)
     }
 
-    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, at: SpteRef, _: Level) {
-        mmu.close_leaf(env, at);
+    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, frame: Frame, level: Level) {
+        mmu.close_leaves(env, frame, level);
     }
 }

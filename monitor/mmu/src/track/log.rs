@@ -7,7 +7,7 @@ use super::dirty_bit::arm;
 use super::{Strategy, Tracking};
 use crate::memory::Env;
 use crate::mmu::Mmu;
-use crate::spte::{Frame, Spte, SpteRef};
+use crate::spte::{Frame, Spte};
 
 /// Entries of the log; a write that needs one more exits first.
 pub const LOG_ENTRIES: usize = 512;
@@ -45,7 +45,7 @@ impl Strategy for Log {
         mmu.drain_log();
     }
 
-    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, at: SpteRef, _: Level) {
-        mmu.clean_leaf(env, at);
+    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, frame: Frame, level: Level) {
+        mmu.clean_leaves(env, frame, level);
     }
 }

@@ -94,6 +94,8 @@ pub struct Leaf {
     pub l2: L2Gfn,
     /// The root that the access came by.
     pub root: RootId,
+    /// The first page of memory that the leaf maps.
+    pub frame: Frame,
 }
 
 impl Leaf {
@@ -175,6 +177,6 @@ pub trait Strategy: Debug + Sync {
     /// Turns traces into marks.
     fn harvest(&self, _mmu: &mut Mmu, _env: &mut Env<'_>) {}
 
-    /// Page `frame` was cleared: the leaf at `at`, of `level`, must notice its next write.
-    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, at: SpteRef, level: Level);
+    /// Page `frame` was cleared: every leaf of `level` that maps it must notice its next write.
+    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, frame: Frame, level: Level);
 }

@@ -1,14 +1,15 @@
 //! Start, harvest, clear and stop; and what strategies do with leaves.
 
-use umbra_shared::{L2Gfn, Level};
+use umbra_shared::{L2Gfn, Level, PAGE_SHIFT};
 
 use super::{LOG_ENTRIES, Leaf, Tracking};
-use crate::access::Access;
 use crate::config::{MmuError, Split};
 use crate::defects::Defect;
 use crate::dirty::{PageSet, bits};
 use crate::memory::Env;
 use crate::mmu::Mmu;
+use crate::outbox::Batch;
+use crate::ptelist::{Head, PteLists};
 use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
 
@@ -144,15 +145,11 @@ impl Mmu {
         track.dirty.remove(frame);
         let strategy = track.strategy;
         for level in [Level::K4, Level::M2, Level::G1] {
-            let mut cursor = self.rmaps.walk(frame, level);
             if level > Level::K4 && self.defect(Defect::HugeNotProtected) {
                 break;
             }
-            while let Some(at) = self.lists.next(&mut cursor) {
-                strategy.rearm(self, env, at, level);
-                if self.defect(Defect::AliasNotProtected) {
-                    break;
-                }
+            if !self.rmaps.head(frame, level).is_empty() {
+                strategy.rearm(self, env, frame, level);
             }
         }
     }
@@ -176,19 +173,84 @@ impl Mmu {
     }
 
     /// Marks the page behind a small leaf, and opens the leaf.
+    #[inline]
     pub fn mark_and_open(&mut self, env: &mut Env<'_>, leaf: Leaf) {
-        self.mark_written(leaf.at, 0);
-        self.open(env, leaf.at, Some(leaf.path()));
+        if let Some(track) = &mut self.track {
+            track.dirty.insert(leaf.frame);
+            if track.l2.is_some() {
+                self.mark_l2(leaf.at, 0);
+            }
+        }
+        self.open_now(env, leaf);
     }
 
-    /// Closes the leaf at `at`: its next write traps.
-    pub fn close_leaf(&mut self, env: &mut Env<'_>, at: SpteRef) {
-        self.close(env, at);
+    /// Closes every leaf of `level` that maps `frame`: the next write by any alias traps.
+    pub fn close_leaves(&mut self, env: &mut Env<'_>, frame: Frame, level: Level) {
+        let mut batch = Batch::new();
+        let mut entries = [SpteRef(0); 64];
+        let mut cursor = self.rmaps.walk(frame, level);
+        loop {
+            let mut count = self.lists.gather(&mut cursor, &mut entries);
+            if count == 0 {
+                break;
+            }
+            if self.defect(Defect::AliasNotProtected) {
+                (count, cursor) = (1, PteLists::walk(Head::default()));
+            }
+            for &at in entries.get(..count).unwrap_or_default() {
+                self.close_leaf(env, &mut batch, at, level);
+            }
+        }
+        self.post_batch(env, &mut batch, level);
     }
 
-    /// Clears the dirty flag of the leaf at `at`: hardware sets it at the next write.
-    pub fn clean_leaf(&mut self, env: &mut Env<'_>, at: SpteRef) {
-        self.clean(env, at);
+    #[inline]
+    fn close_leaf(&mut self, env: &mut Env<'_>, batch: &mut Batch, at: SpteRef, level: Level) {
+        let Some((spte, header)) = self.arena.entry_mut(at) else { return };
+        if !spte.writable() {
+            return;
+        }
+        *spte = spte.closed();
+        let access = spte.access();
+        if header.shared() {
+            self.announce(env, at, Some(access));
+            return;
+        }
+        let start = L2Gfn(header.l2_base + ((at.index() as u64) << (level.shift() - PAGE_SHIFT)));
+        let root = header.root;
+        if !batch.add(root, start, access) {
+            self.post_batch(env, batch, level);
+            batch.add(root, start, access);
+        }
+    }
+
+    #[inline(never)]
+    fn post_batch(&mut self, env: &mut Env<'_>, batch: &mut Batch, level: Level) {
+        let root = self.roots.id(batch.root());
+        self.out.protect_batch(env.mapper, &mut self.stats, batch, (root, level.frames()));
+    }
+
+    /// Clears the dirty flags of every leaf of `level` that maps `frame`: hardware sets them at the next write.
+    pub fn clean_leaves(&mut self, env: &mut Env<'_>, frame: Frame, level: Level) {
+        let mut cursor = self.rmaps.walk(frame, level);
+        while let Some(at) = self.lists.next(&mut cursor) {
+            self.clean(env, at);
+            if self.defect(Defect::AliasNotProtected) {
+                break;
+            }
+        }
+    }
+
+    /// Closes the open blocks of 64 around every small leaf that maps `frame`; what other dirty flags in them say is
+    /// marked first.
+    pub fn close_blocks(&mut self, env: &mut Env<'_>, frame: Frame) {
+        let mut cursor = self.rmaps.walk(frame, Level::K4);
+        while let Some(at) = self.lists.next(&mut cursor) {
+            self.close_block(env, at);
+            if self.defect(Defect::AliasNotProtected) {
+                break;
+            }
+        }
     }
 
     /// Opens the block of 64 entries around a leaf; what is mapped into it later will be open as well.
@@ -210,7 +272,7 @@ impl Mmu {
     }
 
     /// Closes the open block around `at`, whose page was cleared; what its other dirty flags say is marked first.
-    pub fn close_block(&mut self, env: &mut Env<'_>, at: SpteRef) {
+    fn close_block(&mut self, env: &mut Env<'_>, at: SpteRef) {
         let bit = 1 << (at.index() >> 6);
         let header = self.arena.header_mut(at.page());
         if header.touched & bit == 0 {
@@ -250,27 +312,35 @@ impl Mmu {
     }
 
     fn scan_block(&mut self, page: u32, first: usize) {
-        for start in (first..first + 64).step_by(8) {
-            let table = self.arena.table(page);
-            let Some(group) = table.get(start..start + 8) else { return };
-            let all = group.iter().fold(0, |all, spte| all | spte.0);
-            if all & Spte::DIRTY_BIT == 0 {
+        let table = self.arena.table(page);
+        let Some(block) = table.get(first..first + 64) else { return };
+        let all = block.iter().fold(0, |all, spte| all | spte.0);
+        if all & Spte::DIRTY_BIT == 0 {
+            return;
+        }
+        let level = self.arena.header(page).role.level();
+        if let Some(track) = &mut self.track
+            && level == Level::K4
+            && track.l2.is_none()
+            && !self.defects.has(Defect::DirtyClearedBeforeHarvest)
+        {
+            for spte in block.iter().filter(|spte| spte.dirty()) {
+                track.dirty.insert(spte.frame());
+            }
+            return;
+        }
+        for index in first..first + 64 {
+            let at = SpteRef::new(page, index);
+            let spte = self.arena.spte(at);
+            if !spte.dirty() {
                 continue;
             }
-            for index in start..start + 8 {
-                let at = SpteRef::new(page, index);
-                let spte = self.arena.spte(at);
-                if !spte.dirty() {
-                    continue;
-                }
-                if self.defect(Defect::DirtyClearedBeforeHarvest) && index % 8 == 3 {
-                    self.arena.set(at, spte.clean());
-                    continue;
-                }
-                let level = self.arena.header(page).role.level();
-                for offset in 0..level.frames() {
-                    self.mark_written(at, offset);
-                }
+            if self.defect(Defect::DirtyClearedBeforeHarvest) && index % 8 == 3 {
+                self.arena.set(at, spte.clean());
+                continue;
+            }
+            for offset in 0..level.frames() {
+                self.mark_written(at, offset);
             }
         }
     }
@@ -312,9 +382,10 @@ impl Mmu {
         }
     }
 
-    /// Rights that `at` has now; for tests of strategies.
+    /// The page behind the leaf at `at`, if a write to it would trap for tracking alone.
     #[must_use]
-    pub fn access_at(&self, at: SpteRef) -> Access {
-        self.arena.spte(at).access()
+    pub fn closed_frame(&self, at: SpteRef) -> Option<Frame> {
+        let spte = self.arena.spte(at);
+        spte.is_closed().then(|| spte.frame())
     }
 }

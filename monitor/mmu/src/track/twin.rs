@@ -8,7 +8,7 @@ use crate::config::{Config, MmuError, Split};
 use crate::defects::Defect;
 use crate::memory::{Env, L1Memory};
 use crate::mmu::Mmu;
-use crate::spte::{Frame, Spte, SpteRef};
+use crate::spte::{Frame, Spte};
 
 const PAGES: u64 = 512;
 
@@ -123,9 +123,7 @@ impl Strategy for Twin {
         let twins = std::mem::take(&mut track.twins);
         if !mmu.defect(Defect::TwinLeftOpen) {
             for twin in &twins {
-                for at in mmu.leaves_of(twin.first, Level::M2) {
-                    mmu.close_leaf(env, at);
-                }
+                mmu.close_leaves(env, twin.first, Level::M2);
             }
         }
         // Closed for every processor before anything is compared.
@@ -138,10 +136,10 @@ impl Strategy for Twin {
         }
     }
 
-    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, at: SpteRef, level: Level) {
+    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, frame: Frame, level: Level) {
         // An open huge leaf has a copy that is older than the clear: its next harvest compares.
         if level == Level::K4 {
-            mmu.close_leaf(env, at);
+            mmu.close_leaves(env, frame, level);
         }
     }
 }

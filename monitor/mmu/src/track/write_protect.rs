@@ -5,7 +5,7 @@ use umbra_shared::Level;
 use super::{Strategy, Tracking};
 use crate::memory::Env;
 use crate::mmu::Mmu;
-use crate::spte::{Frame, Spte, SpteRef};
+use crate::spte::{Frame, Spte};
 
 /// Exact to the page, at one fault a page and round.
 #[derive(Clone, Copy, Debug)]
@@ -28,7 +28,7 @@ impl Strategy for WriteProtect {
         0
     }
 
-    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, at: SpteRef, _: Level) {
-        mmu.close_leaf(env, at);
+    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, frame: Frame, level: Level) {
+        mmu.close_leaves(env, frame, level);
     }
 }
