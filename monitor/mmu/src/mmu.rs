@@ -200,11 +200,12 @@ impl Mmu {
             }
             None => self.new_root(env, role, table, page_role)?,
         };
-        if self.roots.at(index).is_some_and(|root| root.pending_sync) {
+        let (root, pending) = self.roots.load(index).ok_or(MmuError::StaleRoot)?;
+        if pending {
             self.sync_root(env, index);
             self.finish(env);
         }
-        self.roots.load(index).ok_or(MmuError::StaleRoot)
+        Ok(root)
     }
 
     fn new_root(&mut self, env: &mut Env<'_>, role: RootRole, table: u64, page_role: Role) -> Result<u32, MmuError> {
