@@ -47,7 +47,7 @@ help: ## this list
 run: lab-dirty-log ## what a page costs under each dirty-tracking interface: a real kernel's KVM in the lab, 64 MiB
 
 .PHONY: test
-test: build shelf ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
+test: build shelf packages-vmx ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
 	@if cargo fmt --version >/dev/null 2>&1; then
 	    echo 'format'
 	    cargo fmt --all --check
@@ -88,6 +88,9 @@ build: packages ## target/umbra: static, and the same bytes wherever it is built
 
 lab-%: build shelf ## any scenario in the lab (lab-dirty-log, lab-soak, ...), with options in ARGS
 	@$(UMBRA) lab $* $(ARGS)
+
+lab-vmx-%: build shelf packages-vmx ## the same in the lab's Intel machine, with EPT and PML (lab-vmx-dirty-log, ...)
+	@$(UMBRA) lab --machine vmx $* $(ARGS)
 
 .PHONY: soak
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
@@ -136,16 +139,26 @@ shelf: build
 packages-bench: packages
 	@command -v valgrind >/dev/null || $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get -qq install -y --no-install-recommends valgrind >/dev/null
 
-# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this.
-.PHONY: packages
-packages:
+# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this. The machine vmx
+# needs more than the rest, and gets it where it is asked for.
+.PHONY: packages packages-vmx
+packages packages-vmx:
 	@missing=()
 	needs() { "$${@:2}" >/dev/null 2>&1 || missing+=("$$1"); }
 	needs gcc             command -v cc
 	needs libc6-dev       eval 'test -e "$$(cc -print-file-name=libc.a)"'
 	needs ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
 	needs xz-utils        command -v xz
-	needs qemu-system-x86 command -v qemu-system-x86_64
+	if [ $@ = packages-vmx ]; then
+	    needs bochs           command -v bochs
+	    needs bochs-term      eval 'ls /usr/lib/*/bochs/plugins/libbx_term_gui.so*'
+	    needs seabios         test -e /usr/share/seabios/vgabios-stdvga.bin
+	    needs isolinux        test -e /usr/lib/ISOLINUX/isolinux.bin
+	    needs syslinux-common test -e /usr/lib/syslinux/modules/bios/ldlinux.c32
+	    needs xorriso         command -v xorriso
+	else
+	    needs qemu-system-x86 command -v qemu-system-x86_64
+	fi
 	rust() { ($(new_enough)); }
 	if [ $${#missing[@]} = 0 ] && rust; then exit; fi
 

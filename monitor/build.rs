@@ -1,4 +1,5 @@
-//! Builds the firmware, which has a target configuration of its own, by a nested cargo call, and says where it is:
+//! Builds what has a target configuration of its own. The library that Bochs is started with, one file, is compiled by rustc itself
+//! (`env!("UMBRA_SEED")`). The firmware is built by a nested cargo call, and this says where it is:
 //!
 //! * to this crate: `env!("UMBRA_FIRMWARE")`, the path of the main image, for `include_bytes!`;
 //! * to the build scripts of crates that depend on this one: `DEP_UMBRA_FIRMWARE_DIR`, the directory with all images.
@@ -35,6 +36,33 @@ fn main() -> Result<(), Box<dyn Error>> {
     collect(&built, &images)?;
     println!("cargo::rustc-env=UMBRA_FIRMWARE={}", images.join(MAIN_IMAGE).display());
     println!("cargo::metadata=dir={}", images.display());
+
+    let seed = out.join("seed.so");
+    preload(&workspace.join("monitor/preload/seed.rs"), &seed)?;
+    println!("cargo::rustc-env=UMBRA_SEED={}", seed.display());
+    Ok(())
+}
+
+/// Compiles a shared library of one file, without the C library and without symbols that would tell where it was.
+fn preload(source: &Path, library: &Path) -> Result<(), Box<dyn Error>> {
+    println!("cargo::rerun-if-changed={}", source.display());
+    let mut rustc = Command::new(env::var_os("RUSTC").ok_or("cargo did not set RUSTC")?);
+    rustc
+        .args(["--edition", "2024", "--crate-name", "seed", "--crate-type", "cdylib", "--target", TARGET])
+        .args([
+            "-Cpanic=abort",
+            "-Copt-level=2",
+            "-Cstrip=symbols",
+            "-Clink-arg=-nostdlib",
+            "-Clink-arg=-Wl,--build-id=none",
+            "-o",
+        ])
+        .arg(library)
+        .arg(source);
+    let status = rustc.status()?;
+    if !status.success() {
+        return Err(format!("the build of {} ended with {status}", source.display()).into());
+    }
     Ok(())
 }
 

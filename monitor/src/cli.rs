@@ -168,7 +168,7 @@ impl ShadowArgs {
 /// The lab and what runs in it.
 #[derive(Clone, Debug, Args)]
 pub struct LabArgs {
-    /// The emulated machine: svm.
+    /// The emulated machine: svm (AMD, in QEMU) or vmx (Intel with EPT and PML, in Bochs).
     #[arg(long, default_value = "svm")]
     pub machine: String,
     /// A kernel of the shelf (default: the shelf's default).

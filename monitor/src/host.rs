@@ -44,6 +44,12 @@ pub fn two_dimensional_paging() -> bool {
     }
 }
 
+/// Whether the processor itself logs the pages that a guest dirties (Intel's PML), 512 between two exits.
+#[must_use]
+pub fn page_modification_logging() -> bool {
+    parameter("kvm_intel", "pml").is_some_and(|value| value == "Y" || value == "1")
+}
+
 /// Whether KVM drops a huge mapping in order to split it, so that its pages fault in one by one.
 ///
 /// With `kvm.eager_page_split` (since Linux 5.18) huge mappings are split before anybody writes. Without it the write itself splits: the

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use umbra::Failure;
 use umbra::cli;
 use umbra::ground::Clock;
+use umbra::lab::emulator::Emulator;
 use umbra::lab::entry::Entry;
 use umbra::lab::watch::Limits;
 use umbra::lab::{self, Machine, child, shelf};
@@ -39,6 +40,20 @@ const CASES: &[(&str, i32, &str)] = &[
     ("input", 2, "no-such-scenario: there is no such scenario"),
     ("qemu-missing", 3, "qemu-system-x86_64 is not installed; `apt-get install qemu-system-x86` brings it"),
     ("qemu-breaks", 1, "QEMU ended early while its kernel booted (exit status: 9): no such accelerator"),
+    (
+        "bochs-missing",
+        3,
+        "bochs is not installed; `apt-get install --no-install-recommends bochs bochs-term isolinux syslinux-common xorriso` brings it",
+    ),
+    ("bochs-breaks", 1, "Bochs ended early while its kernel booted (exit status: 9): no such accelerator"),
+];
+
+/// Tried only when named: Bochs takes most of a minute for a boot.
+const LONG_CASES: &[(&str, i32, &str)] = &[
+    ("vmx-crash", 1, "the lab's kernel panicked: sysrq triggered crash"),
+    ("vmx-triple", 1, "the lab machine had a triple fault while its kernel booted"),
+    ("vmx-reset", 1, "the lab machine reset or switched itself off while its kernel booted"),
+    ("vmx-input", 2, "no-such-scenario: there is no such scenario"),
 ];
 
 fn main() {
@@ -75,10 +90,15 @@ fn main() {
     for (case, code, line) in CASES {
         tried(case, &|| dies(case, *code, line));
     }
+    for (case, code, line) in LONG_CASES.iter().filter(|(case, ..)| words.iter().any(|word| word == case)) {
+        tried(case, &|| dies(case, *code, line));
+    }
     tried("two-jobs", &shares_a_boot);
-    tried("sigint", &|| ends_on(Signal::INT, Some(130)));
-    tried("sigterm", &|| ends_on(Signal::TERM, Some(130)));
-    tried("sigkill", &|| ends_on(Signal::KILL, None));
+    for (machine, case) in [("", "silent"), ("vmx-", "vmx-silent")] {
+        tried(&format!("{machine}sigint"), &|| ends_on(case, Signal::INT, Some(130)));
+        tried(&format!("{machine}sigterm"), &|| ends_on(case, Signal::TERM, Some(130)));
+        tried(&format!("{machine}sigkill"), &|| ends_on(case, Signal::KILL, None));
+    }
 }
 
 /// What PID 1 does instead of its work.
@@ -110,6 +130,9 @@ fn die(how: &str) -> ! {
 fn drive(case: &str) -> Result<(), Failure> {
     let kernel = shelf::shelf().kernel(None)?.ensure(&Progress::Silent)?;
     let scratch = tempfile::tempdir().expect("a directory");
+    let emulator =
+        if case.starts_with("vmx-") || case.starts_with("bochs-") { Emulator::Bochs } else { Emulator::Qemu };
+    let case = case.trim_start_matches("vmx-");
     let (kernel, append) = match case {
         "module" => (without_kvm(&kernel, scratch.path()), "death=none".to_owned()),
         "input" => (kernel, "death=none".to_owned()),
@@ -117,8 +140,8 @@ fn drive(case: &str) -> Result<(), Failure> {
         "reset" => (kernel, "death=reset reboot=k".to_owned()),
         other => (kernel, format!("death={other}")),
     };
-    let machine =
-        Machine { kernel, clock: Clock::Instructions, params: Vec::new(), init: "/proc/self/exe".into(), append };
+    let init = "/proc/self/exe".into();
+    let machine = Machine { emulator, kernel, clock: Clock::Instructions, params: Vec::new(), init, append };
     let words = ["umbra", "run", "no-such-scenario"].map(str::to_owned);
     let cli::Command::Run(args) = cli::parse(words)?.command else { panic!("a run is a run") };
     // On a busy machine a boot takes several times as long; only the two cases that wait for a limit have a short one.
@@ -133,7 +156,8 @@ fn shares_a_boot() {
     let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&Progress::Silent).expect("the kernel");
     let param = "kvm.tdp_mmu=0".parse().expect("a parameter");
     let (init, append) = ("/proc/self/exe".into(), "death=none".to_owned());
-    let machine = Machine { kernel, clock: Clock::Instructions, params: vec![param], init, append };
+    let (emulator, clock) = (Emulator::Qemu, Clock::Instructions);
+    let machine = Machine { emulator, kernel, clock, params: vec![param], init, append };
     let jobs = [&["no-such-scenario"][..], &["dirty-log", "--memory=2M", "--tracker=clear", "--backing=hugetlb"]].map(
         |words| match cli::parse(["umbra", "run"].iter().chain(words).map(ToString::to_string))
             .expect("good words")
@@ -176,22 +200,22 @@ fn user(case: &str, place: &Path) -> Command {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped());
-    if case.starts_with("qemu-") {
-        command.env("PATH", path_with_another_qemu(case, place));
+    if let Some((program, state)) = case.split_once('-').filter(|(program, _)| *program != "vmx") {
+        command.env("PATH", path_with_another(program, state, place));
     }
     command
 }
 
-/// A PATH with all that the lab needs but no QEMU, or one that breaks.
-fn path_with_another_qemu(case: &str, place: &Path) -> PathBuf {
+/// A PATH with all that the lab needs but the emulator, or one that breaks.
+fn path_with_another(emulator: &str, state: &str, place: &Path) -> PathBuf {
     let bin = place.join("bin");
     fs::create_dir(&bin).expect("a directory");
-    for program in ["setpriv", "sh"] {
-        symlink(child::find(program).expect("a program of every system"), bin.join(program)).expect("a link");
+    for program in ["setpriv", "sh", "xorriso"] {
+        symlink(child::find(program).expect("a program that `make test` needs"), bin.join(program)).expect("a link");
     }
-    if case == "qemu-breaks" {
-        let fake = bin.join("qemu-system-x86_64");
-        let script = "#!/bin/sh\n[ \"$1\" = --version ] && echo QEMU emulator version 0 && exit\necho no such accelerator >&2\nexit 9\n";
+    if state == "breaks" {
+        let fake = bin.join(if emulator == "qemu" { "qemu-system-x86_64" } else { emulator });
+        let script = "#!/bin/sh\ncase $1 in --*) echo The Emulator version 0; exit;; esac\necho no such accelerator >&2\nexit 9\n";
         fs::write(&fake, script).expect("a script");
         fs::set_permissions(&fake, fs::Permissions::from_mode(0o755)).expect("a mode");
     }
@@ -209,7 +233,7 @@ fn dies(case: &str, code: i32, line: &str) {
     nothing_left(case, place.path());
 }
 
-/// Processes that work in a directory or below it; QEMU runs in the lab's temporary one.
+/// Processes that work in a directory or below it; emulators run in the lab's temporary one.
 fn workers(place: &Path) -> Vec<PathBuf> {
     let processes = fs::read_dir("/proc").expect("/proc").flatten().map(|entry| entry.path());
     processes.filter(|process| fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(place))).collect()
@@ -230,14 +254,14 @@ fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// The user ends the run by a signal while the machine is booting.
-fn ends_on(signal: Signal, code: Option<i32>) {
+fn ends_on(case: &str, signal: Signal, code: Option<i32>) {
     let place = tempfile::tempdir().expect("a directory");
-    let mut user: Child = user("silent", place.path()).spawn().expect("this program runs");
-    wait_until("QEMU starts", || !workers(place.path()).is_empty());
+    let mut user: Child = user(case, place.path()).spawn().expect("this program runs");
+    wait_until("the emulator starts", || !workers(place.path()).is_empty());
     std::thread::sleep(Duration::from_secs(1));
     kill_process(Pid::from_child(&user), signal).expect("a signal");
     assert_eq!(user.wait().expect("an end").code(), code, "{signal:?}");
-    wait_until("QEMU ends with its user", || workers(place.path()).is_empty());
+    wait_until("the emulator ends with its user", || workers(place.path()).is_empty());
     // Whoever is killed by SIGKILL cannot tidy up; everyone else does.
     if code.is_some() {
         nothing_left("a signal", place.path());

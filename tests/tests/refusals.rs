@@ -135,8 +135,9 @@ fn help_and_lists_are_no_errors() {
 
 #[test]
 fn labs_that_there_are_none_of() {
-    refused(&["lab", "--machine", "pdp11", "dirty-log"], 2, &["pdp11", "svm"]);
+    refused(&["lab", "--machine", "pdp11", "dirty-log"], 2, &["pdp11", "svm and vmx"]);
     refused(&["lab", "--clock", "sundial", "dirty-log"], 2, &["sundial", "instructions"]);
+    refused(&["lab", "--machine", "vmx", "--clock", "wall", "dirty-log"], 2, &["wall", "vmx", "instructions"]);
     refused(&["lab", "--kernel", "2.4", "dirty-log"], 2, &["2.4", "6.12"]);
     refused(&["kernels", "fetch", "2.4"], 2, &["2.4", "6.12"]);
     refused(&["lab", "--param", "nonsense", "dirty-log"], 2, &["nonsense"]);

@@ -3,6 +3,7 @@
 use super::{Error, Image};
 use crate::ground::Clock;
 use crate::kvm::clock::{self, Timer, Window};
+use crate::kvm::exits::Exits;
 use crate::kvm::ring::Rings;
 use crate::kvm::stats::Stats;
 use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread};
@@ -162,7 +163,7 @@ impl Machine {
         let mut window = self.finish(0..self.threads.len(), name(command))?;
         window.clean = match self.clock {
             // A vCPU thread that was never switched away had the CPU for itself; else the other tasks' time decides.
-            Clock::Instructions => window.clean || before.nobody_else_ran(window.length()),
+            Clock::Instructions => window.clean || before.nobody_else_ran(),
             Clock::Nanoseconds => window.clean,
         };
         Ok(window)
@@ -337,6 +338,14 @@ impl Machine {
             }
         }
         Ok(sums)
+    }
+
+    /// Begins to count the vCPUs' exits by reason, which makes each of them some hundred instructions longer.
+    ///
+    /// # Errors
+    /// As [`Exits::count`].
+    pub fn count_exits(&self, reasons: &[(&'static str, Option<u32>)]) -> Result<Exits, kvm::Error> {
+        Exits::count(&self.threads.iter().map(VcpuThread::id).collect::<Vec<_>>(), reasons)
     }
 
     /// The VM.

@@ -1,4 +1,4 @@
-//! The ioctls that kvm-ioctls does not have, or has only with an allocation in every call.
+//! The ioctls that kvm-ioctls does not have, or has only with an allocation in every call; and a counter of KVM's tracepoints.
 //!
 //! Numbers and structures: Linux, include/uapi/linux/kvm.h; semantics: Documentation/virt/kvm/api.rst, 4.8, 4.117, 4.127
 //! and 4.133.
@@ -6,10 +6,12 @@
 use kvm_bindings::{
     KVMIO, kvm_clear_dirty_log, kvm_clear_dirty_log__bindgen_ty_1, kvm_dirty_log, kvm_dirty_log__bindgen_ty_1,
 };
+use rustix::process::Pid;
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_ref};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_ptr, ioctl_with_ref};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
@@ -74,6 +76,50 @@ pub fn reset_dirty_rings(vm: &impl AsRawFd) -> io::Result<u64> {
     // SAFETY: the call takes no argument.
     let count = check(unsafe { ioctl(vm, KVM_RESET_DIRTY_RINGS()) })?;
     Ok(count.unsigned_abs().into())
+}
+
+/// `struct perf_event_attr` (`include/uapi/linux/perf_event.h`) as far as its first version goes.
+#[repr(C)]
+#[derive(Default)]
+struct PerfEventAttr {
+    kind: u32,
+    size: u32,
+    config: u64,
+    sample_period: u64,
+    sample_type: u64,
+    read_format: u64,
+    flags: u64,
+    wakeup_events: u32,
+    breakpoint_kind: u32,
+    config1: u64,
+}
+
+const PERF_TYPE_TRACEPOINT: u32 = 2;
+const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
+ioctl_iow_nr!(PERF_EVENT_IOC_SET_FILTER, 0x24, 6, usize);
+
+/// A counter of a tracepoint's hits on one thread, of those that pass the filter if there is one (`perf_event_open(2)`).
+///
+/// # Errors
+/// The system's: the user may not, there is no such thread, or the filter is none.
+pub fn tracepoint_counter(number: u64, thread: Pid, filter: Option<&str>) -> io::Result<File> {
+    const SIZE: u32 = 64;
+    const { assert!(size_of::<PerfEventAttr>() == SIZE as usize) };
+    let attr = PerfEventAttr { kind: PERF_TYPE_TRACEPOINT, size: SIZE, config: number, ..PerfEventAttr::default() };
+    let (thread, any_cpu, no_group) = (libc::c_long::from(thread.as_raw_nonzero().get()), -1_i64, -1_i64);
+    // SAFETY: `attr` has the size that it says; the kernel only reads it.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_perf_event_open, &raw const attr, thread, any_cpu, no_group, PERF_FLAG_FD_CLOEXEC)
+    };
+    let fd = check(fd.try_into().map_err(io::Error::other)?)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    let file = unsafe { File::from_raw_fd(fd) };
+    if let Some(filter) = filter {
+        let filter = CString::new(filter)?;
+        // SAFETY: the kernel copies the string, which ends with a zero byte.
+        check(unsafe { ioctl_with_ptr(&file, PERF_EVENT_IOC_SET_FILTER(), filter.as_ptr()) })?;
+    }
+    Ok(file)
 }
 
 /// `KVM_GET_STATS_FD` of a VM or vCPU.

@@ -7,6 +7,7 @@ use super::vm::failed;
 use super::witness::Witness;
 use crossbeam::channel::{Receiver, Sender};
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use rustix::process::Pid;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
@@ -50,6 +51,7 @@ pub struct Stop {
 pub struct VcpuThread {
     orders: Option<Sender<()>>,
     kicked: Arc<AtomicBool>,
+    id: Pid,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -83,11 +85,24 @@ impl VcpuThread {
         let (orders, inbox) = crossbeam::channel::bounded(1);
         let kicked = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&kicked);
+        let (tell, told) = crossbeam::channel::bounded(1);
+        let failed = |source| Error::Call { what: "starting a vCPU thread", source };
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{}", vcpu.index))
-            .spawn(move || serve(vcpu, &flag, &inbox, &stops))
-            .map_err(|source| Error::Call { what: "starting a vCPU thread", source })?;
-        Ok(Self { orders: Some(orders), kicked, thread: Some(thread) })
+            .spawn(move || {
+                // Nobody listens only if `start` is gone.
+                let _ = tell.send(rustix::thread::gettid());
+                serve(vcpu, &flag, &inbox, &stops);
+            })
+            .map_err(failed)?;
+        let id = told.recv().map_err(|error| failed(std::io::Error::other(error)))?;
+        Ok(Self { orders: Some(orders), kicked, id, thread: Some(thread) })
+    }
+
+    /// The thread's id in the kernel.
+    #[must_use]
+    pub const fn id(&self) -> Pid {
+        self.id
     }
 
     /// Orders the guest to run until its next doorbell.

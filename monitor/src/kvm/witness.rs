@@ -6,10 +6,11 @@
 use crate::ground::Clock;
 use std::collections::BTreeMap;
 use std::fs;
+use std::time::{Duration, Instant};
 
 /// Other tasks may take one part in so many of a window: a kernel thread that wakes for a moment takes about 6,000 instructions, which is nothing in
 /// a round of 26 million, and much in a GET of 3,000.
-const SHARE: u64 = 2000;
+const SHARE: u32 = 2000;
 
 /// How to tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,8 +34,8 @@ pub enum Before {
     Preemptions(i64),
     /// Voluntary and involuntary switches so far.
     Switches((i64, i64)),
-    /// CPU nanoseconds so far, by process id.
-    Times(BTreeMap<u32, u64>),
+    /// CPU nanoseconds so far, by process id, and when that was.
+    Times(BTreeMap<u32, u64>, Instant),
 }
 
 impl Witness {
@@ -73,27 +74,29 @@ impl Witness {
             Self::None => Before::Nothing,
             Self::Preemptions => Before::Preemptions(switches().1),
             Self::Switches => Before::Switches(switches()),
-            Self::Tasks => Before::Times(times()),
+            Self::Tasks => Before::Times(times(), Instant::now()),
         }
     }
 }
 
 impl Before {
-    /// Looks again after a window of `length` and compares.
+    /// Looks again after the window and compares.
     #[must_use]
-    pub fn nobody_else_ran(&self, length: u64) -> bool {
+    pub fn nobody_else_ran(&self) -> bool {
         match self {
             Self::Nothing => true,
             Self::Preemptions(before) => switches().1 == *before,
             Self::Switches(before) => switches() == *before,
-            Self::Times(before) => {
+            Self::Times(before, since) => {
+                // In the kernel's time, as the tasks' is: the unit of the window may be another. The look itself is not in it.
+                let length = since.elapsed();
                 let others: u64 = times()
                     .iter()
                     .map(|(task, now)| (task, now.saturating_sub(before.get(task).copied().unwrap_or(0))))
                     .filter(|(task, time)| *time > 0 && !works_for_rcu(**task))
                     .map(|(_, time)| time)
                     .sum();
-                others <= length / SHARE
+                Duration::from_nanos(others) <= length / SHARE
             }
         }
     }
@@ -134,13 +137,13 @@ mod tests {
 
     #[test]
     fn a_window_without_others_is_clean_and_one_with_them_is_not() {
-        assert!(Witness::None.look().nobody_else_ran(1));
+        assert!(Witness::None.look().nobody_else_ran());
         let before = Witness::Tasks.look();
-        assert!(matches!(&before, Before::Times(times) if !times.is_empty()));
+        assert!(matches!(&before, Before::Times(times, _) if !times.is_empty()));
         // Another process, alive for the whole window, burns CPU time.
         let mut other = std::process::Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(200));
-        let clean = before.nobody_else_ran(1_000_000);
+        std::thread::sleep(Duration::from_millis(200));
+        let clean = before.nobody_else_ran();
         other.kill().unwrap();
         other.wait().unwrap();
         assert!(!clean);
@@ -148,8 +151,8 @@ mod tests {
 
     #[test]
     fn an_hour_long_window_bears_a_moment_of_others() {
-        let before = Witness::Tasks.look();
-        std::thread::sleep(std::time::Duration::from_millis(1));
-        assert!(before.nobody_else_ran(u64::MAX));
+        let Before::Times(times, now) = Witness::Tasks.look() else { panic!() };
+        let before = Before::Times(times, now.checked_sub(Duration::from_secs(1 << 20)).unwrap_or(now));
+        assert!(before.nobody_else_ran());
     }
 }

@@ -8,6 +8,7 @@ use super::plan::{self, Plan};
 use super::wire::{self, Message, Told};
 use crate::failure::Failure;
 use crate::ground::Ground;
+use crate::host;
 use crate::progress::Progress;
 use crate::scenario;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -151,8 +152,9 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     let params = plan.params.iter().map(in_effect).collect();
     port.send(&Message::Ready(params)).map_err(check(PORT))?;
     quiet_khugepaged()?;
+    quiet_housekeeping();
     step(port, "waiting until the machine is idle")?;
-    if let Err(why) = idle::wait(plan.clock) {
+    if let Err(why) = idle::wait(plan.clock, plan.nanoseconds_per_instruction) {
         step(port, &format!("the machine is not idle: {why}"))?;
     }
     for (number, job) in plan.jobs.iter().enumerate() {
@@ -216,6 +218,15 @@ fn quiet_khugepaged() -> Result<(), Failure> {
     Ok(())
 }
 
+/// What else the kernel does every second or half second, whether there is something to do or not: adding up counters of memory, and thinking about
+/// compaction.
+fn quiet_housekeeping() {
+    for (setting, value) in [("stat_interval", "86400"), ("compaction_proactiveness", "0")] {
+        // A kernel without the setting does not do the work.
+        let _ = std::fs::write(Path::new("/proc/sys/vm").join(setting), value);
+    }
+}
+
 fn reserve(pages: u64) -> Result<(), Failure> {
     // Most jobs need none, and the kernel starts with none.
     let reserved = || std::fs::read_to_string(HUGE_PAGES).map(|text| text.trim().parse().unwrap_or(0));
@@ -249,7 +260,8 @@ fn supervise(number: usize, limit: Duration) -> Result<(), Failure> {
         (Some(0), _) => Ok(()),
         // Nothing else in the machine sends SIGKILL.
         (_, Some(9)) => {
-            Err(Failure::Check("the run was killed inside the lab: its 4 GiB of memory were used up".into()))
+            let gib = host::memory_bytes().unwrap_or_default().saturating_add(1 << 29) >> 30;
+            Err(Failure::Check(format!("the run was killed inside the lab: its {gib} GiB of memory were used up")))
         }
         _ => Err(Failure::Check(format!("the run crashed inside the lab: {status}"))),
     }

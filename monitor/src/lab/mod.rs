@@ -1,18 +1,20 @@
-//! The lab: an emulated AMD machine that runs a real Linux kernel with the real KVM, and Umbra as its PID 1.
+//! The lab: an emulated machine, AMD's or Intel's, that runs a real Linux kernel with the real KVM, and Umbra as its PID 1.
 //!
 //! ```text
 //!  shelf (apt, entry) --> kernel, modules --+
-//!  this binary, plan -----------------------+--> initramfs --> qemu --> watch: COM1 console, COM2 wire --> Records
-//!                                                                |
+//!  this binary, plan -----------------------+--> initramfs --> emulator --> watch: COM1 console, COM2 wire --> Records
+//!                                                                 |
 //!                                                     init: modules, idle, jobs
 //! ```
 //!
 //! The lab knows scenarios only by the command line and the [`Record`].
 
 mod apt;
+mod bochs;
 pub mod child;
 mod console;
 mod digest;
+pub mod emulator;
 pub mod entry;
 mod idle;
 pub mod init;
@@ -30,8 +32,9 @@ use crate::failure::Failure;
 use crate::ground::Clock;
 use crate::progress::Progress;
 use crate::report::Record;
+use emulator::Emulator;
 use entry::Entry;
-use module::Param;
+use module::{Module, Param};
 use plan::{Job, Plan};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -40,6 +43,8 @@ use watch::{Limits, Outcome};
 
 /// What boots.
 pub struct Machine {
+    /// What it runs on.
+    pub emulator: Emulator,
     /// The kernel.
     pub kernel: Entry,
     /// The clock.
@@ -55,8 +60,10 @@ pub struct Machine {
 /// What is wrong with what was asked for.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("--machine {0}: there is svm")]
+    #[error("--machine {0}: there are svm and vmx")]
     Machine(String),
+    #[error("--clock {clock}: the machine {machine} has the clock instructions only")]
+    ClockOfMachine { machine: &'static str, clock: String },
     #[error("--clock {0}: there are instructions and wall")]
     Clock(String),
     #[error("--firmware {}: {why}", path.display())]
@@ -82,24 +89,33 @@ impl Machine {
     /// # Errors
     /// An unknown machine, clock, kernel or parameter, or the kernel cannot be had.
     pub fn new(args: &LabArgs, progress: &Progress) -> Result<Self, Failure> {
-        if args.machine != "svm" {
-            return Err(Error::Machine(args.machine.clone()).into());
-        }
+        let emulator = Emulator::of_machine(&args.machine).ok_or_else(|| Error::Machine(args.machine.clone()))?;
         let clock = match args.clock.as_str() {
             "instructions" => Clock::Instructions,
             "wall" => Clock::Nanoseconds,
             other => return Err(Error::Clock(other.to_owned()).into()),
         };
+        if !emulator.has(clock) {
+            return Err(Error::ClockOfMachine { machine: emulator.machine(), clock: args.clock.clone() }.into());
+        }
         let params = args.params.iter().map(|text| text.parse()).collect::<Result<Vec<Param>, _>>()?;
         let shelf = shelf::shelf();
         let kernel = shelf.kernel(args.kernel.as_deref())?;
-        // QEMU is looked for before anything is downloaded.
-        qemu::version()?;
+        // The emulator is looked for before anything is downloaded.
+        emulator.version()?;
         let entry = kernel.ensure(progress)?;
-        for param in &params {
-            param.check(&kernel.name, entry.modules())?;
+        let machine =
+            Self { emulator, kernel: entry, clock, params, init: "/proc/self/exe".into(), append: String::new() };
+        for param in &machine.params {
+            param.check(&kernel.name, &machine.modules())?;
         }
-        Ok(Self { kernel: entry, clock, params, init: "/proc/self/exe".into(), append: String::new() })
+        Ok(machine)
+    }
+
+    /// The modules that are loaded: the kernel's, without those for other machines' processors.
+    fn modules(&self) -> Vec<Module> {
+        let foreign = |name: &str| Emulator::ALL.iter().any(|other| *other != self.emulator && other.module() == name);
+        self.kernel.modules().iter().filter(|module| !foreign(&module.name)).cloned().collect()
     }
 }
 
@@ -118,9 +134,10 @@ pub fn run(args: &LabArgs, progress: &Progress) -> Result<Record, Failure> {
 /// # Errors
 /// The machine failed before the first result, or something it needs is missing.
 pub fn boot(machine: &Machine, jobs: &[RunArgs], progress: &Progress) -> Result<Vec<Result<Record, Failure>>, Failure> {
+    let slowness = machine.emulator.slowness();
     let limits = Limits {
-        silent: Duration::from_secs(60) + 2 * jobs.iter().map(plan::effort).max().unwrap_or_default(),
-        wall: Duration::from_secs(300) + 8 * jobs.iter().map(plan::effort).sum::<Duration>(),
+        silent: slowness * (Duration::from_secs(60) + 2 * jobs.iter().map(plan::effort).max().unwrap_or_default()),
+        wall: slowness * (Duration::from_secs(300) + 8 * jobs.iter().map(plan::effort).sum::<Duration>()),
     };
     boot_within(machine, jobs, limits, progress)
 }
@@ -136,12 +153,11 @@ pub fn boot_within(
     progress: &Progress,
 ) -> Result<Vec<Result<Record, Failure>>, Failure> {
     interrupt::watch()?;
-    let emulator = qemu::version()?;
+    let emulator = machine.emulator.version()?;
     let image = image(machine, jobs)?;
     let scratch = tempfile::Builder::new().prefix("umbra-lab-").tempdir().map_err(Error::Scratch)?;
-    std::fs::write(scratch.path().join(qemu::file::INITRD), &image.bytes).map_err(Error::Scratch)?;
-    let mut command = qemu::svm(machine.clock, &machine.kernel.vmlinuz(), &machine.append)?;
-    let outcome = watch::run(&mut command, scratch.path(), jobs.len(), limits, progress)?;
+    let mut command = machine.emulator.prepare(machine, &image.bytes, scratch.path())?;
+    let outcome = watch::run(machine.emulator, &mut command, scratch.path(), jobs.len(), limits, progress)?;
     let Outcome { params, results, broke, error, tail } = outcome;
     let why = error.map(Failure::from);
     // Bad input says all there is to say.
@@ -180,6 +196,7 @@ fn image(machine: &Machine, jobs: &[RunArgs]) -> Result<initramfs::Image, Failur
         let path = std::fs::read_link(&machine.init).unwrap_or_else(|_| machine.init.clone());
         return Err(Error::NotStatic(path).into());
     }
+    let nanoseconds_per_instruction = machine.emulator.nanoseconds_per_instruction();
     let mut files = BTreeMap::new();
     let mut planned = Vec::new();
     for (number, args) in jobs.iter().enumerate() {
@@ -194,14 +211,20 @@ fn image(machine: &Machine, jobs: &[RunArgs]) -> Result<initramfs::Image, Failur
             }
             None => None,
         };
-        planned.push(Job::new(args, firmware));
+        planned.push(Job::new(args, firmware, nanoseconds_per_instruction));
     }
-    let modules = machine.kernel.modules();
-    for module in modules {
+    let modules = machine.modules();
+    for module in &modules {
         files.insert(format!("umbra/modules/{}.ko", module.name), read(&machine.kernel.module(module))?);
     }
-    let modules = modules.iter().map(|module| module.name.clone()).collect();
-    let plan = Plan { clock: machine.clock, modules, params: machine.params.clone(), jobs: planned };
+    let modules = modules.into_iter().map(|module| module.name).collect();
+    let plan = Plan {
+        clock: machine.clock,
+        nanoseconds_per_instruction,
+        modules,
+        params: machine.params.clone(),
+        jobs: planned,
+    };
     let text = serde_json::to_vec(&plan).map_err(|error| Error::Scratch(error.into()))?;
     files.insert(plan::FILE.to_owned(), text);
     Ok(initramfs::build(&init, &files).map_err(Error::Scratch)?)
@@ -226,7 +249,7 @@ mod tests {
     #[test]
     fn what_cannot_be_booted_is_refused_in_one_line() {
         for (words, line) in [
-            (["--machine", "vmx"], "--machine vmx: there is svm"),
+            (["--machine", "s390"], "--machine s390: there are svm and vmx"),
             (["--clock", "sundial"], "--clock sundial: there are instructions and wall"),
             (["--kernel", "2.4"], "kernel 2.4: not on the shelf; there are 6.12, 6.1 (umbra kernels list)"),
             (["--param", "x"], "--param x: not a parameter; write MODULE.NAME=VALUE, as kvm.tdp_mmu=0"),

@@ -19,6 +19,8 @@ pub const HUGE: u64 = 2 << 20;
 pub struct Plan {
     /// The clock that phases are measured by.
     pub clock: Clock,
+    /// How many of the machine's nanoseconds an instruction takes.
+    pub nanoseconds_per_instruction: u32,
     /// The modules, in the order in which they are loaded.
     pub modules: Vec<String>,
     /// Their parameters.
@@ -40,14 +42,16 @@ pub struct Job {
 }
 
 impl Job {
-    /// The job that runs `args`. A firmware of the user's travels as a file.
+    /// The job that runs `args`, in a machine whose instructions take so many nanoseconds. A firmware of the user's travels as a file.
     #[must_use]
-    pub fn new(args: &RunArgs, firmware: Option<PathBuf>) -> Self {
+    pub fn new(args: &RunArgs, firmware: Option<PathBuf>, nanoseconds: u32) -> Self {
         let slots = u64::try_from(args.slots).unwrap_or(u64::MAX);
         let huge_pages =
             // Each slot may end inside a huge page.
             if args.backing == "hugetlb" { args.memory.div_ceil(HUGE).saturating_add(slots) } else { 0 };
-        Self { words: args.to_words(), firmware, huge_pages, limit: Duration::from_secs(60) + effort(args) }
+        // Of the effort only the firmware's own seconds are the machine's already, and these may be counted twice.
+        let limit = nanoseconds * (Duration::from_secs(60) + effort(args));
+        Self { words: args.to_words(), firmware, huge_pages, limit }
     }
 
     /// The options that PID 1's child runs.
@@ -86,9 +90,10 @@ mod tests {
     fn a_job_runs_the_options_it_was_made_of() {
         let words = ["umbra", "run", "dirty-log", "--memory=6M", "--slots=2", "--backing=hugetlb", "--tracker=clear"];
         let Command::Run(args) = cli::parse(words.map(str::to_owned)).unwrap().command else { panic!() };
-        let job = Job::new(&args, Some("/umbra/firmware/0/fw.elf".into()));
+        let job = Job::new(&args, Some("/umbra/firmware/0/fw.elf".into()), 1);
         assert_eq!(job.huge_pages, 5);
         let text = serde_json::to_vec(&job).unwrap();
+        assert_eq!(Job::new(&args, None, 20).limit, 20 * job.limit);
         let inside = serde_json::from_slice::<Job>(&text).unwrap().args().unwrap();
         assert_eq!(inside.config(), args.config());
         assert_eq!(inside.firmware, Some("/umbra/firmware/0/fw.elf".into()));

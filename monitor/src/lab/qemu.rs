@@ -1,6 +1,7 @@
 //! The one place that knows QEMU's command line.
 
-use super::child::{Child, run};
+use super::child::Child;
+use super::emulator::{End, about, file};
 use crate::failure::Failure;
 use crate::ground::Clock;
 use std::path::Path;
@@ -9,42 +10,26 @@ use std::process::Command;
 const PROGRAM: &str = "qemu-system-x86_64";
 const PACKAGE: &str = "qemu-system-x86";
 
-/// Names of the machine's files, in the directory that QEMU runs in.
-pub mod file {
-    /// The image.
-    pub const INITRD: &str = "initramfs.cpio";
-    /// What the console said.
-    pub const CONSOLE: &str = "com1";
-    /// Messages in frames.
-    pub const MESSAGES: &str = "com2";
-    /// QEMU's own log.
-    pub const LOG: &str = "qemu.log";
-    /// What QEMU wrote to stdout and stderr.
-    pub const OUTPUT: &str = "qemu.out";
-}
-
 /// The line of QEMU's log that stands for a triple fault (its `excp_helper.c`). `-d cpu_reset` writes it; that mask costs
 /// nothing while no CPU is reset.
-pub const TRIPLE_FAULT: &str = "Triple fault";
+const TRIPLE_FAULT: &str = "Triple fault";
 
 /// Name and version, as the Record has them.
 ///
 /// # Errors
 /// [`Failure::NotHere`] when QEMU is not installed or does not run.
 pub fn version() -> Result<String, Failure> {
-    let ended = run(Child::command(PROGRAM, PACKAGE)?.arg("--version"), Path::new("/"))?;
-    let text = ended.text();
-    let line = text.lines().next().unwrap_or_default().replace("emulator version ", "");
-    if !ended.status.success() || line.is_empty() {
-        return Err(Failure::NotHere(format!("{PROGRAM} does not run: {}", ended.complaint())));
+    let text = about(PROGRAM, PACKAGE, "--version")?;
+    match text.lines().next().map(|line| line.replace("emulator version ", "")) {
+        Some(line) if !line.is_empty() => Ok(line),
+        _ => Err(Failure::NotHere(format!("{PROGRAM} does not say which version it is"))),
     }
-    Ok(line)
 }
 
-/// The kernel's command line. A panic or an oops ends the machine at once; what it was is on the console.
-fn append(extra: &str) -> String {
-    let words = "console=ttyS0 quiet nokaslr oops=panic panic=-1";
-    if extra.is_empty() { words.to_owned() } else { format!("{words} {extra}") }
+/// What an end was, as the log tells it.
+#[must_use]
+pub fn end(log: &str) -> Option<End> {
+    log.lines().any(|line| line == TRIPLE_FAULT).then_some(End::TripleFault)
 }
 
 /// The machine svm: AMD SVM with nested paging and SMM in software emulation.
@@ -55,7 +40,7 @@ fn append(extra: &str) -> String {
 ///
 /// # Errors
 /// [`Failure::NotHere`] when QEMU is not installed.
-pub fn svm(clock: Clock, kernel: &Path, extra: &str) -> Result<Command, Failure> {
+pub fn svm(clock: Clock, kernel: &Path, append: &str) -> Result<Command, Failure> {
     let mut command = Child::command(PROGRAM, PACKAGE)?;
     command.args(["-no-user-config", "-machine", "q35", "-cpu", "max,+svm,+npt,-rdrand,-rdseed", "-m", "4G"]);
     match clock {
@@ -68,7 +53,7 @@ pub fn svm(clock: Clock, kernel: &Path, extra: &str) -> Result<Command, Failure>
     for port in [file::CONSOLE, file::MESSAGES] {
         command.arg("-serial").arg(format!("file:{port}"));
     }
-    command.arg("-kernel").arg(kernel).args(["-initrd", file::INITRD, "-append", &append(extra)]);
+    command.arg("-kernel").arg(kernel).args(["-initrd", file::INITRD, "-append", append]);
     Ok(command)
 }
 

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::path::PathBuf;
 
 /// The modules that the lab's machines need; what these depend on comes along.
-const MODULES: [&str; 1] = ["kvm-amd"];
+const MODULES: [&str; 2] = ["kvm-amd", "kvm-intel"];
 
 /// The shelf's list.
 #[derive(Debug, Deserialize)]

@@ -2,7 +2,7 @@
 
 use super::child::Child;
 use super::console;
-use super::qemu::{TRIPLE_FAULT, file};
+use super::emulator::{Emulator, End, file};
 use super::wire::{self, Message, Receiver, Told};
 use crate::failure::Failure;
 use crate::progress::Progress;
@@ -32,7 +32,7 @@ pub enum Error {
     /// The kernel's last words.
     #[error("the lab's kernel panicked: {0}")]
     Panic(String),
-    /// QEMU saw it.
+    /// The emulator saw it.
     #[error("the lab machine had a triple fault {doing}: its kernel died without a word")]
     TripleFault {
         /// At what.
@@ -44,12 +44,14 @@ pub enum Error {
         /// At what.
         doing: String,
     },
-    /// QEMU itself broke, or was killed.
-    #[error("QEMU ended early {doing} ({status}): {why}")]
+    /// The emulator itself broke, or was killed.
+    #[error("{emulator} ended early {doing} ({status}): {why}")]
     Ended {
+        /// Its name.
+        emulator: &'static str,
         /// At what.
         doing: String,
-        /// QEMU's exit status.
+        /// Its exit status.
         status: ExitStatus,
         /// Its last complaint.
         why: String,
@@ -119,6 +121,7 @@ impl Tail {
 }
 
 struct Watch<'a> {
+    emulator: Emulator,
     console: Tail,
     said: Vec<u8>,
     messages: Tail,
@@ -128,14 +131,17 @@ struct Watch<'a> {
     /// Since when the machine has nothing more to do: it said all, or its kernel panicked.
     last_words: Option<Instant>,
     doing: String,
+    /// What the boot was last seen at.
+    booting: Option<&'static str>,
     progress: &'a Progress,
 }
 
 /// Starts the machine in `directory` and follows it to its end.
 ///
 /// # Errors
-/// [`Failure::Interrupted`] after Ctrl-C or SIGTERM, or QEMU cannot be started. How the machine itself fails is in the [`Outcome`].
+/// [`Failure::Interrupted`] after Ctrl-C or SIGTERM, or the emulator cannot be started. How the machine itself fails is in the [`Outcome`].
 pub fn run(
+    emulator: Emulator,
     command: &mut Command,
     directory: &Path,
     jobs: usize,
@@ -150,6 +156,7 @@ pub fn run(
         Ok::<_, Failure>(Tail(File::open(directory.join(name)).map_err(Error::from)?))
     };
     let mut watch = Watch {
+        emulator,
         console: open(file::CONSOLE)?,
         said: Vec::new(),
         messages: open(file::MESSAGES)?,
@@ -164,6 +171,7 @@ pub fn run(
         ended: false,
         last_words: None,
         doing: "while its kernel booted".to_owned(),
+        booting: None,
         progress,
     };
     progress.step("lab: booting");
@@ -182,6 +190,7 @@ impl Watch<'_> {
         let status = loop {
             let status = child.tick()?;
             match self.listen() {
+                Ok(true) if self.emulator.began_anew(&self.console_text()) => break ExitStatus::default(),
                 Ok(true) => heard = Instant::now(),
                 Ok(false) => {}
                 Err(error) => return Ok(Some(error)),
@@ -220,10 +229,24 @@ impl Watch<'_> {
             self.take(message)?;
         }
         let news = !said.is_empty() || !bytes.is_empty();
+        if !said.is_empty() && self.receiver.is_empty() {
+            self.follow_boot();
+        }
         if news && self.last_words.is_none() && (self.ended || console::panic(&self.console_text()).is_some()) {
             self.last_words = Some(Instant::now());
         }
         Ok(news)
+    }
+
+    /// Before the first message the console tells how far the boot is.
+    fn follow_boot(&mut self) {
+        let booting = self.emulator.booting(&self.console_text());
+        if let Some(what) = booting
+            && booting != self.booting
+        {
+            self.progress.step(&format!("lab: {what}"));
+        }
+        self.booting = booting;
     }
 
     fn take(&mut self, message: Message) -> Result<(), Error> {
@@ -261,20 +284,11 @@ impl Watch<'_> {
         if let Some(reason) = console::panic(&self.console_text()) {
             return Some(Error::Panic(reason));
         }
-        let read = |name: &str| {
-            std::fs::read(directory.join(name))
-                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-                .unwrap_or_default()
-        };
-        let doing = self.doing.clone();
-        if read(file::LOG).lines().any(|line| line == TRIPLE_FAULT) {
-            return Some(Error::TripleFault { doing });
-        }
-        if status.success() {
-            return Some(Error::Reset { doing });
-        }
-        let output = read(file::OUTPUT);
-        let why = output.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").to_owned();
-        Some(Error::Ended { doing, status, why })
+        let (doing, emulator) = (self.doing.clone(), self.emulator);
+        Some(match emulator.end(status, directory) {
+            End::TripleFault => Error::TripleFault { doing },
+            End::SwitchedOff => Error::Reset { doing },
+            End::Broke(why) => Error::Ended { emulator: emulator.name(), doing, status, why },
+        })
     }
 }

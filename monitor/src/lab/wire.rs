@@ -147,6 +147,12 @@ impl Receiver {
         self.bytes.extend_from_slice(bytes);
     }
 
+    /// Whether nothing has come yet.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
     /// The next whole message, if there is one.
     ///
     /// # Errors

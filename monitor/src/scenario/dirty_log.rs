@@ -9,7 +9,9 @@ use super::setup::Fault;
 use crate::failure::Failure;
 use crate::ground::Clock;
 use crate::guest::{Machine, Plan};
+use crate::host;
 use crate::kvm::clock::Window;
+use crate::kvm::exits::{self, Exits};
 use crate::kvm::witness::Witness;
 use crate::pages::PageSet;
 use crate::progress::Progress;
@@ -91,6 +93,8 @@ struct Run<'a> {
     /// Before the machine: a tracker may hold the VM's descriptor, which is closed before the memory under it goes.
     tracker: Box<dyn Tracker>,
     machine: Machine,
+    /// Where exits are rare and tell what the processor's log does, the observed pass counts them.
+    exits: Option<Exits>,
     contents: Contents,
     reported: PageSet,
     row: Row,
@@ -100,6 +104,12 @@ impl<'a> Run<'a> {
     fn new(setup: &'a Setup, kind: Kind, pass: Pass, progress: &'a Progress) -> Result<Self, Failure> {
         progress.step(&format!("{kind}, {} pass: boot", pass.name()));
         let machine = Machine::new(&setup.plan, kind.ring_entries(), |vm| kind.prepare(vm))?;
+        let exits = if pass == Pass::Observed && host::page_modification_logging() {
+            // Not every user has tracefs and perf events.
+            machine.count_exits(exits::PML).ok()
+        } else {
+            None
+        };
         let tracker = kind.build(&machine, setup.chunk)?;
         let pages = setup.plan.pattern.pages;
         Ok(Self {
@@ -108,6 +118,7 @@ impl<'a> Run<'a> {
             pass,
             progress,
             machine,
+            exits,
             tracker,
             contents: Contents::populated(pages),
             reported: PageSet::new(pages),
@@ -312,9 +323,16 @@ impl<'a> Run<'a> {
         });
     }
 
-    /// KVM's statistics; the timed pass does not look.
+    /// KVM's statistics and the counted exits; the timed pass does not look.
     fn counters(&self) -> Result<BTreeMap<String, u64>, Failure> {
-        Ok(if self.pass == Pass::Observed { self.machine.statistics()? } else { BTreeMap::new() })
+        if self.pass == Pass::Timed {
+            return Ok(BTreeMap::new());
+        }
+        let mut counters = self.machine.statistics()?;
+        if let Some(exits) = &self.exits {
+            counters.extend(exits.read()?);
+        }
+        Ok(counters)
     }
 
     /// Turns the statistics before enabling, after the rounds, after disabling and at the end into the row's counters.
@@ -336,7 +354,8 @@ impl<'a> Run<'a> {
             ("remote_tlb_flush", grown("remote_tlb_flush", before, after)),
         ];
         let own = self.tracker.counters(&self.machine).into_iter().map(|(name, value)| (name, Some(value), "umbra"));
-        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(own);
+        let traced = exits::PML.iter().map(|&(name, _)| (name, grown(name, before, after), "tracepoint"));
+        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(own);
         for (name, value, source) in all {
             if let (Some(value), Pass::Observed) = (value, self.pass) {
                 let counter = Counter { value, source: source.to_owned(), pass: self.pass.name().to_owned() };

@@ -1,0 +1,122 @@
+//! The lab's Intel machine: one boot, everything asserted on its Records.
+//!
+//! Figures hold for the pinned kernel package (images/kernels.toml) and the Bochs that they were measured with; with others only truth and
+//! counts are checked, and a line says so.
+
+use std::sync::OnceLock;
+use umbra::cli::{self, Command};
+use umbra::ground::Clock;
+use umbra::lab::emulator::Emulator;
+use umbra::lab::{self, Machine, shelf};
+use umbra::progress::Progress;
+use umbra::report::record::{Record, Row};
+
+/// What FIGURES was measured with.
+const PINNED: (&str, &str) = ("6.12.111-1~deb12u1", "Bochs 2.7");
+
+const PAGES: u64 = 4096;
+/// Entries of a page-modification log (SDM 3, 29.3.6).
+const LOG: u64 = 512;
+
+/// The Records of one boot: `dirty-log` with the trackers that a bitmap is behind, and `soak`.
+fn records() -> &'static [Record] {
+    static RECORDS: OnceLock<Vec<Record>> = OnceLock::new();
+    RECORDS.get_or_init(|| {
+        let jobs: [&[&str]; 2] = [
+            &["dirty-log", "--memory", "16M", "--tracker", "bitmap,clear+init-set"],
+            &["soak", "--memory", "4M", "--seconds", "1", "--tracker", "clear,ring"],
+        ];
+        let jobs = jobs.map(|words| {
+            let words = ["umbra", "run"].iter().chain(words).map(ToString::to_string);
+            match cli::parse(words).expect("good words").command {
+                Command::Run(args) => args,
+                other => panic!("{other:?}"),
+            }
+        });
+        let progress = Progress::stderr();
+        let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&progress).expect("the default kernel");
+        let machine = Machine {
+            emulator: Emulator::Bochs,
+            kernel,
+            clock: Clock::Instructions,
+            params: Vec::new(),
+            init: umbra_tests::binary(),
+            append: String::new(),
+        };
+        let results = lab::boot(&machine, &jobs, &progress).expect("the lab boots");
+        results.into_iter().map(|result| result.expect("a Record")).collect()
+    })
+}
+
+fn row<'a>(record: &'a Record, name: &str) -> &'a Row {
+    record.measured().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name}"))
+}
+
+/// A phase of the timed pass, for each page; the cheapest of the rounds from `from` on.
+fn timed(row: &Row, phase: &str, from: u64) -> u64 {
+    let rounds = row.phases.iter().filter(|p| p.pass == "timed" && p.phase == phase && p.round >= from);
+    rounds.map(|p| p.value).min().unwrap_or_else(|| panic!("{} has no {phase}", row.name)) / PAGES
+}
+
+#[test]
+fn the_machine_is_an_intel_one_and_its_truth_holds() {
+    for record in records() {
+        assert_eq!(record.faults(), [""; 0], "{:?}", record.config);
+        let host = &record.host;
+        assert_eq!((&*host.vendor, &*host.clock, host.deterministic), ("intel", "instructions", true));
+        assert!(host.emulator.as_ref().is_some_and(|emulator| emulator.starts_with("Bochs ")), "{host:?}");
+        for name in ["ept", "eptad", "pml", "nested", "unrestricted_guest"] {
+            assert_eq!(host.params[&format!("kvm_intel.{name}")], "Y", "{name}");
+        }
+    }
+    for row in records()[0].measured() {
+        let init_set = row.name == "clear+init-set";
+        for round in &row.truth.rounds {
+            assert_eq!((round.pages.written, round.pages.missed, round.pages.extra), (PAGES, 0, 0), "{}", row.name);
+            assert_eq!(round.pages.explained, 0, "{init_set} round {}", round.round);
+        }
+        for phase in row.phases.iter().filter(|phase| phase.pass == "timed") {
+            assert!(phase.clean, "{} {} {}", row.name, phase.phase, phase.round);
+        }
+    }
+    for row in records()[1].measured() {
+        assert!(row.counters["harvests"].value > 3 && row.counters["guest_rounds"].value > 3, "{:?}", row.counters);
+    }
+}
+
+/// KVM empties the log at every exit, so a log that is full when the guest leaves was empty when it entered: `n` pages fill it `n / 512` times,
+/// and each other exit may cost a log that was not full yet.
+#[test]
+fn full_logs_are_as_many_as_512_entries_imply() {
+    // The first round after init-set logs nothing: all pages are reported anyway, so no D bit is cleared.
+    for (name, rounds) in [("bitmap", 3), ("clear+init-set", 2)] {
+        let counters = &row(&records()[0], name).counters;
+        let count = |name: &str| counters.get(name).unwrap_or_else(|| panic!("no {name}: {counters:?}")).value;
+        let (full, others) = (count("pml_full"), count("vm_exits") - count("pml_full"));
+        // The firmware's own pages, its stack and its report, are written as well.
+        assert!(full * LOG <= rounds * PAGES + others * 16, "{name}: {full} full logs");
+        assert!((full + others) * LOG >= rounds * PAGES, "{name}: {full} full logs, {others} other exits");
+        // A page that is written again is no violation.
+        assert!(count("ept_violation") < 64 && count("pf_fast") == 0, "{name}: {counters:?}");
+    }
+}
+
+#[test]
+fn a_written_page_costs_a_sixteenth_of_a_fault() {
+    let record = &records()[0];
+    let host = &record.host;
+    let found = (host.kernel_package.clone().unwrap_or_default(), host.emulator.clone().unwrap_or_default());
+    if !found.0.contains(PINNED.0) || !found.1.starts_with(PINNED.1) {
+        eprintln!("not the pinned kernel and Bochs, but {found:?}: figures are not compared");
+        return;
+    }
+    for name in ["bitmap", "clear+init-set"] {
+        let (dirty, retouch) = (timed(row(record, name), "dirty", 2), timed(row(record, name), "retouch", 0));
+        assert!((60..120).contains(&dirty), "{name}: {dirty} instructions for a page written again");
+        assert!(retouch <= 20, "{name}: {retouch} instructions after disabling");
+    }
+    let get = timed(row(record, "bitmap"), "get", 1);
+    assert!((150..185).contains(&get), "bitmap: get {get}");
+    let enable = timed(row(record, "clear+init-set"), "enable", 0);
+    assert!(enable < 10, "clear+init-set: enable {enable}");
+}
