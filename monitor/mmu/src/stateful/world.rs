@@ -237,6 +237,8 @@ impl World {
         if self.loaded.is_empty() {
             self.load(which, c)?;
         }
+        // Time passes between a load and the access, and between the accesses of a sweep: each may write a table.
+        self.history.now += 1;
         let Some(loaded) = self.loaded.get(index(which, self.loaded.len())) else { return Ok(()) };
         let (root, number) = (loaded.id, loaded.context);
         let expected = self.reference().verdict(&self.contexts[number].1, l2, kind);
