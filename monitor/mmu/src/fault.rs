@@ -79,8 +79,9 @@ impl Mmu {
             let leaf = Leaf { at, level: Level::K4, l2, root, frame: spte.frame() };
             if request.kind == Kind::Write && spte.is_closed() {
                 self.stats.wp_faults += 1;
-                if self.trap(env, leaf)? == Trapped::Opened {
-                    self.finish(env);
+                let trapped = self.trap(env, leaf);
+                self.finish(env);
+                if trapped? == Trapped::Opened {
                     return Ok(Outcome::Mapped { level: Level::K4 });
                 }
             } else if !spte.present() {
@@ -98,10 +99,13 @@ impl Mmu {
             Kind::Write => Access::WRITE,
             Kind::Execute => Access::EXECUTE,
         };
-        let below = self.resolve_below(env, leaf.root, leaf.at, leaf.l2, needed)?;
-        let Some(outcome) = below else { return self.fault_slowly(env, leaf.root, leaf.l2, request) };
+        let below = self.resolve_below(env, leaf.root, leaf.at, leaf.l2, needed);
+        // Also when it failed: what was pushed out on the way is posted.
         self.finish(env);
-        Ok(outcome)
+        match below? {
+            Some(outcome) => Ok(outcome),
+            None => self.fault_slowly(env, leaf.root, leaf.l2, request),
+        }
     }
 
     #[inline(never)]

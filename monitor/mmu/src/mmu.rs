@@ -209,8 +209,9 @@ impl Mmu {
     }
 
     fn new_root(&mut self, env: &mut Env<'_>, role: RootRole, table: u64, page_role: Role) -> Result<u32, MmuError> {
-        self.make_pages_available(env, 1)?;
+        let room = self.make_pages_available(env, 1);
         self.finish(env);
+        room?;
         let page = self.alloc_page(Gfn::containing(table), page_role, false)?;
         let Some(id) = self.roots.add(page, role, table) else {
             self.arena.release(page);
