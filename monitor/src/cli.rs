@@ -69,9 +69,9 @@ pub struct RunArgs {
     /// Rounds of dirty, get and clear.
     #[arg(long, default_value_t = 3)]
     pub rounds: u64,
-    /// What backs the tracked memory: anonymous, thp, hugetlb, shmem.
-    #[arg(long, default_value = "thp")]
-    pub backing: String,
+    /// What backs the tracked memory: anonymous, thp, hugetlb, shmem (default: thp; in nested anonymous, where memfds have no huge pages).
+    #[arg(long)]
+    pub backing: Option<String>,
     /// The order in which pages are touched (see `umbra list`).
     #[arg(long, default_value = "sequential", value_parser = parse_kind)]
     pub pattern: pattern::Kind,
@@ -96,6 +96,9 @@ pub struct RunArgs {
     /// Seconds that `soak` runs.
     #[arg(long, default_value_t = 5)]
     pub seconds: u64,
+    /// What L2 is, in `nested`.
+    #[command(flatten)]
+    pub nested: NestedArgs,
     /// Another firmware, an ELF file.
     #[arg(long)]
     pub firmware: Option<PathBuf>,
@@ -105,6 +108,57 @@ pub struct RunArgs {
     /// Write the Record to this file.
     #[arg(long)]
     pub out: Option<PathBuf>,
+}
+
+/// The options of `nested`. None has a default here, so that other scenarios can refuse them.
+#[derive(Clone, Debug, Default, Args)]
+pub struct NestedArgs {
+    /// nested: ways to run L2, separated by commas: plain (none: L1 itself), svm, vmx, umbra (default: all that this host has).
+    #[arg(long, value_delimiter = ',')]
+    pub nesting: Vec<String>,
+    /// nested: the format of L1's table: ept, npt, pae, 32bit (default: the way's own).
+    #[arg(long)]
+    pub format: Option<String>,
+    /// nested: leaves of L1's table: 4k, 2m (default: 4k).
+    #[arg(long)]
+    pub leaf: Option<String>,
+    /// nested: L2 pages for one page of L1 (default: 1).
+    #[arg(long)]
+    pub alias: Option<u64>,
+    /// nested: how they lie: contiguous, scattered, shared-tables (default: contiguous).
+    #[arg(long)]
+    pub alias_kind: Option<String>,
+    /// nested: A and D in the entries that L1 makes: clear, preset (default: clear).
+    #[arg(long)]
+    pub accessed_dirty: Option<String>,
+    /// nested: L2 pages whose entries L1 makes at a violation; 0: all before L2 starts (default: 0).
+    #[arg(long)]
+    pub fill_batch: Option<u64>,
+}
+
+impl NestedArgs {
+    /// The options that were given, by name.
+    fn config(&self) -> impl Iterator<Item = (&'static str, Value)> {
+        let Self { nesting, format, leaf, alias, alias_kind, accessed_dirty, fill_batch } = self;
+        let nesting = (!nesting.is_empty()).then(|| nesting.join(","));
+        let texts = [
+            ("nesting", &nesting),
+            ("format", format),
+            ("leaf", leaf),
+            ("alias-kind", alias_kind),
+            ("accessed-dirty", accessed_dirty),
+        ];
+        let numbers = [("alias", *alias), ("fill-batch", *fill_batch)];
+        let texts = texts.map(|(name, text)| Some((name, text.clone()?.into())));
+        let numbers = numbers.map(|(name, number)| Some((name, number?.into())));
+        texts.into_iter().chain(numbers).flatten()
+    }
+
+    /// The first option that was given, if any was.
+    #[must_use]
+    pub fn given(&self) -> Option<&'static str> {
+        self.config().map(|(name, _)| name).next()
+    }
 }
 
 /// The lab and what runs in it.
@@ -143,7 +197,8 @@ impl RunArgs {
         words
     }
 
-    /// Every option in effect, by its name on the command line. Files are not part of it: the caller adds them by hash.
+    /// Every option that was given or has a default here, by its name on the command line. Files are not part of it: the caller adds them by
+    /// hash; and it adds the defaults that depend on scenario and host.
     #[must_use]
     pub fn config(&self) -> BTreeMap<String, Value> {
         let mut config: BTreeMap<String, Value> = BTreeMap::from([
@@ -151,13 +206,16 @@ impl RunArgs {
             ("slots".into(), self.slots.into()),
             ("vcpus".into(), self.vcpus.into()),
             ("rounds".into(), self.rounds.into()),
-            ("backing".into(), self.backing.clone().into()),
             ("pattern".into(), self.pattern.to_string().into()),
             ("seed".into(), self.seed.into()),
             ("write-percent".into(), self.write_percent.into()),
             ("accesses-per-page".into(), self.accesses_per_page.into()),
             ("guest-page".into(), self.guest_page.clone().into()),
         ]);
+        config.extend(self.nested.config().map(|(name, value)| (name.to_owned(), value)));
+        if let Some(backing) = &self.backing {
+            config.insert("backing".into(), backing.clone().into());
+        }
         if !self.tracker.is_empty() {
             config.insert("tracker".into(), self.tracker.join(",").into());
         }
@@ -241,12 +299,23 @@ mod tests {
             "ring,clear",
             "--chunk",
             "64",
+            "--backing",
+            "shmem",
+            "--nesting",
+            "svm,plain",
+            "--alias",
+            "3",
+            "--accessed-dirty",
+            "preset",
         ]);
         let words = args.to_words();
         let again = run_args(&words.iter().map(String::as_str).collect::<Vec<_>>());
         assert_eq!(again.config(), args.config());
         assert_eq!(again.memory, 16 << 20);
         assert_eq!(again.tracker, ["ring", "clear"]);
+        assert_eq!((again.nested.nesting.len(), again.nested.alias), (2, Some(3)));
+        assert_eq!(again.nested.given(), Some("nesting"));
+        assert_eq!(run_args(&["dirty-log"]).nested.given(), None);
     }
 
     #[test]

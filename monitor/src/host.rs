@@ -57,6 +57,13 @@ pub fn drops_huge_mappings() -> bool {
     }
 }
 
+/// The same for the tables that KVM shadows, those of nested guests among them: there the write itself drops the mapping, unless KVM splits
+/// eagerly (since Linux 5.19 here too).
+#[must_use]
+pub fn drops_huge_shadow_mappings() -> bool {
+    parameter("kvm", "eager_page_split").as_deref() != Some("Y")
+}
+
 /// Bytes of memory in all, `None` if /proc does not say.
 #[must_use]
 pub fn memory_bytes() -> Option<u64> {

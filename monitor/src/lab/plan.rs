@@ -46,7 +46,7 @@ impl Job {
         let slots = u64::try_from(args.slots).unwrap_or(u64::MAX);
         let huge_pages =
             // Each slot may end inside a huge page.
-            if args.backing == "hugetlb" { args.memory.div_ceil(HUGE).saturating_add(slots) } else { 0 };
+            if args.backing.as_deref() == Some("hugetlb") { args.memory.div_ceil(HUGE).saturating_add(slots) } else { 0 };
         Self { words: args.to_words(), firmware, huge_pages, limit: Duration::from_secs(60) + effort(args) }
     }
 
@@ -69,7 +69,7 @@ impl Job {
 /// Generously, the virtual time that a run needs: a second for four MiB and round (measured: less than 0.2), and what `soak` was given.
 #[must_use]
 pub fn effort(args: &RunArgs) -> Duration {
-    let mib = args.memory >> 20;
+    let mib = (args.memory >> 20).saturating_mul(args.nested.alias.unwrap_or(1));
     let touches = mib.saturating_mul(args.rounds.max(1)).saturating_mul(1 + args.accesses_per_page / 16);
     // An absurd size is refused inside; it must not overflow here.
     Duration::from_secs((touches / 4).saturating_add(args.seconds).min(1 << 20))

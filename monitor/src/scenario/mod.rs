@@ -1,6 +1,10 @@
 //! Scenarios: set up, run, check against the truth, return a Record. One file each.
 
+mod check;
 mod dirty_log;
+mod l2;
+mod nested;
+mod pass;
 mod setup;
 mod soak;
 
@@ -27,6 +31,11 @@ pub const ALL: &[Scenario] = &[
         name: "dirty-log",
         description: "what KVM's dirty tracking costs: populate, enable, rounds of dirty/get/clear, disable, retouch",
         run: dirty_log::run,
+    },
+    Scenario {
+        name: setup::NESTED,
+        description: "the same for a guest's guest: what its writes cost under KVM's own nesting, and without (plain)",
+        run: nested::run,
     },
     Scenario {
         name: "soak",

@@ -77,8 +77,8 @@ fn page(vcpu: usize, offset: u64) -> *mut u8 {
 /// Whether this vCPU has what it takes, as far as CPUID says.
 fn features() -> Result<(), Absent> {
     let bit = |word: u32, bit: u32| word >> bit & 1 == 1;
+    #[allow(unused_unsafe)] // To older compilers than today's it is unsafe.
     // SAFETY: every x86-64 CPU has CPUID.
-    #[allow(unused_unsafe)] // Older compilers than today's have it unsafe.
     let leaf = |number| unsafe { __cpuid(number) };
     if leaf(0x8000_0000).eax < 0x8000_000a || !bit(leaf(0x8000_0001).ecx, 2) {
         return Err(Absent::Svm);
