@@ -39,6 +39,16 @@ impl fmt::Display for Error {
     }
 }
 
+/// Entries of a table.
+pub const ENTRIES: usize = 512;
+
+/// A table of a [`Pool`] that holds leaves.
+#[derive(Clone, Copy, Debug)]
+pub struct Table {
+    index: usize,
+    level: Level,
+}
+
 /// Tables under construction. The invariant is: entry `PRESENT` without `HUGE_PAGE` above level 1 leads to a table of the pool.
 pub struct Pool<'a> {
     tables: &'a mut [PageTable],
@@ -115,24 +125,38 @@ impl<'a> Pool<'a> {
         self.below(pointers, address.p3_index().into())
     }
 
+    /// The table that holds the leaf of `level` for `linear`, made if it is not there yet.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`] and [`Error::NoSuchLeaf`].
+    pub fn table_of(&mut self, linear: u64, level: Level) -> Result<Table, Error> {
+        let address = VirtAddr::new(linear);
+        let directory = self.directory(address)?;
+        match level {
+            Level::K4 => Ok(Table { index: self.below(directory, address.p2_index().into())?, level }),
+            Level::M2 => Ok(Table { index: directory, level }),
+            other => Err(Error::NoSuchLeaf(other)),
+        }
+    }
+
+    /// Maps the leaf at `linear`, which `table` holds, to `physical`. Says whether it was not mapped before. Both are aligned to the leaf.
+    pub fn set(&mut self, table: Table, linear: u64, physical: u64) -> bool {
+        let huge = if table.level == Level::M2 { PageTableFlags::HUGE_PAGE } else { PageTableFlags::empty() };
+        let entry = &mut self.tables[table.index][(linear >> table.level.shift()) as usize % ENTRIES];
+        let new = entry.is_unused();
+        if new || entry.addr().as_u64() != physical {
+            entry.set_addr(PhysAddr::new(physical), self.leaf_flags.union(huge));
+        }
+        new
+    }
+
     /// Maps the leaf of `level` at `linear` to `physical`; both are aligned to it. Says whether it was not mapped before.
     ///
     /// # Errors
     /// [`Error::PoolExhausted`] and [`Error::NoSuchLeaf`].
     pub fn map(&mut self, linear: u64, physical: u64, level: Level) -> Result<bool, Error> {
-        let address = VirtAddr::new(linear);
-        let directory = self.directory(address)?;
-        let (table, entry, flags) = match level {
-            Level::K4 => (self.below(directory, address.p2_index().into())?, address.p1_index(), self.leaf_flags),
-            Level::M2 => (directory, address.p2_index(), self.leaf_flags.union(PageTableFlags::HUGE_PAGE)),
-            other => return Err(Error::NoSuchLeaf(other)),
-        };
-        let entry = &mut self.tables[table][entry];
-        let new = entry.is_unused();
-        if new || entry.addr().as_u64() != physical {
-            entry.set_addr(PhysAddr::new(physical), flags);
-        }
-        Ok(new)
+        let table = self.table_of(linear, level)?;
+        Ok(self.set(table, linear, physical))
     }
 
     /// Lets the leaf table of `original` serve the 2 MiB around `linear` too; it is made if it is not there yet. Says whether it did not before.

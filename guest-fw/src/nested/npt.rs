@@ -4,7 +4,7 @@
 //! so U is set in every entry (15.25.5). L1 maps the system slot at its own addresses for good, with A and D set, and L2's pages as
 //! [`Map`](umbra_shared::nested::Map) says: all at once, or in batches when L2 runs into a violation.
 
-use crate::arch::paging::{Error, Pool};
+use crate::arch::paging::{ENTRIES, Error, Pool};
 use core::fmt;
 use umbra_shared::layout::{MAX_SLOTS, Slot, frame_of};
 use umbra_shared::nested::{AliasKind, L2_BASE, Map, Nested};
@@ -30,6 +30,15 @@ impl fmt::Display for Refusal {
             Self::Tables(error) => write!(f, "{error}"),
         }
     }
+}
+
+/// What filling came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Made {
+    /// Entries for L2's pages.
+    entries: u64,
+    /// Tables of another copy's that serve one more.
+    tables: u64,
 }
 
 /// The table under construction.
@@ -86,7 +95,7 @@ impl<'a> Npt<'a> {
     /// # Errors
     /// [`Refusal::Tables`].
     pub fn fill(&mut self) -> Result<u64, Refusal> {
-        self.fill_pages(0, self.map.l2_pages())
+        Ok(self.fill_pages(0, self.map.l2_pages())?.entries)
     }
 
     /// What L1 does when its table does not permit L2's access to `gfn`: maps the batch that holds it. Returns how many entries it made.
@@ -98,31 +107,40 @@ impl<'a> Npt<'a> {
         let batch = self.fill_batch.max(1).next_multiple_of(self.map.leaf().frames());
         let first = page - page % batch;
         match self.fill_pages(first, (first + batch).min(self.map.l2_pages()))? {
-            0 => Err(Refusal::Present(gfn)),
-            entries => Ok(entries),
+            Made { entries: 0, tables: 0 } => Err(Refusal::Present(gfn)),
+            made => Ok(made.entries),
         }
     }
 
-    /// Maps L2's pages `first..end`; `first` begins a leaf.
-    fn fill_pages(&mut self, first: u64, end: u64) -> Result<u64, Refusal> {
-        let leaf = self.map.leaf();
-        let mut made = 0;
-        for page in (first..end).step_by(leaf.frames() as usize) {
-            made += u64::from(self.map_leaf(page).map_err(Refusal::Tables)?);
+    /// Maps L2's pages `first..end`, table by table; `first` begins a leaf.
+    fn fill_pages(&mut self, first: u64, end: u64) -> Result<Made, Refusal> {
+        let pages_of_table = self.map.leaf().frames() * ENTRIES as u64;
+        let (mut made, mut page) = (Made::default(), first);
+        while page < end {
+            let next = (page + 1).next_multiple_of(pages_of_table).min(end);
+            let of_table = self.fill_table(page, next).map_err(Refusal::Tables)?;
+            made.entries += of_table.entries;
+            made.tables += of_table.tables;
+            page = next;
         }
         Ok(made)
     }
 
-    /// Maps the leaf that begins with L2's page `page`. Says whether an entry was made.
-    fn map_leaf(&mut self, page: u64) -> Result<bool, Error> {
+    /// Maps L2's pages `first..end`, all of one table.
+    fn fill_table(&mut self, first: u64, end: u64) -> Result<Made, Error> {
         let address = |page: u64| L2_BASE.plus(page).address();
-        let slots = self.slots[..self.slot_count].iter().copied();
-        // The map's pages are those of the slots (boot.rs), so there is a frame.
-        let frame = frame_of(slots, self.map.l1_page(page)).unwrap_or_default();
-        let owner = self.map.table_owner(page);
-        let mut made = self.pool.map(address(owner), frame.address(), self.map.leaf())?;
-        if self.map.kind() == AliasKind::SharedTables && owner != page {
-            made |= self.pool.share(address(page), address(owner))?;
+        let leaf = self.map.leaf();
+        let owner = self.map.table_owner(first);
+        let table = self.pool.table_of(address(owner), leaf)?;
+        let mut made = Made::default();
+        for offset in (0..end - first).step_by(leaf.frames() as usize) {
+            let slots = self.slots[..self.slot_count].iter().copied();
+            // The map's pages are those of the slots (boot.rs), so there is a frame.
+            let frame = frame_of(slots, self.map.l1_page(owner + offset)).unwrap_or_default();
+            made.entries += u64::from(self.pool.set(table, address(owner + offset), frame.address()));
+        }
+        if self.map.kind() == AliasKind::SharedTables && owner != first {
+            made.tables += u64::from(self.pool.share(address(first), address(owner))?);
         }
         Ok(made)
     }
