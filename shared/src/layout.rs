@@ -167,8 +167,10 @@ mod tests {
         assert!(histogram_end <= vcpu_area::NESTED_REPORT);
         assert!(size_of::<crate::nested::Report>() as u64 <= vcpu_area::VMCB - vcpu_area::NESTED_REPORT);
         assert_eq!(vcpu_area::IO_MAP + 3 * PAGE_SIZE, vcpu_area::MSR_MAP);
-        assert!(vcpu_area::MSR_MAP + 2 * PAGE_SIZE < vcpu_area::L2_STACK_TOP);
-        assert!(vcpu_area::L2_STACK_TOP <= vcpu_area::IST_STACKS_TOP - 4 * vcpu_area::IST_STACK_BYTES);
+        const {
+            assert!(vcpu_area::MSR_MAP + 2 * PAGE_SIZE < vcpu_area::L2_STACK_TOP);
+            assert!(vcpu_area::L2_STACK_TOP <= vcpu_area::IST_STACKS_TOP - 4 * vcpu_area::IST_STACK_BYTES);
+        }
     }
 
     #[test]

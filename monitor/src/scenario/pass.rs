@@ -308,7 +308,6 @@ impl Statistics {
         let Self { booted, before, end, .. } = self;
         vec![
             ("first_touch_pf_taken", grown("pf_taken", booted, before)),
-            ("first_touch_unsync", grown("mmu_unsync", booted, before)),
             ("nested_run", grown("nested_run", booted, end)),
             ("mmu_shadow_zapped", grown("mmu_shadow_zapped", booted, end)),
             ("mmu_pte_write", grown("mmu_pte_write", booted, end)),
