@@ -1,11 +1,14 @@
 # Umbra's commands; `make help` lists them. Each target installs with apt what it lacks, so none needs a step before it.
 #
 #   ARGS       options of `umbra` for run, lab-*, soak       make run ARGS='--memory 256M --tracker ring'
-#   SECONDS    how long soak runs
+#   SECONDS    how long soak and fuzz-tables run
+#   SEED, N    where fuzz begins and how many operations it does; a failure prints a script for REPLAY=FILE
 #   SUITES     the Debian releases that test-fresh tries
 
 ARGS    ?=
 SECONDS ?= 60
+SEED    ?= 1
+N       ?= 10000000
 SUITES  ?= bookworm trixie
 
 SHELL       := /bin/bash
@@ -58,9 +61,12 @@ test: build shelf ## every check: format, lints, unit, property and integration 
 	else
 	    $(call absent,clippy,lints)
 	fi
+	# The sums of all test programs. One that prints none of its own (lab_deaths) is one test; the last one, if cut off, has failed.
 	sums() {
-	    awk '/^test result:/ { passed += $$4; failed += $$6; skipped += $$8 }
-	         END { printf "\n%d passed, %d failed, %d skipped\n", passed, failed, skipped }' target/test.log
+	    awk '/^ +(Running|Doc-tests) /  { passed += open; open = 1 }
+	         /^test result:/            { passed += $$4; failed += $$6; skipped += $$8; open = 0 }
+	         /^error: test failed/      { failed += open; open = 0 }
+	         END { printf "\n%d passed, %d failed, %d skipped\n", passed, failed + open, skipped }' target/test.log
 	}
 	trap sums EXIT
 	# The firmware by itself: beside the monitor its dependencies would get the features that the monitor's need, std among them.
@@ -68,6 +74,7 @@ test: build shelf ## every check: format, lints, unit, property and integration 
 	    held=0
 	    cargo test --locked --package umbra-guest-fw --lib --no-fail-fast || held=$$?
 	    cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast || held=$$?
+	    $(mmu) fuzz -- SEED=$(SEED) N=1000000 || held=$$?
 	    exit $$held
 	} 2>&1 | tee target/test.log
 
@@ -94,6 +101,32 @@ bench-nested: build shelf ## what a guest's guest costs under KVM's own nesting,
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
 	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)
 
+.PHONY: bench-trackers
+bench-trackers: build shelf ## which tracker for a snapshot: a written and a clean page under each, in the lab and on this machine's KVM
+	@for backing in anonymous thp shmem; do $(UMBRA) lab snapshot --memory 16M --backing $$backing $(ARGS); done
+	for backing in anonymous thp shmem; do $(UMBRA) run snapshot --memory 16M --rounds 10 --backing $$backing $(ARGS) || [ $$? = 3 ]; done
+
+.PHONY: bench-strategies
+bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse
+	@for how in '--split lazy' '--split shatter' '--split eager --collapse in-place' '--split eager-clear --collapse lazy'; do
+	    $(UMBRA) lab model --leaf 2m $$how $(ARGS)
+	done
+
+# The shadow MMU's own programs (monitor/mmu/examples).
+mmu = cargo run --locked --quiet --release --package umbra-mmu --example
+
+.PHONY: fuzz
+fuzz: packages ## the shadow MMU against its reference model: N (10,000,000) random operations from SEED, or REPLAY=FILE
+	@$(mmu) fuzz -- SEED=$(SEED) N=$(N) $(if $(REPLAY),REPLAY=$(REPLAY))
+
+.PHONY: fuzz-tables
+fuzz-tables: packages ## hostile guest tables against the shadow MMU, for SECONDS
+	@timeout $$(($(SECONDS) + 120)) $(mmu) fuzz_tables -- SEED=$(SEED) SECONDS=$(SECONDS)
+
+.PHONY: bench-mmu
+bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind)
+	@$(mmu) bench_mmu
+
 .PHONY: test-fresh
 test-fresh: ## `make run` and `make test` in minimal chroots of Debian 12 and 13 (SUITES); root, mmdebstrap; some GB, some minutes
 	@tests/fresh $(SUITES)
@@ -106,6 +139,10 @@ clean: ## remove what was built; fetched kernels stay in the cache
 .PHONY: shelf
 shelf: build
 	@$(UMBRA) kernels fetch
+
+.PHONY: packages-bench
+packages-bench: packages
+	@command -v valgrind >/dev/null || $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get -qq install -y --no-install-recommends valgrind >/dev/null
 
 # What the others need: installed with apt if it is not here. A machine that has it all needs no network for this.
 .PHONY: packages

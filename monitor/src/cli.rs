@@ -87,16 +87,19 @@ pub struct RunArgs {
     /// Leaf size of the firmware's own page tables: 4k, 2m.
     #[arg(long, default_value = "4k")]
     pub guest_page: String,
-    /// Trackers, separated by commas (default: all).
+    /// Trackers, separated by commas, or all (default: KVM's own; snapshot: all).
     #[arg(long, value_delimiter = ',')]
     pub tracker: Vec<String>,
     /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).
     #[arg(long)]
     pub chunk: Option<u64>,
+    /// The shadow MMU, for `model`; what of it concerns L1's table also for `nested`.
+    #[command(flatten)]
+    pub shadow: ShadowArgs,
     /// Seconds that `soak` runs.
     #[arg(long, default_value_t = 5)]
     pub seconds: u64,
-    /// What L2 is, in `nested`.
+    /// L2, for `nested`.
     #[command(flatten)]
     pub nested: NestedArgs,
     /// Another firmware, an ELF file.
@@ -110,54 +113,86 @@ pub struct RunArgs {
     pub out: Option<PathBuf>,
 }
 
-/// The options of `nested`. None has a default here, so that other scenarios can refuse them.
-#[derive(Clone, Debug, Default, Args)]
+/// How `nested` runs L2. What L2's memory is stands among the options of L1's table ([`ShadowArgs`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct NestedArgs {
-    /// nested: ways to run L2, separated by commas: plain (none: L1 itself), svm, vmx, umbra (default: all that this host has).
+    /// Ways to run L2, separated by commas: plain (L1 itself), svm, vmx, umbra (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub nesting: Vec<String>,
-    /// nested: the format of L1's table: ept, npt, pae, 32bit (default: the way's own).
-    #[arg(long)]
-    pub format: Option<String>,
-    /// nested: leaves of L1's table: 4k, 2m (default: 4k).
-    #[arg(long)]
-    pub leaf: Option<String>,
-    /// nested: L2 pages for one page of L1 (default: 1).
-    #[arg(long)]
-    pub alias: Option<u64>,
-    /// nested: how they lie: contiguous, scattered, shared-tables (default: contiguous).
-    #[arg(long)]
-    pub alias_kind: Option<String>,
-    /// nested: A and D in the entries that L1 makes: clear, preset (default: clear).
+    /// A and D in the entries that L1 makes: clear, preset (clear).
     #[arg(long)]
     pub accessed_dirty: Option<String>,
-    /// nested: L2 pages whose entries L1 makes at a violation; 0: all before L2 starts (default: 0).
+    /// L2 pages whose entries L1 makes at a violation; 0 for all before L2 starts (0).
     #[arg(long)]
     pub fill_batch: Option<u64>,
 }
 
 impl NestedArgs {
-    /// The options that were given, by name.
-    fn config(&self) -> impl Iterator<Item = (&'static str, Value)> {
-        let Self { nesting, format, leaf, alias, alias_kind, accessed_dirty, fill_batch } = self;
-        let nesting = (!nesting.is_empty()).then(|| nesting.join(","));
-        let texts = [
-            ("nesting", &nesting),
-            ("format", format),
-            ("leaf", leaf),
-            ("alias-kind", alias_kind),
-            ("accessed-dirty", accessed_dirty),
-        ];
-        let numbers = [("alias", *alias), ("fill-batch", *fill_batch)];
-        let texts = texts.map(|(name, text)| Some((name, text.clone()?.into())));
-        let numbers = numbers.map(|(name, number)| Some((name, number?.into())));
-        texts.into_iter().chain(numbers).flatten()
+    /// What was given, by option name.
+    fn given(&self) -> Vec<(String, Value)> {
+        let nesting = (!self.nesting.is_empty()).then(|| ("nesting", self.nesting.join(",").into()));
+        let accessed_dirty = self.accessed_dirty.clone().map(|text| ("accessed-dirty", text.into()));
+        let fill_batch = self.fill_batch.map(|number| ("fill-batch", number.into()));
+        [nesting, accessed_dirty, fill_batch]
+            .into_iter()
+            .flatten()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
     }
+}
 
-    /// The first option that was given, if any was.
-    #[must_use]
-    pub fn given(&self) -> Option<&'static str> {
-        self.config().map(|(name, _)| name).next()
+/// Options of Umbra's own shadow MMU (umbra-mmu). An option that is not given has the default that its help names.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+pub struct ShadowArgs {
+    /// Strategies, separated by commas (default: all): write-protect, lazy-huge, dirty-bit, log, combined, twin.
+    #[arg(long, value_delimiter = ',')]
+    pub strategy: Vec<String>,
+    /// How a huge entry becomes small ones: lazy, shatter, eager, eager-clear (lazy).
+    #[arg(long)]
+    pub split: Option<String>,
+    /// How they become huge again: none, lazy, in-place (none).
+    #[arg(long)]
+    pub collapse: Option<String>,
+    /// What becomes of roots: drop, address-space, keep, quota=N (keep).
+    #[arg(long)]
+    pub roots: Option<String>,
+    /// The format of EPT12: ept, npt, pae, 32bit (ept; in nested npt under svm).
+    #[arg(long)]
+    pub format: Option<String>,
+    /// The leaves of EPT12: 4k, 2m, 1g (4k).
+    #[arg(long)]
+    pub leaf: Option<String>,
+    /// L2 GPAs for each L1 page (1).
+    #[arg(long)]
+    pub alias: Option<u64>,
+    /// How the aliases lie: contiguous, scattered, shared-tables (contiguous).
+    #[arg(long)]
+    pub alias_kind: Option<String>,
+    /// Pages that one fault may map, a power of two up to 512 (1).
+    #[arg(long)]
+    pub extent: Option<u32>,
+    /// Split-cache sizes in objects, MINIMUM/CAPACITY (1/40 tables, 64/104 descriptors; given, both are that).
+    #[arg(long)]
+    pub cache: Option<String>,
+}
+
+impl ShadowArgs {
+    /// What was given, by option name.
+    fn given(&self) -> Vec<(String, Value)> {
+        let texts = [
+            ("split", &self.split),
+            ("collapse", &self.collapse),
+            ("roots", &self.roots),
+            ("format", &self.format),
+            ("leaf", &self.leaf),
+            ("alias-kind", &self.alias_kind),
+            ("cache", &self.cache),
+        ];
+        let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text.clone()?.into())));
+        let numbers = [("alias", self.alias), ("extent", self.extent.map(u64::from))];
+        let numbers = numbers.into_iter().filter_map(|(name, number)| Some((name, number?.into())));
+        let strategy = (!self.strategy.is_empty()).then(|| ("strategy", self.strategy.join(",").into()));
+        texts.chain(numbers).chain(strategy).map(|(name, value)| (name.to_owned(), value)).collect()
     }
 }
 
@@ -212,7 +247,7 @@ impl RunArgs {
             ("accesses-per-page".into(), self.accesses_per_page.into()),
             ("guest-page".into(), self.guest_page.clone().into()),
         ]);
-        config.extend(self.nested.config().map(|(name, value)| (name.to_owned(), value)));
+        config.extend(self.nested.given());
         if let Some(backing) = &self.backing {
             config.insert("backing".into(), backing.clone().into());
         }
@@ -222,6 +257,7 @@ impl RunArgs {
         if let Some(chunk) = self.chunk {
             config.insert("chunk".into(), chunk.into());
         }
+        config.extend(self.shadow.given());
         if self.scenario == "soak" {
             config.insert("seconds".into(), self.seconds.into());
         }
@@ -313,9 +349,9 @@ mod tests {
         assert_eq!(again.config(), args.config());
         assert_eq!(again.memory, 16 << 20);
         assert_eq!(again.tracker, ["ring", "clear"]);
-        assert_eq!((again.nested.nesting.len(), again.nested.alias), (2, Some(3)));
-        assert_eq!(again.nested.given(), Some("nesting"));
-        assert_eq!(run_args(&["dirty-log"]).nested.given(), None);
+        assert_eq!((&again.nested, again.shadow.alias), (&args.nested, Some(3)));
+        assert_eq!(again.nested.nesting, ["svm", "plain"]);
+        assert_eq!(run_args(&["dirty-log"]).nested, NestedArgs::default());
     }
 
     #[test]

@@ -64,6 +64,13 @@ pub fn drops_huge_shadow_mappings() -> bool {
     parameter("kvm", "eager_page_split").as_deref() != Some("Y")
 }
 
+/// Whether a memfd gets huge pages without being asked: `always`, `within_size` or `force` in effect (Documentation/admin-guide/mm/transhuge.rst).
+#[must_use]
+pub fn huge_shmem() -> bool {
+    let modes = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled").unwrap_or_default();
+    ["[always]", "[within_size]", "[force]"].iter().any(|mode| modes.contains(mode))
+}
+
 /// Bytes of memory in all, `None` if /proc does not say.
 #[must_use]
 pub fn memory_bytes() -> Option<u64> {

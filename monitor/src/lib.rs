@@ -9,6 +9,7 @@ pub mod failure;
 pub mod ground;
 pub mod guest;
 pub mod host;
+pub mod hostmm;
 pub mod kvm;
 pub mod lab;
 pub mod pages;

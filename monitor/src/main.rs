@@ -1,5 +1,6 @@
 //! The `umbra` command.
 
+use std::io::Write as _;
 use std::process::ExitCode;
 use umbra::cli::{self, Cli, Command, KernelsCommand, RunArgs};
 use umbra::ground::Ground;
@@ -24,20 +25,30 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> Result<(), Failure> {
     match &cli.command {
-        Command::Probe { json: false } => print!("{}", Probe::run().to_text()),
-        Command::Probe { json: true } => println!("{}", Probe::run().to_json()?),
-        Command::List => print!("{}{}", probe::list(), shelf::list()?),
+        Command::Probe { json: false } => show(&Probe::run().to_text())?,
+        Command::Probe { json: true } => show(&(Probe::run().to_json()? + "\n"))?,
+        Command::List => show(&(probe::list() + &shelf::list()?))?,
         Command::Run(args) => return measure(args, |progress| scenario::run(args, Ground::Kvm, progress)),
         Command::Lab(args) => return measure(&args.run, |progress| lab::run(args, progress)),
-        Command::Kernels { command: KernelsCommand::List } => print!("{}", shelf::list()?),
+        Command::Kernels { command: KernelsCommand::List } => show(&shelf::list()?)?,
         Command::Kernels { command: KernelsCommand::Fetch { kernels } } => {
-            print!("{}", shelf::fetch(kernels, &Progress::stderr())?);
+            show(&shelf::fetch(kernels, &Progress::stderr())?)?;
         }
     }
     Ok(())
 }
 
-/// Makes a Record, shows it, writes it, and fails if its truth did not hold. Whether `--out` can be written is known before the run.
+/// Prints `text`. A reader who has seen enough (`| head`) is no failure; a full disk is one.
+fn show(text: &str) -> Result<(), Failure> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(Failure::Check(format!("standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Makes a Record, writes it, shows it, and fails if its truth did not hold. Whether `--out` can be written is known before the run.
 fn measure(args: &RunArgs, run: impl FnOnce(&Progress) -> Result<Record, Failure>) -> Result<(), Failure> {
     scenario::check(args)?;
     let output = args.out.as_deref().map(Output::check).transpose()?;
@@ -45,10 +56,9 @@ fn measure(args: &RunArgs, run: impl FnOnce(&Progress) -> Result<Record, Failure
     let record = run(&progress);
     drop(progress);
     let record = record?;
-    print!("{}", table::render(&record));
-    if let Some(output) = output {
-        output.write(&record.to_json())?;
-    }
+    // Neither the file nor the table is lost when the other cannot be written.
+    let written = output.map_or(Ok(()), |output| output.write(&record.to_json()));
+    show(&table::render(&record)).and(written)?;
     let faults = record.faults();
     if faults.is_empty() {
         Ok(())

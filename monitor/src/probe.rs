@@ -1,7 +1,7 @@
 //! `umbra probe` and `umbra list`: what this host can do, and what there is.
 
 use crate::kvm::{self, capabilities::Capability};
-use crate::track::{self, Kind};
+use crate::track;
 use crate::{Failure, host, scenario};
 use serde::Serialize;
 use std::fmt::Write as _;
@@ -71,7 +71,7 @@ impl Probe {
         let trackers: Vec<_> = track::ALL
             .iter()
             .map(|kind| {
-                let missing = missing(*kind);
+                let missing = kind.missing();
                 Place { name: kind.to_string(), here: missing.is_none(), missing }
             })
             .collect();
@@ -79,8 +79,8 @@ impl Probe {
             .iter()
             .map(|scenario| Place {
                 name: scenario.name.to_owned(),
-                here: kvm_error.is_none(),
-                missing: kvm_error.clone(),
+                here: kvm_error.is_none() || !scenario.needs_kvm(),
+                missing: kvm_error.clone().filter(|_| scenario.needs_kvm()),
             })
             .collect();
         let free = first_line("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
@@ -147,15 +147,6 @@ impl Probe {
         }
         text
     }
-}
-
-/// What a tracker lacks here: found out by making a VM for it.
-fn missing(kind: Kind) -> Option<String> {
-    let prepared = kvm::vm::open().and_then(|kvm| {
-        let vm = kvm.create_vm().map_err(kvm::vm::failed("KVM_CREATE_VM"))?;
-        kind.prepare(&vm)
-    });
-    prepared.err().map(|error| error.to_string())
 }
 
 /// The text of `umbra list`, without the kernels.

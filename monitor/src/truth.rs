@@ -15,7 +15,9 @@ pub struct Touched {
 }
 
 impl Touched {
-    fn none(pages: u64) -> Self {
+    /// No page of `pages`.
+    #[must_use]
+    pub fn none(pages: u64) -> Self {
         Self { written: PageSet::new(pages), read: PageSet::new(pages) }
     }
 }

@@ -9,6 +9,7 @@ pub mod gfn;
 pub mod histogram;
 pub mod layout;
 pub mod nested;
+pub mod paging;
 pub mod pattern;
 pub mod protocol;
 

@@ -83,7 +83,7 @@ fn every_page_is_right() {
         let record = good(job);
         assert_eq!(record.faults(), [""; 0], "{}", JOBS[job]);
         let args = args(JOBS[job]);
-        let (pages, aliases) = (args.memory / 4096, args.nested.alias.unwrap_or(1));
+        let (pages, aliases) = (args.memory / 4096, args.shadow.alias.unwrap_or(1));
         assert!(record.measured().count() > 0);
         for row in record.measured() {
             let l2 = row.truth.l2.as_ref();
@@ -191,7 +191,9 @@ fn bad_options_are_refused_in_one_line() {
         (vec!["nested", "--format", "sv39"], vec!["sv39", "npt"]),
         (vec!["nested", "--accessed-dirty", "maybe"], vec!["maybe", "preset"]),
         (vec!["nested", "--alias-kind", "scattered", "--guest-page", "2m"], vec!["--guest-page 2m"]),
-        (vec!["dirty-log", "--alias", "2"], vec!["--alias", "nested"]),
+        (vec!["nested", "--strategy", "log"], vec!["nested", "--strategy"]),
+        (vec!["dirty-log", "--fill-batch", "2"], vec!["dirty-log", "--fill-batch", "nested"]),
+        (vec!["model", "--nesting", "svm"], vec!["model", "--nesting"]),
     ] {
         refused(&[&["run"], &words[..]].concat(), 2, &parts);
     }

@@ -53,6 +53,7 @@ fn firmware_that_is_none() {
     };
     let refuse = |path: &str, part: &str| refused(&["run", "dirty-log", "--firmware", path], 2, &["--firmware", part]);
     refuse("/nonexistent/fw.elf", "No such file");
+    refuse("/dev/zero", "larger than");
     refuse(&file("text", b"hello"), "not an ELF file");
     let own = std::fs::read(umbra_tests::binary()).unwrap();
     refuse(&file("cut", &own[..48]), "broken ELF file");
@@ -69,6 +70,21 @@ fn huge_pages_that_are_not_reserved() {
     if free.trim() == "0" && kvm_here() {
         refused(&["run", "dirty-log", "--backing", "hugetlb"], 2, &["hugetlb", "nr_hugepages"]);
     }
+}
+
+/// Standard output that takes nothing: a reader that is gone is no failure, a full disk is one, and neither is a panic.
+#[test]
+fn output_that_nobody_takes() {
+    let mut gone = command(&["list"]);
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let run = finish(gone.stdout(writer).spawn().unwrap(), std::time::Duration::from_secs(30));
+    assert_eq!((run.code, run.stderr.as_str()), (Some(0), ""));
+    let mut full = command(&["list"]);
+    let device = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let run = finish(full.stdout(device).spawn().unwrap(), std::time::Duration::from_secs(30));
+    assert_eq!((run.code, run.stderr.trim_end().lines().count()), (Some(1), 1), "{}", run.stderr);
+    assert!(run.stderr.contains("standard output: No space left"), "{}", run.stderr);
 }
 
 /// As another user, who may not open /dev/kvm; and where there is no /dev/kvm at all.

@@ -4,12 +4,17 @@ use super::Error;
 use goblin::elf::{Elf, header, program_header, sym};
 use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Read as _;
 use std::path::Path;
 use umbra_shared::layout::{IMAGE_END, IMAGE_START};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 /// The firmware that is built with the monitor (see build.rs).
 const BUILT_IN: &[u8] = include_bytes!(env!("UMBRA_FIRMWARE"));
+
+/// A file may hold more than the guest's 5 MiB: symbols, and what a debugger wants. A device without an end is refused.
+const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// The symbol of the page tables that the firmware starts on.
 const BOOT_TABLES: &str = "boot_pml4";
@@ -42,10 +47,13 @@ impl Image {
     pub fn load(file: Option<&Path>) -> Result<Self, Error> {
         let Some(file) = file else { return Self::parse("(built in)", BUILT_IN) };
         let name = file.display().to_string();
-        let bytes = std::fs::read(file).map_err(|error| Error::Image {
-            name: name.clone(),
-            reason: format!("{error} (name a readable ELF file)"),
-        })?;
+        let wrong = |reason: String| Error::Image { name: name.clone(), reason };
+        let mut bytes = Vec::new();
+        let read = File::open(file).and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes));
+        read.map_err(|error| wrong(format!("{error} (name a readable ELF file)")))?;
+        if bytes.len() as u64 > MAX_FILE_BYTES {
+            return Err(wrong(format!("it is larger than {} MiB, which no firmware is", MAX_FILE_BYTES >> 20)));
+        }
         Self::parse(&name, &bytes)
     }
 

@@ -1,6 +1,7 @@
 //! Host memory behind the guest's slots.
 
 use super::Error;
+use crate::hostmm::Hva;
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::fmt;
@@ -116,9 +117,11 @@ impl FromStr for Backing {
 pub struct HostMemory {
     address: *mut u8,
     bytes: usize,
+    backing: Backing,
 }
 
-// SAFETY: the memory belongs to this value and is reached only through volatile accesses (below) or by KVM.
+// SAFETY: the memory belongs to this value and is reached only by KVM, through volatile accesses (below) and through vm-memory, whose own are
+// volatile or atomic.
 unsafe impl Send for HostMemory {}
 // SAFETY: as above; concurrent volatile accesses race only with the guest, which they must bear anyway.
 unsafe impl Sync for HostMemory {}
@@ -161,7 +164,7 @@ impl HostMemory {
                 unsafe { mm::munmap(start.cast(), bytes) }.map_err(failed)?;
             }
         }
-        let memory = Self { address, bytes: length };
+        let memory = Self { address, bytes: length, backing };
         memory.back(backing).map_err(failed)?;
         Ok(memory)
     }
@@ -207,6 +210,18 @@ impl HostMemory {
         self.address
     }
 
+    /// Where it begins, for Linux's own interfaces to memory.
+    #[must_use]
+    pub fn hva(&self) -> Hva {
+        Hva(self.address as u64)
+    }
+
+    /// What backs it.
+    #[must_use]
+    pub const fn backing(&self) -> Backing {
+        self.backing
+    }
+
     /// Bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
@@ -227,16 +242,31 @@ impl HostMemory {
         self.bytes == 0
     }
 
-    /// The first word of page `index`, which the guest may be writing at this moment. `None` beyond the end.
-    #[must_use]
-    pub fn first_word(&self, index: u64) -> Option<u64> {
+    /// The address of page `index`'s first word, inside the mapping and aligned. `None` beyond the end.
+    fn word_at(&self, index: u64) -> Option<*mut u64> {
         let offset = usize::try_from(index.checked_mul(PAGE_SIZE)?).ok()?;
         if offset.checked_add(8)? > self.bytes {
             return None;
         }
         #[allow(clippy::cast_ptr_alignment)] // The mapping and the offset are multiples of a page.
+        Some(self.address.wrapping_add(offset).cast())
+    }
+
+    /// The first word of page `index`, which the guest may be writing at this moment. `None` beyond the end.
+    #[must_use]
+    pub fn first_word(&self, index: u64) -> Option<u64> {
+        let word = self.word_at(index)?;
         // SAFETY: the eight bytes lie inside the mapping and are aligned; volatile, since the guest may write them.
-        Some(unsafe { self.address.add(offset).cast::<u64>().read_volatile() })
+        Some(unsafe { word.read_volatile() })
+    }
+
+    /// Writes the first word of page `index`, as a guest would. Returns false, and changes nothing, beyond the end.
+    #[must_use]
+    pub fn set_first_word(&self, index: u64, value: u64) -> bool {
+        let Some(word) = self.word_at(index) else { return false };
+        // SAFETY: as above; nobody has a reference to the memory.
+        unsafe { word.write_volatile(value) };
+        true
     }
 }
 
@@ -260,6 +290,8 @@ mod tests {
             assert_eq!(memory.first_word(2), Some(0));
             assert_eq!(memory.first_word(3), None);
             assert_eq!(memory.first_word(u64::MAX), None);
+            assert!(memory.set_first_word(2, 7) && !memory.set_first_word(3, 7));
+            assert_eq!((memory.first_word(2), memory.first_word(1)), (Some(7), Some(0)));
         }
     }
 

@@ -29,7 +29,7 @@ pub enum Error {
     /// A capability is missing.
     #[error("{capability} is missing here: {consequence}")]
     Capability {
-        /// Its name in linux/kvm.h.
+        /// Its name in linux/kvm.h, or that of the kernel's feature.
         capability: &'static str,
         /// What does not work without it, and where it would.
         consequence: String,

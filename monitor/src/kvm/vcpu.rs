@@ -8,7 +8,7 @@ use super::witness::Witness;
 use crossbeam::channel::{Receiver, Sender};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, Once};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use umbra_shared::protocol::{DOORBELL_PORT, Doorbell};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -21,7 +21,7 @@ const EXIT_DIRTY_RING_FULL: u32 = 31;
 pub enum Exit {
     /// The guest rang.
     Doorbell(Doorbell),
-    /// The guest cannot go on: what happened, and RIP and RSP at that moment.
+    /// The guest cannot go on: what happened, and RIP at that moment.
     Broken {
         /// In words.
         what: String,
@@ -75,10 +75,11 @@ impl VcpuThread {
     /// # Errors
     /// The system's.
     pub fn start(vcpu: Vcpu, stops: Sender<Stop>) -> Result<Self, Error> {
-        static HANDLER: Once = Once::new();
-        let mut registered = Ok(());
-        HANDLER.call_once(|| registered = register_signal_handler(SIGRTMIN(), interrupt_only));
-        registered.map_err(|error| Error::call("sigaction", std::io::Error::from_raw_os_error(error.errno())))?;
+        // Kept, so that no thread is ever started without the handler: the signal's default action would end the process.
+        static HANDLER: OnceLock<vmm_sys_util::errno::Result<()>> = OnceLock::new();
+        HANDLER
+            .get_or_init(|| register_signal_handler(SIGRTMIN(), interrupt_only))
+            .map_err(|error| Error::call("sigaction", std::io::Error::from_raw_os_error(error.errno())))?;
         let (orders, inbox) = crossbeam::channel::bounded(1);
         let kicked = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&kicked);

@@ -3,7 +3,7 @@
 use super::memory::HostMemory;
 use super::{Backing, Error};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::Arc;
 use umbra_shared::layout::Slot;
 use umbra_shared::{Gfn, PAGE_SIZE};
@@ -150,6 +150,28 @@ fn view(memory: &HostMemory) -> Result<GuestMemoryMmap, Error> {
             .map_err(|_| refused())?;
     let region = GuestRegionMmap::new(region, GuestAddress(0)).ok_or_else(refused)?;
     GuestMemoryMmap::from_regions(vec![region]).map_err(|_| refused())
+}
+
+/// A VM with one vCPU that does nothing, for as long as this lives.
+///
+/// KVM patches its own and the scheduler's code when the first VM or the first vCPU without an in-kernel APIC appears and when the last one goes
+/// (`preempt_notifier_key`, `kvm_has_noapic_vcpu`). Rows make and drop machines, so without a resident one each row would stop all CPUs for
+/// that; and QEMU's multi-threaded emulation now and then runs into the breakpoint of such a patch (`int3` in `__schedule`, seen with 7.2).
+pub struct Resident {
+    _vcpu: VcpuFd,
+    _vm: VmFd,
+}
+
+impl Resident {
+    /// Makes it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn new() -> Result<Self, Error> {
+        let vm = open()?.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+        let vcpu = vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?;
+        Ok(Self { _vcpu: vcpu, _vm: vm })
+    }
 }
 
 /// What the VM answers for capability `cap` (`KVM_CHECK_EXTENSION`): 0 if it has none.

@@ -69,8 +69,11 @@ impl Job {
 /// Generously, the virtual time that a run needs: a second for four MiB and round (measured: less than 0.2), and what `soak` was given.
 #[must_use]
 pub fn effort(args: &RunArgs) -> Duration {
-    let mib = (args.memory >> 20).saturating_mul(args.nested.alias.unwrap_or(1));
-    let touches = mib.saturating_mul(args.rounds.max(1)).saturating_mul(1 + args.accesses_per_page / 16);
+    let mib = (args.memory >> 20).saturating_mul(args.shadow.alias.unwrap_or(1));
+    // A row for each tracker and share of writes, where others have a row for each of KVM's four trackers.
+    let rows = if args.scenario == "snapshot" { 9 } else { 1 };
+    let touches =
+        mib.saturating_mul(args.rounds.max(1)).saturating_mul(1 + args.accesses_per_page / 16).saturating_mul(rows);
     // An absurd size is refused inside; it must not overflow here.
     Duration::from_secs((touches / 4).saturating_add(args.seconds).min(1 << 20))
 }

@@ -2,6 +2,7 @@
 
 pub mod output;
 pub mod record;
+pub mod snapshot;
 pub mod table;
 
 pub use output::Output;

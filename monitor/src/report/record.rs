@@ -87,6 +87,22 @@ pub struct Row {
     /// How long single writes took in the guest.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stall: Option<Stall>,
+    /// What the shadow MMU's structures take.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub memory: Option<Bytes>,
+}
+
+/// Heap bytes of the shadow MMU, at their most over the phases.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bytes {
+    /// Shadow pages: tables, headers, hash.
+    pub table_bytes: u64,
+    /// Reverse maps and their lists.
+    pub rmap_bytes: u64,
+    /// What the split caches hold, a part of the two above.
+    pub cache_bytes: u64,
+    /// Bitmaps, log and copies of tracking.
+    pub track_bytes: u64,
 }
 
 /// One phase of one round.
@@ -200,6 +216,14 @@ pub struct Stall {
     pub max: u64,
     /// The sum.
     pub total: u64,
+}
+
+impl Row {
+    /// Whether the truth did not hold.
+    #[must_use]
+    pub fn failed(&self) -> bool {
+        self.truth.pages.missed > 0 || self.truth.pages.extra > 0 || !self.truth.faults.is_empty()
+    }
 }
 
 impl Record {

@@ -1,6 +1,7 @@
 //! A Record as a table on the terminal.
 
 use super::record::{Pages, Phase, Record, Row, Rows};
+use super::snapshot;
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -10,6 +11,13 @@ use std::fmt::Write as _;
 pub fn render(record: &Record) -> String {
     let mut text = heading(record);
     let measured: Vec<_> = record.measured().collect();
+    if record.scenario == "snapshot" {
+        let _ = write!(text, "\n{}\n", snapshot::table(record, pages(record)));
+        text.push_str(&missing(record));
+        text.push_str(snapshot::FOOTNOTES);
+        text.push_str(&about_clock(record, &measured));
+        return text;
+    }
     if measured.iter().any(|row| !row.phases.is_empty()) {
         let _ = write!(text, "\n{}\n", costs(record, &measured));
     }
@@ -17,12 +25,20 @@ pub fn render(record: &Record) -> String {
     if let Some(table) = counters(&measured) {
         let _ = write!(text, "\n{table}\n");
     }
+    text.push_str(&missing(record));
+    text.push_str(&footnotes(record, &measured));
+    text.push_str(&about_clock(record, &measured));
+    text
+}
+
+/// A line for each row that this host cannot do.
+fn missing(record: &Record) -> String {
+    let mut text = String::new();
     for row in &record.rows {
         if let Rows::NotHere { name, not_here } = row {
             let _ = writeln!(text, "{name}: not here: {not_here}");
         }
     }
-    text.push_str(&footnotes(record, &measured));
     text
 }
 
@@ -44,24 +60,31 @@ fn pages(record: &Record) -> u64 {
 
 /// Pages of the pattern: those of an L2 where there is one.
 fn pattern_pages(record: &Record) -> u64 {
-    pages(record) * number(record, "alias").max(1)
+    pages(record) * aliases(record)
 }
 
 /// Accesses of one round, which the firmware executes and the table divides by.
 fn accesses(record: &Record) -> u64 {
-    if words(record, "pattern") == "empty" { 0 } else { pattern_pages(record) * number(record, "accesses-per-page") }
+    let pages = pattern_pages(record);
+    if words(record, "pattern") == "empty" { 0 } else { pages * number(record, "accesses-per-page") }
 }
 
 fn heading(record: &Record) -> String {
     let host = &record.host;
+    if record.scenario == "model" {
+        return model_heading(record);
+    }
     let place = match host.ground.as_str() {
         "lab" => format!("the lab ({}), ", host.emulator.as_deref().unwrap_or("emulator unknown")),
         _ => "this machine, ".to_owned(),
     };
     let accesses = accesses(record);
-    let percent = number(record, "write-percent");
+    let writes = match record.config.get("write-percent").and_then(serde_json::Value::as_u64) {
+        Some(percent) => format!("{} of {accesses} accesses a round write ({percent}%)", accesses * percent / 100),
+        None => format!("{accesses} accesses a round"),
+    };
     format!(
-        "{}: {place}Linux {}, KVM on {}\n{} pages ({} MiB) in {} slot{}, {}; {} vCPU{}; pattern {}, seed {}: {} of {accesses} accesses a round write ({percent}%)\n",
+        "{}: {place}Linux {}, KVM on {}\n{} pages ({} MiB) in {} slot{}, {}; {} vCPU{}; pattern {}, seed {}: {writes}\n",
         record.scenario,
         host.kernel,
         host.vendor,
@@ -74,13 +97,12 @@ fn heading(record: &Record) -> String {
         if number(record, "vcpus") == 1 { "" } else { "s" },
         words(record, "pattern"),
         words(record, "seed"),
-        accesses * percent / 100,
     ) + &about_l2(record)
 }
 
 /// What L2 is, where there is one.
 fn about_l2(record: &Record) -> String {
-    if !record.config.contains_key("alias") {
+    if record.scenario != "nested" {
         return String::new();
     }
     let filled = match number(record, "fill-batch") {
@@ -90,15 +112,48 @@ fn about_l2(record: &Record) -> String {
     format!(
         "L2: {} pages, {} of them for each of L1's ({}); L1 maps them by {} leaves with A and D {}, {filled}\n",
         pattern_pages(record),
-        number(record, "alias"),
+        aliases(record),
         words(record, "alias-kind"),
         words(record, "leaf"),
         words(record, "accessed-dirty"),
     )
 }
 
+/// What a run of the shadow MMU was about.
+fn model_heading(record: &Record) -> String {
+    let place = match record.host.ground.as_str() {
+        "lab" => format!("in the lab, Linux {}", record.host.kernel),
+        _ => "no clock".to_owned(),
+    };
+    let or = |option: &str, default: &str| match words(record, option) {
+        given if given.is_empty() => default.to_owned(),
+        given => given,
+    };
+    format!(
+        "model: Umbra's shadow MMU on the software walker, {place}\n\
+         {} L1 pages ({} MiB), L2 GPAs of each: {} ({}); EPT12: {}, leaves {}; split {}, collapse {}\n\
+         pattern {}, {}% of {} accesses a round write\n",
+        pages(record),
+        number(record, "memory") >> 20,
+        aliases(record),
+        or("alias-kind", "contiguous"),
+        or("format", "ept"),
+        or("leaf", "4k"),
+        or("split", "lazy"),
+        or("collapse", "none"),
+        words(record, "pattern"),
+        number(record, "write-percent"),
+        accesses(record),
+    )
+}
+
+/// L2 GPAs for each tracked page: 1 where there is no L2.
+fn aliases(record: &Record) -> u64 {
+    number(record, "alias").max(1)
+}
+
 /// Up to four significant digits: 987, 19.95k, 4.701M, 135.9M.
-fn scaled(value: u64) -> String {
+pub(super) fn scaled(value: u64) -> String {
     let (unit, suffix) = match value {
         0..10_000 => return value.to_string(),
         10_000..1_000_000 => (1000, "k"),
@@ -116,13 +171,17 @@ fn scaled(value: u64) -> String {
     format!("{number:.digits$}{suffix}")
 }
 
-/// `value / count` with a digit behind the point below ten.
-fn per(value: u64, count: u64) -> String {
+/// `value / count`, rounded, with a digit behind the point below ten.
+pub(super) fn per(value: u64, count: u64) -> String {
     if count == 0 {
         return "-".to_owned();
     }
-    let tenths = value.saturating_mul(10) / count;
-    if tenths < 100 { format!("{}.{}", tenths / 10, tenths % 10) } else { ((value + count / 2) / count).to_string() }
+    let tenths = value.saturating_mul(10).saturating_add(count / 2) / count;
+    if tenths < 100 {
+        format!("{}.{}", tenths / 10, tenths % 10)
+    } else {
+        (value.saturating_add(count / 2) / count).to_string()
+    }
 }
 
 /// Of which rounds a column is: of none, of the first, of the later ones.
@@ -177,7 +236,7 @@ fn smallest<'a>(row: &'a Row, phase: &str, rounds: Rounds) -> Option<&'a Phase> 
 }
 
 /// A table of plain text: no colours, so `NO_COLOR` has nothing to forbid.
-fn plain_table() -> Table {
+pub(super) fn plain_table() -> Table {
     let line = LineStyle::none().fill('─').junction('─');
     let style = TableStyle::new().top_border(line).header_separator(line).bottom_border(line);
     let mut table = Table::new();
@@ -185,12 +244,12 @@ fn plain_table() -> Table {
     table
 }
 
-fn heading_cell(text: &str) -> Cell {
+pub(super) fn heading_cell(text: &str) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
 }
 
 fn costs(record: &Record, rows: &[&Row]) -> Table {
-    let unit = &record.host.clock;
+    let unit = rows.iter().find_map(|row| row.phases.first()).map_or("", |phase| phase.unit.as_str());
     let mut table = plain_table();
     let shown: Vec<_> = COLUMNS
         .iter()
@@ -219,7 +278,7 @@ fn costs(record: &Record, rows: &[&Row]) -> Table {
     table
 }
 
-fn right(text: String) -> Cell {
+pub(super) fn right(text: String) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
 }
 
@@ -230,10 +289,15 @@ fn checks(rows: &[&Row]) -> Table {
         [truth.written, truth.reported, truth.explained, truth.missed, truth.extra].map(|n| right(n.to_string()))
     };
     let stalls = rows.iter().any(|row| row.stall.is_some());
-    let mut header = vec![heading_cell("pages, in all rounds")];
+    let unit = rows.iter().find_map(|row| row.stall.as_ref()).map(|stall| format!("\nstalls: {}", stall.unit));
+    let mut header = vec![heading_cell(&format!("pages, in all rounds{}", unit.unwrap_or_default()))];
     header.extend(["written", "reported", "explained", "missed", "extra"].map(heading_cell));
     if stalls {
         header.extend(["stall p50", "p99", "p99.9", "max"].map(heading_cell));
+    }
+    let memory = rows.iter().any(|row| row.memory.is_some());
+    if memory {
+        header.extend(["tables, bytes", "rmaps", "in caches", "tracking"].map(heading_cell));
     }
     table.set_header(header);
     for row in rows {
@@ -245,6 +309,10 @@ fn checks(rows: &[&Row]) -> Table {
             }
             None if stalls => cells.extend(["-"; 4].map(|none| right(none.to_owned()))),
             None => {}
+        }
+        if let Some(bytes) = &row.memory {
+            let bytes = [bytes.table_bytes, bytes.rmap_bytes, bytes.cache_bytes, bytes.track_bytes];
+            cells.extend(bytes.map(|value| right(scaled(value))));
         }
         table.add_row(cells);
         if let Some(l2) = &row.truth.l2 {
@@ -259,8 +327,9 @@ fn checks(rows: &[&Row]) -> Table {
 
 /// Counters: a row each, a column for each row of the Record.
 fn counters(rows: &[&Row]) -> Option<Table> {
-    let names: BTreeSet<_> =
-        rows.iter().flat_map(|row| row.counters.iter().map(|(name, c)| (name, &c.source))).collect();
+    // A counter that is 0 in every row says nothing.
+    let counted = rows.iter().flat_map(|row| &row.counters).filter(|(_, counter)| counter.value > 0);
+    let names: BTreeSet<_> = counted.map(|(name, counter)| (name, &counter.source)).collect();
     if names.is_empty() {
         return None;
     }
@@ -282,16 +351,27 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
     let mut text = String::new();
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
-        if record.config.contains_key("alias") {
-            text.push_str("enter: one VMRUN and the VMMCALL that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
-        }
+    }
+    if record.scenario == "nested" {
+        text.push_str("enter: one VMRUN and the VMMCALL that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
+    }
+    if rows.iter().any(|row| row.stall.is_some()) {
         text.push_str(
             "Costs: timed pass. Stalls (one write, guest's clock) and counters: observed pass. Pages: both passes.\n",
         );
     }
-    let unit = record.host.clock.as_str();
-    text.push_str(match unit {
-        "instructions" => {
+    text
+}
+
+/// What the clock's figures are worth.
+fn about_clock(record: &Record, rows: &[&Row]) -> String {
+    let mut text = String::new();
+    text.push_str(match (record.scenario.as_str(), record.host.clock.as_str()) {
+        ("model", "instructions") => {
+            "Instructions of the shadow MMU and of the walker that executes L2; a real L2 pays an exit for each fault besides.\n"
+        }
+        ("model", _) => "Faults and bytes, no time: `umbra lab model` gives instructions for the same run.\n",
+        (_, "instructions") => {
             "Instructions of guest, kernel and monitor together; they leave out what a world switch, a TLB or cache miss costs on hardware.\n"
         }
         _ => "Wall-clock time on a machine that others may share: compare ratios, not single figures.\n",
@@ -313,6 +393,9 @@ mod tests {
             assert_eq!(scaled(value), text);
         }
         assert_eq!(per(47, 10), "4.7");
+        // A GET of 3157 for 16384 pages: 0.193 is nearer to 0.2.
+        assert_eq!(per(3157, 16_384), "0.2");
+        assert_eq!(per(9_960, 1000), "10");
         assert_eq!(per(16_000, 10), "1600");
         assert_eq!(per(5, 0), "-");
     }

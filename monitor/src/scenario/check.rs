@@ -2,12 +2,13 @@
 
 use super::pass::{Case, ExplainedBy, Pass};
 use super::setup::Fault;
-use crate::guest::Machine;
+use crate::guest::{Machine, Plan};
 use crate::host;
 use crate::pages::PageSet;
 use crate::report::record::{Truth, TruthOfL2, TruthRound};
-use crate::track::{Expectation, Kind};
-use crate::truth::{self, Contents, Round, Verdict};
+use crate::track::{self, Expectation, Kind};
+use crate::truth::{self, Contents, Round, Touched, Verdict};
+use umbra_shared::Level;
 use umbra_shared::layout::Slot;
 use umbra_shared::nested::{Map, Way};
 use umbra_shared::pattern::Pattern;
@@ -24,29 +25,32 @@ struct Prediction {
 
 impl Prediction {
     fn new(case: &Case) -> Self {
-        let (slots, huge) = (&case.plan.slots, case.plan.backing.is_huge());
+        let Plan { slots, backing, .. } = case.plan;
+        let host = track::Host::here();
         match case.explained_by {
-            ExplainedBy::L1 => {
-                Self { l1: Expectation::new(case.kind, slots, huge && host::drops_huge_mappings()), l2: None }
-            }
+            ExplainedBy::L1 => Self { l1: Expectation::new(case.kind, slots, *backing, host), l2: None },
             ExplainedBy::L2 => {
                 let map = case.plan.map();
-                let drops = huge && map.leaf().frames() > 1 && host::drops_huge_shadow_mappings();
-                // L2's pages are one slot; what the tracker itself reports at first is by L1's.
+                let drops_huge_mappings = map.leaf() > Level::K4 && host::drops_huge_shadow_mappings();
+                // L2's pages are one slot; what the tracker itself reports is by L1's, which L1 does not map.
                 let slot = Slot { pages: map.l2_pages(), ..Slot::default() };
-                let l2 = Expectation::new(Kind::Bitmap, &[slot], drops);
-                Self { l1: Expectation::new(case.kind, slots, false), l2: Some(l2) }
+                let l2 = track::Host { drops_huge_mappings, ..host };
+                let l1 = track::Host { drops_huge_mappings: false, ..host };
+                Self {
+                    l1: Expectation::new(case.kind, slots, *backing, l1),
+                    l2: case.kind.is_of_kvm().then(|| Expectation::new(Kind::Bitmap, &[slot], *backing, l2)),
+                }
             }
         }
     }
 
-    /// Pages of L1 that the report of `round` may hold although they were not written.
-    fn explained(&mut self, map: &Map, round: &Round) -> PageSet {
-        let mut explained = self.l1.explained(&round.l1.written, &round.l1.read);
-        if let Some(l2) = &mut self.l2 {
-            explained.add(&truth::l1_of(map, &l2.explained(&round.l2.written, &round.l2.read)));
+    /// Pages of L1 that a report may hold although they were not written, when the guest did `l1` and `l2` since the last one.
+    fn explained(&mut self, map: &Map, l1: &Touched, l2: &Touched) -> PageSet {
+        let mut explained = self.l1.explained(&l1.written, &l1.read);
+        if let Some(expectation) = &mut self.l2 {
+            explained.add(&truth::l1_of(map, &expectation.explained(&l2.written, &l2.read)));
         }
-        explained.without(&round.l1.written)
+        explained.without(&l1.written)
     }
 }
 
@@ -97,7 +101,11 @@ impl Check {
     /// Holds the report of `round` against the truth. `writes` is what the firmware says it made.
     pub fn reported(&mut self, round: u64, writes: u64, reported: &mut PageSet, machine: &Machine) {
         let truth = Round::of(&self.pattern, &self.map, round);
-        let explained = self.prediction.explained(&self.map, &truth);
+        let promised = self.prediction.l1.promises_all();
+        let explained = self.prediction.explained(&self.map, &truth.l1, &truth.l2);
+        if promised && reported.count() < self.map.l1_pages() {
+            self.fault(&format!("round {round}: initially all set promises every page, and not all were reported"));
+        }
         self.inject(round, &truth.l1.written, &explained, reported);
         self.contents.write(round, &truth);
         if writes != truth.writes {
@@ -138,18 +146,45 @@ impl Check {
     fn inject(&mut self, round: u64, written: &PageSet, explained: &PageSet, reported: &mut PageSet) {
         match self.inject.filter(|&(_, at)| at == round) {
             Some((Fault::LosePage, _)) => {
-                if let Some(page) = written.iter().next() {
-                    reported.remove(page);
-                }
+                let Some(page) = written.iter().next() else {
+                    return self.fault("--inject lose-page: the round wrote no page that could be lost");
+                };
+                reported.remove(page);
             }
             Some((Fault::ExtraPage, _)) => {
                 let innocent =
                     (0..self.map.l1_pages()).find(|&page| !written.contains(page) && !explained.contains(page));
-                if let Some(page) = innocent {
-                    reported.insert(page);
-                }
+                let Some(page) = innocent else {
+                    return self.fault(
+                        "--inject extra-page: every page of the round is written or explained (take more --rounds)",
+                    );
+                };
+                reported.insert(page);
             }
             None => {}
+        }
+    }
+
+    /// The firmware says that it measured `writes` in `rounds` rounds.
+    pub fn measured(&mut self, writes: u64, rounds: u64) {
+        let expected = rounds * self.pattern.writes();
+        if writes != expected {
+            self.fault(&format!("the firmware measured {writes} writes where the pattern has {expected}"));
+        }
+    }
+
+    /// A harvest while the guest rests reports nothing but what the tracker reports whatever the guest does. Where every round writes every
+    /// page, only this shows that clearing cleared: a bit that stays would hide a page that is lost later.
+    pub fn at_rest(&mut self, reported: &PageSet, machine: &Machine) {
+        let (l1, l2) = (Touched::none(self.map.l1_pages()), Touched::none(self.map.l2_pages()));
+        let explained = self.prediction.explained(&self.map, &l1, &l2);
+        let stale: Vec<_> = reported.without(&explained).iter().collect();
+        self.truth.pages.extra += stale.len() as u64;
+        for page in stale {
+            self.fault(&format!(
+                "after the last round: {} is still reported, although it was cleared",
+                place(machine, page)
+            ));
         }
     }
 
@@ -168,7 +203,8 @@ impl Check {
         self.truth
     }
 
-    fn fault(&mut self, what: &str) {
+    /// Names what failed, in words.
+    pub fn fault(&mut self, what: &str) {
         let faults = &mut self.truth.faults;
         if faults.len() < NAMED_FAULTS {
             faults.push(format!("tracker {}, {} pass, {what}", self.name, self.pass.name()));

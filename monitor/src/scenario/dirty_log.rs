@@ -5,14 +5,19 @@ use super::pass::{self, Case, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::progress::Progress;
 use crate::report::Record;
+use crate::report::record::Row;
+use crate::track::Kind;
 use umbra_shared::protocol::Command;
 
 /// Runs the scenario.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
-    setup.rows(|kind| {
-        let (plan, name) = (&setup.plan, kind.to_string());
-        pass::row(&Case { setup, plan, name, kind, explained_by: ExplainedBy::L1, begin }, progress)
-    })
+    setup.rows(|kind| row(setup, kind, progress))
+}
+
+/// Both passes of one tracker.
+pub(super) fn row(setup: &Setup, kind: Kind, progress: &Progress) -> Result<Row, Failure> {
+    let (plan, name) = (&setup.plan, kind.to_string());
+    pass::row(&Case { setup, plan, name, kind, explained_by: ExplainedBy::L1, begin }, progress)
 }
 
 /// The guest writes every page for the first time.

@@ -97,17 +97,17 @@ impl L2Options {
     /// # Errors
     /// [`Failure::Input`] with the option, its value and what it can be.
     pub fn new(args: &RunArgs, guest_page: Level, config: &mut BTreeMap<String, Value>) -> Result<Self, Failure> {
-        let given = &args.nested;
+        let (given, table) = (&args.nested, &args.shadow);
         let ways = given.nesting.iter().map(|name| name.parse()).collect::<Result<Vec<Nesting>, _>>()?;
         let by_name = !ways.is_empty();
         let text = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.to_owned());
-        let (leaf, kind) = (text(&given.leaf, "4k"), text(&given.alias_kind, AliasKind::Contiguous.name()));
-        let (aliases, fill_batch) = (given.alias.unwrap_or(1), given.fill_batch.unwrap_or(0));
+        let (leaf, kind) = (text(&table.leaf, "4k"), text(&table.alias_kind, AliasKind::Contiguous.name()));
+        let (aliases, fill_batch) = (table.alias.unwrap_or(1), given.fill_batch.unwrap_or(0));
         let accessed_dirty = text(&given.accessed_dirty, "clear");
         let level = named("leaf", &leaf, &[("4k", Level::K4), ("2m", Level::M2), ("1g", Level::G1)])?;
         let alias_kind = named("alias-kind", &kind, &AliasKind::ALL.map(|kind| (kind.name(), kind)))?;
         let preset = named("accessed-dirty", &accessed_dirty, &[("clear", false), ("preset", true)])?;
-        let format = given.format.as_deref().map(|format| named("format", format, &FORMATS)).transpose()?;
+        let format = table.format.as_deref().map(|format| named("format", format, &FORMATS)).transpose()?;
         if alias_kind == AliasKind::Scattered && guest_page > level {
             return Err(Failure::Input(format!(
                 "--guest-page 2m: it cannot hold leaves of {leaf} that are scattered (use --guest-page 4k or --leaf 2m)"

@@ -3,18 +3,22 @@
 mod check;
 mod dirty_log;
 mod l2;
+mod model;
 mod nested;
 mod pass;
 mod setup;
+mod snapshot;
 mod soak;
 
 pub use setup::{Options, Setup};
 
-use crate::cli::RunArgs;
+use crate::cli::{NestedArgs, RunArgs, ShadowArgs};
 use crate::failure::Failure;
 use crate::ground::Ground;
+use crate::kvm::vm::Resident;
 use crate::progress::Progress;
 use crate::report::Record;
+use crate::track::{self, Kind};
 
 /// A scenario.
 pub struct Scenario {
@@ -22,27 +26,63 @@ pub struct Scenario {
     pub name: &'static str,
     /// What it does, in one line.
     pub description: &'static str,
-    run: fn(&Setup, &Progress) -> Result<Record, Failure>,
+    /// The trackers that run without `--tracker`; none where the scenario has no trackers.
+    pub trackers: &'static [Kind],
+    work: Work,
 }
+
+/// How a scenario runs.
+enum Work {
+    /// On KVM: a machine for each row.
+    Kvm(fn(&Setup, &Progress) -> Result<Record, Failure>),
+    /// On the software walker: no KVM is needed.
+    Model,
+}
+
+/// The scenario without KVM.
+const MODEL: &str = "model";
 
 /// All scenarios.
 pub const ALL: &[Scenario] = &[
     Scenario {
         name: "dirty-log",
         description: "what KVM's dirty tracking costs: populate, enable, rounds of dirty/get/clear, disable, retouch",
-        run: dirty_log::run,
+        trackers: &track::OF_KVM,
+        work: Work::Kvm(dirty_log::run),
+    },
+    Scenario {
+        name: MODEL,
+        description: "Umbra's own shadow MMU on a software walker: every strategy on the same run, no KVM needed",
+        trackers: &[],
+        work: Work::Model,
+    },
+    Scenario {
+        name: "snapshot",
+        description: "which tracker for a snapshot: each of them where 0, 1, 10 and 100% of the pages are written",
+        trackers: &track::ALL,
+        work: Work::Kvm(snapshot::run),
     },
     Scenario {
         name: setup::NESTED,
         description: "the same for a guest's guest: what its writes cost under KVM's own nesting, and without (plain)",
-        run: nested::run,
+        trackers: &track::OF_KVM,
+        work: Work::Kvm(nested::run),
     },
     Scenario {
         name: "soak",
         description: "the guest writes while the controller harvests: a write may be reported late, never lost",
-        run: soak::run,
+        trackers: &track::OF_KVM,
+        work: Work::Kvm(soak::run),
     },
 ];
+
+impl Scenario {
+    /// Whether it needs a /dev/kvm.
+    #[must_use]
+    pub const fn needs_kvm(&self) -> bool {
+        matches!(self.work, Work::Kvm(_))
+    }
+}
 
 /// Runs what `args` ask for.
 ///
@@ -50,8 +90,18 @@ pub const ALL: &[Scenario] = &[
 /// [`Failure`]; a truth check that failed is not an error here but stands in the Record ([`Record::faults`]).
 pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record, Failure> {
     let scenario = find(args)?;
-    let setup = Setup::new(args, ground)?;
-    (scenario.run)(&setup, progress)
+    match scenario.work {
+        Work::Kvm(run) => {
+            no_stray_options(args)?;
+            let setup = Setup::new(args, ground)?;
+            let _resident = Resident::new()?;
+            run(&setup, progress)
+        }
+        Work::Model => {
+            no_stray_options(args)?;
+            model::run(args, ground, progress)
+        }
+    }
 }
 
 fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
@@ -61,11 +111,37 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
     })
 }
 
+/// An option that would have no effect is refused.
+fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
+    let name = args.scenario.as_str();
+    let has_l2 = name == setup::NESTED;
+    if !has_l2 && args.nested != NestedArgs::default() {
+        return Err(Failure::Input(format!(
+            "{name}: it runs no L2, so --nesting, --accessed-dirty and --fill-batch mean nothing (nested does)"
+        )));
+    }
+    let ShadowArgs { format, leaf, alias, alias_kind, .. } = args.shadow.clone();
+    let of_table = ShadowArgs { format, leaf, alias, alias_kind, ..ShadowArgs::default() };
+    if has_l2 && args.shadow != of_table {
+        return Err(Failure::Input(format!(
+            "{name}: KVM's nesting has no --strategy, --split, --collapse, --roots, --extent or --cache (model has)"
+        )));
+    }
+    if has_l2 || name == MODEL || args.shadow == ShadowArgs::default() {
+        return Ok(());
+    }
+    Err(Failure::Input(format!(
+        "{name}: it has no shadow MMU, so --strategy, --split, --format and their kin mean nothing (model has one)"
+    )))
+}
+
 /// Checks `args` as far as that needs no KVM: what the lab does before it boots.
 ///
 /// # Errors
 /// [`Failure::Input`].
 pub fn check(args: &RunArgs) -> Result<(), Failure> {
-    find(args)?;
-    Options::new(args).map(|_| ())
+    match find(args)?.work {
+        Work::Kvm(_) => no_stray_options(args).and_then(|()| Options::new(args)).map(|_| ()),
+        Work::Model => no_stray_options(args).and_then(|()| model::check(args)),
+    }
 }

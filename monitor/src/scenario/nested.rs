@@ -23,6 +23,7 @@ const ENTRIES: u64 = 3;
 /// Runs the scenario.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("nested: its options are missing".into())) };
+    setup.check_named()?;
     let mut rows = Vec::new();
     for &nesting in &l2.ways {
         for &kind in setup.trackers() {
@@ -30,9 +31,8 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
             rows.push(Setup::or_not_here(&name, row(setup, l2, nesting, kind, &name, progress))?);
         }
     }
-    // A way that was not asked for may be missing with all of its rows, but not one tracker of a way that is there.
-    let here = |nesting: Nesting| l2.by_name || (setup.trackers_by_name() && way(l2, nesting).is_ok());
-    setup.record(rows, |name| l2.ways.iter().any(|&way| here(way) && name.starts_with(&format!("{way}:"))))
+    // A way that nobody asked for may be missing; the trackers that were asked for are there.
+    setup.record_of(rows, |name| l2.by_name && l2.ways.iter().any(|way| name.starts_with(&format!("{way}:"))))
 }
 
 /// How the firmware runs L2 that way, if it and this host can.

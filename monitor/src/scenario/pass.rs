@@ -88,7 +88,8 @@ pub fn row(case: &Case, progress: &Progress) -> Result<Row, Failure> {
     let mut tries = tries(case.setup.plan.timer.clock());
     let mut row = loop {
         let row = Run::new(case, Pass::Timed, progress)?.finish()?;
-        if row.phases.iter().all(|phase| phase.clean) || tries == 1 {
+        // A fault is never run away from: another try might not repeat it.
+        if row.phases.iter().all(|phase| phase.clean) || row.failed() || tries == 1 {
             break row;
         }
         progress.step(&format!("{}: another task ran inside a window, the row runs again", case.name));
@@ -113,8 +114,9 @@ pub struct Run<'a> {
     case: &'a Case<'a>,
     pass: Pass,
     progress: &'a Progress,
-    machine: Machine,
+    /// Before the machine: a tracker may hold the VM's descriptor, which is closed before the memory under it goes.
     tracker: Box<dyn Tracker>,
+    machine: Machine,
     check: Check,
     row: Row,
 }
@@ -127,7 +129,7 @@ impl<'a> Run<'a> {
         let tracker = kind.build(&machine, case.setup.chunk)?;
         let check = Check::new(case, pass);
         let row = Row { name: case.name.clone(), ..Row::default() };
-        Ok(Self { case, pass, progress, machine, tracker, check, row })
+        Ok(Self { case, pass, progress, tracker, machine, check, row })
     }
 
     /// Runs all phases.
@@ -148,8 +150,16 @@ impl<'a> Run<'a> {
         }
         let after = self.counters()?;
         if self.pass == Pass::Observed {
-            let unit = self.case.plan.timer.clock().unit();
-            self.row.stall = Some(stall(&self.machine.stalls()?, self.machine.tsc_khz(), unit));
+            let stalls = self.machine.stalls()?;
+            self.check.measured(stalls.count, rounds);
+            self.row.stall = Some(stall(&stalls, self.machine.tsc_khz(), self.case.plan.timer.clock().unit()));
+            self.tracker.harvest(&self.machine)?;
+            reported.clear();
+            self.tracker.report(&self.machine, &mut reported);
+            self.check.at_rest(&reported, &self.machine);
+        }
+        if let Some(fault) = self.tracker.fault() {
+            self.check.fault(&fault);
         }
 
         self.step("disable", 0);
@@ -193,9 +203,12 @@ impl<'a> Run<'a> {
     pub fn command_by_guest(&mut self, phase: &str, command: Command, argument: u64) -> Result<(), Failure> {
         self.step(phase, 0);
         let window = self.machine.command(command, argument)?;
-        let unit = self.case.plan.timer.clock().unit();
-        let value = ticks_to(unit, self.machine.tsc_khz(), self.machine.mailbox(0)?.ticks);
+        let (unit, convert) = ticks_to(self.case.plan.timer.clock().unit(), self.machine.tsc_khz());
+        let value = convert(self.machine.mailbox(0)?.ticks);
         self.phase(phase, 0, value, window.clean);
+        if let Some(phase) = self.row.phases.last_mut() {
+            unit.clone_into(&mut phase.unit);
+        }
         Ok(())
     }
 
@@ -296,8 +309,8 @@ impl Statistics {
             ("pf_taken", grown("pf_taken", before, after)),
             ("pf_fast", grown("pf_fast", before, after)),
             ("pf_fixed", grown("pf_fixed", before, after)),
-            ("pages_2m_split", grown("pages_2m", after, before)),
-            ("pages_2m_remapped", grown("pages_2m", after, end)),
+            ("pages_2m_split", fallen("pages_2m", before, after)),
+            ("pages_2m_remapped", fallen("pages_2m", end, after)),
             ("pages_2m_after_disable", stopped.get("pages_2m").copied()),
             ("remote_tlb_flush", grown("remote_tlb_flush", before, after)),
         ]
@@ -319,17 +332,27 @@ fn grown(name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>) -
     Some(to.get(name)?.wrapping_sub(*from.get(name)?))
 }
 
-/// Ticks of the guest's TSC in the unit of the Record: in the lab an instruction each.
-fn ticks_to(unit: &str, tsc_khz: u32, ticks: u64) -> u64 {
-    if unit == Clock::Instructions.unit() || tsc_khz == 0 {
-        return ticks;
-    }
-    u64::try_from(u128::from(ticks) * 1_000_000 / u128::from(tsc_khz)).unwrap_or(u64::MAX)
+/// How many fewer there are: the number of huge mappings that there are now may move the other way.
+fn fallen(name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>) -> Option<u64> {
+    Some(from.get(name)?.saturating_sub(*to.get(name)?))
+}
+
+/// Ticks of the guest's TSC in the unit of the Record, and the unit's name: in the lab a tick is an instruction.
+fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> u64) {
+    // Where KVM does not say how fast the TSC is, ticks stay ticks.
+    let unit = if unit == "nanoseconds" && tsc_khz == 0 { "ticks" } else { unit };
+    let convert = move |ticks: u64| {
+        if unit != "nanoseconds" {
+            return ticks;
+        }
+        u64::try_from(u128::from(ticks) * 1_000_000 / u128::from(tsc_khz)).unwrap_or(u64::MAX)
+    };
+    (unit, convert)
 }
 
 /// The guest's histogram in the unit of the Record.
-fn stall(ticks: &Histogram, tsc_khz: u32, unit: &str) -> Stall {
-    let convert = |value: u64| ticks_to(unit, tsc_khz, value);
+fn stall(ticks: &Histogram, tsc_khz: u32, unit: &'static str) -> Stall {
+    let (unit, convert) = ticks_to(unit, tsc_khz);
     Stall {
         unit: unit.to_owned(),
         count: ticks.count,

@@ -41,11 +41,42 @@ impl Fault {
 /// The scenario that has an L2.
 pub const NESTED: &str = "nested";
 
-/// Rounds that the stamps have room for, and more than anybody waits for.
+/// More than anybody waits for; the stamps have room for 2^32.
 const MAX_ROUNDS: u64 = 1 << 20;
 
 fn input(message: String) -> Failure {
     Failure::Input(message)
+}
+
+/// What `--tracker` asks for.
+#[derive(Clone, Debug, Default)]
+struct Trackers {
+    /// A row each; empty for the scenario's own choice.
+    rows: Vec<Kind>,
+    /// Those that were asked for by name, so that a missing one is a failure.
+    named: Vec<Kind>,
+}
+
+impl Trackers {
+    fn parse(words: &[String]) -> Result<Self, Failure> {
+        let mut trackers = Self::default();
+        for word in words {
+            let kinds = if word == "all" {
+                track::ALL.to_vec()
+            } else {
+                let kind = word.parse().map_err(input)?;
+                trackers.named.push(kind);
+                vec![kind]
+            };
+            for kind in kinds {
+                // `all,ring-1024` has a row for each once.
+                if word != "all" || !trackers.rows.contains(&kind) {
+                    trackers.rows.push(kind);
+                }
+            }
+        }
+        Ok(trackers)
+    }
 }
 
 /// Options that make sense by themselves, on whatever host. The lab checks them before it boots.
@@ -58,7 +89,7 @@ pub struct Options {
     l2: Option<L2Options>,
     guest_page: Level,
     image: Arc<Image>,
-    trackers: Vec<Kind>,
+    trackers: Trackers,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -76,10 +107,7 @@ impl Options {
             other => return Err(input(format!("--guest-page {other}: it is 4k or 2m"))),
         };
         let has_l2 = args.scenario == NESTED;
-        if let Some(option) = args.nested.given().filter(|_| !has_l2) {
-            return Err(input(format!("--{option}: only the scenario {NESTED} has an L2")));
-        }
-        let huge_leaves = guest_page == Level::M2 || args.nested.leaf.as_deref() == Some("2m");
+        let huge_leaves = guest_page == Level::M2 || args.shadow.leaf.as_deref() == Some("2m");
         let granule = if huge_leaves || backing == Some(Backing::Hugetlb) { Level::M2 } else { Level::K4 };
         let inject = args.inject.as_deref().map(Fault::parse).transpose()?;
         check_ranges(args, granule)?;
@@ -91,7 +119,7 @@ impl Options {
                 args.slots
             ))
         })?;
-        let trackers = args.tracker.iter().map(|name| name.parse()).collect::<Result<Vec<Kind>, _>>().map_err(input)?;
+        let trackers = Trackers::parse(&args.tracker)?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -151,7 +179,7 @@ fn check_ranges(args: &RunArgs, granule: Level) -> Result<(), Failure> {
     if let Some(chunk) = args.chunk.filter(|&chunk| chunk == 0 || !chunk.is_multiple_of(64)) {
         return Err(input(format!("--chunk {chunk}: KVM clears in multiples of 64 pages")));
     }
-    let pages = (args.memory / PAGE_SIZE).saturating_mul(args.nested.alias.unwrap_or(1));
+    let pages = (args.memory / PAGE_SIZE).saturating_mul(args.shadow.alias.unwrap_or(1));
     let accesses = pages.saturating_mul(args.accesses_per_page);
     if accesses > MAX_ACCESSES {
         let each = args.accesses_per_page;
@@ -163,7 +191,7 @@ fn check_ranges(args: &RunArgs, granule: Level) -> Result<(), Failure> {
 }
 
 /// A run that this host can make.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Setup {
     /// What machines are made of.
     pub plan: Plan,
@@ -177,9 +205,7 @@ pub struct Setup {
     pub inject: Option<Fault>,
     /// What L2 is, in the scenario that has one.
     pub l2: Option<L2Options>,
-    trackers: Vec<Kind>,
-    /// Whether the trackers were asked for by name, so that a missing one is a failure.
-    by_name: bool,
+    trackers: Trackers,
     scenario: String,
     host: Host,
     config: BTreeMap<String, Value>,
@@ -213,7 +239,10 @@ impl Setup {
             image: options.image,
             timer: Timer::new(ground.clock()),
         };
-        let by_name = !options.trackers.is_empty();
+        let mut trackers = options.trackers;
+        if trackers.rows.is_empty() {
+            trackers.rows = super::find(args)?.trackers.to_vec();
+        }
         Ok(Self {
             plan,
             rounds: args.rounds,
@@ -221,8 +250,7 @@ impl Setup {
             seconds: args.seconds,
             inject: options.inject,
             l2: options.l2,
-            trackers: if by_name { options.trackers } else { track::ALL.to_vec() },
-            by_name,
+            trackers,
             scenario: args.scenario.clone(),
             host,
             config,
@@ -232,24 +260,31 @@ impl Setup {
     /// The trackers that get a row each.
     #[must_use]
     pub fn trackers(&self) -> &[Kind] {
-        &self.trackers
+        &self.trackers.rows
+    }
+
+    /// The same run with another share of writes.
+    #[must_use]
+    pub fn writing(&self, percent: u64) -> Self {
+        let mut other = self.clone();
+        other.plan.pattern.write_percent = percent;
+        other
     }
 
     /// The Record of this run with these rows. `asked` says of a row by its name whether it was asked for.
     ///
     /// # Errors
     /// [`Failure::NotHere`] if no row could be measured, or one that was asked for could not.
-    pub fn record(&self, rows: Vec<Rows>, asked: impl Fn(&str) -> bool) -> Result<Record, Failure> {
-        let missing: Vec<_> = rows
-            .iter()
-            .filter_map(|row| match row {
-                Rows::NotHere { name, not_here } => Some((name, not_here)),
-                Rows::Measured(_) => None,
-            })
-            .collect();
-        if missing.len() == rows.len() || missing.iter().any(|(name, _)| asked(name)) {
-            let missing: Vec<_> = missing.iter().map(|(name, not_here)| format!("{name}: {not_here}")).collect();
-            return Err(Failure::NotHere(format!("{} (`umbra lab {}` has it)", missing.join("; "), self.scenario)));
+    pub fn record_of(&self, rows: Vec<Rows>, asked: impl Fn(&str) -> bool) -> Result<Record, Failure> {
+        let (mut missing, mut fails) = (Vec::new(), false);
+        for row in &rows {
+            if let Rows::NotHere { name, not_here } = row {
+                missing.push(format!("{name}: {not_here}"));
+                fails |= asked(name);
+            }
+        }
+        if fails || (!missing.is_empty() && missing.len() == rows.len()) {
+            return Err(self.not_here(&missing.join("; ")));
         }
         Ok(Record {
             schema: SCHEMA,
@@ -258,6 +293,14 @@ impl Setup {
             config: self.config.clone(),
             rows,
         })
+    }
+
+    /// The Record of this run with these rows, each named by its tracker.
+    ///
+    /// # Errors
+    /// As [`Setup::record_of`], where a tracker was asked for by name.
+    pub fn record(&self, rows: Vec<Rows>) -> Result<Record, Failure> {
+        self.record_of(rows, |name| self.trackers.named.iter().any(|kind| kind.to_string() == name))
     }
 
     /// A row, or why this host has none.
@@ -272,10 +315,20 @@ impl Setup {
         }
     }
 
-    /// Whether trackers were asked for by name.
-    #[must_use]
-    pub const fn trackers_by_name(&self) -> bool {
-        self.by_name
+    /// Whether all trackers that were asked for by name can be had: said at once, not after minutes of other rows.
+    ///
+    /// # Errors
+    /// [`Failure::NotHere`].
+    pub fn check_named(&self) -> Result<(), Failure> {
+        self.trackers.named.iter().try_for_each(|kind| {
+            kind.missing().map_or(Ok(()), |reason| Err(self.not_here(&format!("{kind}: {reason}"))))
+        })
+    }
+
+    fn not_here(&self, what: &str) -> Failure {
+        let where_else =
+            if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
+        Failure::NotHere(format!("{what}{where_else}"))
     }
 
     /// Measures a row for each tracker. Those that this host cannot do become `not_here`.
@@ -283,7 +336,26 @@ impl Setup {
     /// # Errors
     /// Those of `measure`, and of [`Setup::record`].
     pub fn rows(&self, mut measure: impl FnMut(Kind) -> Result<Row, Failure>) -> Result<Record, Failure> {
-        let rows = self.trackers.iter().map(|&kind| Self::or_not_here(&kind.to_string(), measure(kind)));
-        self.record(rows.collect::<Result<Vec<_>, _>>()?, |_| self.by_name)
+        self.check_named()?;
+        let rows = self.trackers.rows.iter().map(|&kind| Self::or_not_here(&kind.to_string(), measure(kind)));
+        self.record(rows.collect::<Result<Vec<_>, _>>()?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_is_each_tracker_once_and_none_of_them_by_name() {
+        let parse = |words: &[&str]| Trackers::parse(&words.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let all = parse(&["all"]).unwrap();
+        assert_eq!((all.rows.as_slice(), all.named.len()), (&track::ALL[..], 0));
+        let more = parse(&["ring-1024", "mincore", "all"]).unwrap();
+        assert_eq!(
+            (more.rows.len(), more.named.as_slice()),
+            (track::ALL.len() + 1, &[Kind::Ring(1024), Kind::Mincore][..])
+        );
+        assert!(parse(&["all", "none"]).is_err());
     }
 }

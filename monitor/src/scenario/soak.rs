@@ -2,22 +2,26 @@
 //!
 //! The controller keeps a copy of each page's first word, as a migration's destination would: it copies a page when it is
 //! reported, after the log was cleared. A write may then be reported in this harvest or the next, but:
-//! - a round that a vCPU had finished before a harvest began must be in the copy after it, for every page the round wrote;
+//! - the last round that a vCPU had finished before a harvest began must be in the copy after it, for every page the round wrote;
 //! - at the end, one last harvest makes the copy equal to the memory.
 //!
-//! Either failing means that a write was lost.
+//! Either failing means that a write was lost. Where several vCPUs write the same page, the first holds in a weaker form: a vCPU that is behind
+//! may overwrite a newer stamp with an older one, but not with one of a round that it had finished before the newer one's began.
+//!
+//! Where a tracker loses writes between harvest and clear by its definition (`soft-dirty`), the guest stands still from the one to the other.
 
 use super::Setup;
 use super::setup::Fault;
 use crate::failure::Failure;
 use crate::guest::Machine;
+use crate::host;
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::{Counter, Pages, Row, Truth, TruthRound};
-use crate::track::{Kind, Tracker};
+use crate::track::{self, Tracker};
 use std::time::{Duration, Instant};
-use umbra_shared::pattern::Pattern;
+use umbra_shared::pattern::{Kind, Pattern};
 use umbra_shared::protocol::Command;
 
 /// The guest gets the CPU between two harvests: a harvester that never pauses starves it under legacy GET.
@@ -29,6 +33,13 @@ const NAMED_FAULTS: usize = 8;
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let share = Duration::from_secs(setup.seconds) / u32::try_from(setup.trackers().len()).unwrap_or(1).max(1);
     setup.rows(|kind| {
+        if kind.ring_entries().is_some() && host::parameter("kvm_intel", "pml").as_deref() == Some("Y") {
+            // api.rst, 8.29: entries that still lie in a vCPU's PML buffer reach the ring when it leaves KVM_RUN.
+            return Err(Failure::NotHere(
+                "under PML a ring is complete only when its vCPUs have left KVM_RUN, and soak harvests while they run"
+                    .into(),
+            ));
+        }
         progress.step(&format!("{kind}: harvesting a running guest for {:.1} s", share.as_secs_f64()));
         Soak::new(setup, kind)?.run(share)
     })
@@ -36,19 +47,24 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
 
 struct Soak<'a> {
     setup: &'a Setup,
-    kind: Kind,
-    machine: Machine,
+    kind: track::Kind,
+    /// Before the machine: a tracker may hold the VM's descriptor, which is closed before the memory under it goes.
     tracker: Box<dyn Tracker>,
+    machine: Machine,
     /// The copy: each page's first word.
     copy: Vec<u64>,
     reported: PageSet,
     harvests: u64,
+    /// The round that each vCPU was in before the last harvest, and one that all vCPUs had reached when it began.
+    running: Vec<(u64, u64)>,
+    /// A round that all vCPUs had reached before `running` was read.
+    reached: u64,
     sums: Pages,
     faults: Vec<String>,
 }
 
 impl<'a> Soak<'a> {
-    fn new(setup: &'a Setup, kind: Kind) -> Result<Self, Failure> {
+    fn new(setup: &'a Setup, kind: track::Kind) -> Result<Self, Failure> {
         let machine = Machine::new(&setup.plan, kind.ring_entries(), |vm| kind.prepare(vm))?;
         let tracker = kind.build(&machine, setup.chunk)?;
         let pages = setup.plan.pattern.pages;
@@ -60,6 +76,8 @@ impl<'a> Soak<'a> {
             copy: Vec::new(),
             reported: PageSet::new(pages),
             harvests: 0,
+            running: vec![(1, 1); setup.plan.vcpus],
+            reached: 1,
             sums: Pages::default(),
             faults: Vec::new(),
         })
@@ -74,21 +92,51 @@ impl<'a> Soak<'a> {
         let begin = Instant::now();
         while begin.elapsed() < share {
             std::thread::sleep(PAUSE);
+            if self.kind.needs_standstill() {
+                self.stand_still()?;
+            }
+            // In this order: what begins after the second look began after the first.
+            let reached = self.rounds_done()?.into_iter().min().unwrap_or(1);
             let finished = self.rounds_done()?;
             self.harvest()?;
             self.check_finished(&finished);
+            self.reached = reached;
+            if self.kind.needs_standstill() {
+                self.go_on(&finished)?;
+            }
         }
-        self.machine.stop_free_run()?;
-        self.machine.finish_all(Command::FreeRun)?;
+        self.stand_still()?;
         self.harvest()?;
         let lost: Vec<_> =
             (0..self.setup.plan.pattern.pages).filter(|&page| self.word(page) != self.copied(page)).collect();
         for page in lost {
             self.lost(page, "differs from its copy after the last harvest");
         }
-        let rounds: u64 = self.rounds_done()?.iter().map(|next| next - 1).sum();
+        let rounds = self.rounds_done()?.iter().fold(0_u64, |sum, next| sum.saturating_add(next - 1));
+        if rounds == 0 {
+            self.faults.push(format!("tracker {}: no vCPU finished a round, so nothing was checked", self.kind));
+        }
         self.tracker.stop(&self.machine)?;
+        self.faults.extend(self.tracker.fault());
         Ok(self.row(rounds))
+    }
+
+    /// Lets the vCPUs finish their round and waits for them.
+    fn stand_still(&mut self) -> Result<(), Failure> {
+        self.machine.stop_free_run()?;
+        self.machine.finish_all(Command::FreeRun)?;
+        // The firmware counts over the whole free run; a page written in several rounds counts in each.
+        self.sums.written += self.machine.writes()?;
+        Ok(())
+    }
+
+    /// After a stand-still all vCPUs go on with the same round, the next of the one that was ahead: stamps still grow, and nobody is held to the
+    /// rounds that the others leave out.
+    fn go_on(&mut self, finished: &[u64]) -> Result<(), Failure> {
+        let next = finished.iter().copied().max().unwrap_or(1);
+        self.running.fill((next, next));
+        self.reached = next;
+        Ok(self.machine.begin(Command::FreeRun, next)?)
     }
 
     fn row(self, rounds: u64) -> Row {
@@ -128,15 +176,25 @@ impl<'a> Soak<'a> {
         Ok(())
     }
 
-    /// Rounds that were finished before the harvest must be in the copy. A later round may have overwritten them: stamps grow with the round.
+    /// What a vCPU wrote in the round that it finished last must be in the copy, or what was written there after it.
     fn check_finished(&mut self, finished: &[u64]) {
         let pattern = self.setup.plan.pattern;
-        for (vcpu, &next) in (0..).zip(finished) {
-            let Some(last) = next.checked_sub(1).filter(|&round| round > 0) else { continue };
-            let share = pattern.share(vcpu, finished.len() as u64);
+        // A page that only one vCPU writes holds stamps that grow with its rounds.
+        let one_writer = finished.len() == 1
+            || pattern.accesses_per_page == 1 && matches!(pattern.kind, Kind::Sequential | Kind::Stride(_));
+        for (vcpu, &next) in finished.iter().enumerate() {
+            let (running, then_reached) = self.running[vcpu];
+            if next == running {
+                continue;
+            }
+            self.running[vcpu] = (next, self.reached);
+            let last = next.saturating_sub(1);
+            let then_reached = if last == running { then_reached } else { self.reached };
+            let surely = if one_writer { last } else { then_reached.min(last) };
+            let share = pattern.share(vcpu as u64, finished.len() as u64);
             let late: Vec<_> = share
                 .map(|index| pattern.access(last, index))
-                .filter(|access| access.write && self.copied(access.page) < Pattern::stamp(last, access.page))
+                .filter(|access| access.write && self.copied(access.page) < Pattern::stamp(surely, access.page))
                 .map(|access| access.page)
                 .collect();
             for page in late {

@@ -1,14 +1,22 @@
 //! Dirty trackers behind one trait: what a scenario drives on a running guest.
 
+mod area;
 mod explain;
 mod log;
+mod mincore;
+mod pagemap;
 mod ring;
+mod soft_dirty;
+mod uffd_wp;
 
-pub use explain::Expectation;
+pub use explain::{Expectation, Host};
 
+use area::Area;
 use log::Clearing;
+use pagemap::Order;
 
 use crate::guest::Machine;
+use crate::hostmm::userfault::{Mode, Userfault};
 use crate::kvm::ring::{DEFAULT_ENTRIES, MAX_ENTRIES, MIN_ENTRIES};
 use crate::kvm::{self, Error};
 use crate::pages::PageSet;
@@ -51,6 +59,11 @@ pub trait Tracker {
     /// Puts what the last harvest found into `into`. Never called inside a window.
     fn report(&mut self, machine: &Machine, into: &mut PageSet);
 
+    /// Something that must never happen, if it has: an entry that names no tracked page, for instance.
+    fn fault(&self) -> Option<String> {
+        None
+    }
+
     /// Events that the tracker itself counted, by name.
     fn counters(&self, _machine: &Machine) -> Vec<(&'static str, u64)> {
         Vec::new()
@@ -68,10 +81,33 @@ pub enum Kind {
     ClearInitSet,
     /// The dirty ring, with that many entries a vCPU.
     Ring(u32),
+    /// Outside KVM: asynchronous write protection, scanned and protected again in one call.
+    Pagemap,
+    /// The same; what a scan reported is protected by a step of its own.
+    PagemapTwoSteps,
+    /// Outside KVM: synchronous write protection, a fault for each page.
+    UffdWp,
+    /// Outside KVM: soft-dirty bits.
+    SoftDirty,
+    /// Outside KVM: residency.
+    Mincore,
 }
 
-/// The trackers that run without `--tracker`.
-pub const ALL: [Kind; 4] = [Kind::Bitmap, Kind::Clear, Kind::ClearInitSet, Kind::Ring(DEFAULT_ENTRIES)];
+/// KVM's own trackers: those that run without `--tracker`.
+pub const OF_KVM: [Kind; 4] = [Kind::Bitmap, Kind::Clear, Kind::ClearInitSet, Kind::Ring(DEFAULT_ENTRIES)];
+
+/// All trackers: those that `--tracker all` runs.
+pub const ALL: [Kind; 9] = [
+    Kind::Bitmap,
+    Kind::Clear,
+    Kind::ClearInitSet,
+    Kind::Ring(DEFAULT_ENTRIES),
+    Kind::Pagemap,
+    Kind::PagemapTwoSteps,
+    Kind::UffdWp,
+    Kind::SoftDirty,
+    Kind::Mincore,
+];
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -81,6 +117,11 @@ impl fmt::Display for Kind {
             Self::ClearInitSet => f.write_str("clear+init-set"),
             Self::Ring(DEFAULT_ENTRIES) => f.write_str("ring"),
             Self::Ring(entries) => write!(f, "ring-{entries}"),
+            Self::Pagemap => f.write_str("pagemap"),
+            Self::PagemapTwoSteps => f.write_str("pagemap-2step"),
+            Self::UffdWp => f.write_str("uffd-wp"),
+            Self::SoftDirty => f.write_str("soft-dirty"),
+            Self::Mincore => f.write_str("mincore"),
         }
     }
 }
@@ -94,6 +135,11 @@ impl FromStr for Kind {
             "clear" => Ok(Self::Clear),
             "clear+init-set" => Ok(Self::ClearInitSet),
             "ring" => Ok(Self::Ring(DEFAULT_ENTRIES)),
+            "pagemap" => Ok(Self::Pagemap),
+            "pagemap-2step" => Ok(Self::PagemapTwoSteps),
+            "uffd-wp" => Ok(Self::UffdWp),
+            "soft-dirty" => Ok(Self::SoftDirty),
+            "mincore" => Ok(Self::Mincore),
             _ => match text.strip_prefix("ring-").map(str::parse::<u32>) {
                 Some(Ok(entries)) if entries.is_power_of_two() && (MIN_ENTRIES..=MAX_ENTRIES).contains(&entries) => {
                     Ok(Self::Ring(entries))
@@ -102,7 +148,7 @@ impl FromStr for Kind {
                     "--tracker {text}: the size of a ring is a power of two from {MIN_ENTRIES} to {MAX_ENTRIES}"
                 )),
                 None => Err(format!(
-                    "--tracker {text}: there is no such tracker; there are bitmap, clear, clear+init-set, ring, ring-N"
+                    "--tracker {text}: there is no such tracker; there are bitmap, clear, clear+init-set, ring, ring-N, pagemap, pagemap-2step, uffd-wp, soft-dirty, mincore, and all for all of them"
                 )),
             },
         }
@@ -120,6 +166,13 @@ impl Kind {
                 "the same, initially all set: enabling protects nothing, the first harvest reports all"
             }
             Self::Ring(_) => "the dirty ring, 4096 entries a vCPU (ring-N: N entries)",
+            Self::Pagemap => {
+                "outside KVM: userfaultfd's asynchronous write protection; PAGEMAP_SCAN fetches and protects again"
+            }
+            Self::PagemapTwoSteps => "the same; PAGEMAP_SCAN fetches, then only what it reported is protected again",
+            Self::UffdWp => "outside KVM: userfaultfd's synchronous write protection, a thread answers each fault",
+            Self::SoftDirty => "outside KVM: soft-dirty bits of pagemap, cleared by clear_refs",
+            Self::Mincore => "outside KVM: mincore, which reports what is resident, written or not",
         }
     }
 
@@ -138,10 +191,22 @@ impl Kind {
         matches!(self, Self::ClearInitSet)
     }
 
+    /// Whether it is one of KVM's, or a way around KVM.
+    #[must_use]
+    pub const fn is_of_kvm(self) -> bool {
+        matches!(self, Self::Bitmap | Self::Clear | Self::ClearInitSet | Self::Ring(_))
+    }
+
+    /// Whether writes between harvest and clear are lost, so that the guest must stand still meanwhile.
+    #[must_use]
+    pub const fn needs_standstill(self) -> bool {
+        matches!(self, Self::SoftDirty)
+    }
+
     /// Enables what the tracker needs, before the VM has slots or vCPUs.
     ///
     /// # Errors
-    /// [`Error::Capability`] where KVM lacks it.
+    /// [`Error::Capability`] where KVM or the kernel around it lacks it.
     pub fn prepare(self, vm: &VmFd) -> Result<(), Error> {
         const NAME: &str = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2";
         // KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE and KVM_DIRTY_LOG_INITIALLY_SET.
@@ -153,17 +218,30 @@ impl Kind {
             kvm::vm::enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, NAME, flags, needs)
         };
         match self {
-            Self::Bitmap => Ok(()),
+            Self::Bitmap | Self::Mincore => Ok(()),
             Self::Clear => manual(1, "clear needs Linux 5.2 or later"),
             Self::ClearInitSet => manual(3, "clear+init-set needs Linux 5.7 or later"),
             Self::Ring(entries) => ring::prepare(vm, entries),
+            Self::Pagemap | Self::PagemapTwoSteps => Userfault::open(Mode::Asynchronous).map(|_| ()),
+            Self::UffdWp => Userfault::open(Mode::Synchronous).map(|_| ()),
+            Self::SoftDirty => soft_dirty::check(),
         }
+    }
+
+    /// What it lacks here, found out by making a VM for it.
+    #[must_use]
+    pub fn missing(self) -> Option<String> {
+        let prepared = kvm::vm::open().and_then(|kvm| {
+            let vm = kvm.create_vm().map_err(kvm::vm::failed("KVM_CREATE_VM"))?;
+            self.prepare(&vm)
+        });
+        prepared.err().map(|error| error.to_string())
     }
 
     /// Makes the tracker for a machine that was prepared for it. A CLEAR covers `chunk` pages.
     ///
     /// # Errors
-    /// [`Error::Capability`] if the machine has no rings and the tracker needs them.
+    /// [`Error::Capability`] if the machine has no rings and the tracker needs them, or its memory is of a kind that it cannot track.
     pub fn build(self, machine: &Machine, chunk: Option<u64>) -> Result<Box<dyn Tracker>, Error> {
         Ok(match self {
             Self::Bitmap => Box::new(log::Log::new(machine, Clearing::ByGet)),
@@ -172,6 +250,11 @@ impl Kind {
                 Box::new(log::Log::new(machine, Clearing::Manual { chunk }))
             }
             Self::Ring(_) => Box::new(ring::Ring::new(machine)?),
+            Self::Pagemap => Box::new(pagemap::WrittenPages::new(Area::of(machine), Order::AtOnce)?),
+            Self::PagemapTwoSteps => Box::new(pagemap::WrittenPages::new(Area::of(machine), Order::TwoSteps)?),
+            Self::UffdWp => Box::new(uffd_wp::Faults::new(Area::of(machine))?),
+            Self::SoftDirty => Box::new(soft_dirty::SoftDirty::new(Area::of(machine))?),
+            Self::Mincore => Box::new(mincore::Resident::new(Area::of(machine))),
         })
     }
 }
@@ -182,6 +265,7 @@ mod tests {
 
     #[test]
     fn names_parse_to_what_they_name() {
+        assert!(ALL.starts_with(&OF_KVM) && OF_KVM.iter().all(|kind| kind.is_of_kvm()));
         for kind in ALL.into_iter().chain([Kind::Ring(1024), Kind::Ring(65536)]) {
             assert_eq!(kind.to_string().parse(), Ok(kind));
         }

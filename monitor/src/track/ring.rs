@@ -81,6 +81,11 @@ impl Tracker for Ring {
 
     fn counters(&self, _machine: &Machine) -> Vec<(&'static str, u64)> {
         let rings = self.lock();
-        vec![("ring_full_exits", rings.full_exits()), ("ring_strange_entries", rings.strange_entries())]
+        vec![("ring_full_exits", rings.full_exits())]
+    }
+
+    fn fault(&self) -> Option<String> {
+        let strange = self.lock().strange_entries();
+        (strange > 0).then(|| format!("{strange} entries of the dirty ring name no tracked page"))
     }
 }

@@ -1,0 +1,182 @@
+//! Dirty tracking: what every strategy shares, and the small trait in which they differ.
+//!
+//! A page is *dirty* from the moment a write is noticed until it is cleared, and only pages that the last harvest
+//! reported can be cleared. Who copies pages clears first and copies then, so a write between harvest and clear is in
+//! the copy. Memory follows L1's pages: whichever alias was written, the page is reported once.
+
+mod combined;
+mod dirty_bit;
+mod lazy_huge;
+mod log;
+mod operations;
+mod twin;
+mod write_protect;
+
+pub use combined::Combined;
+pub use dirty_bit::DirtyBit;
+pub use lazy_huge::LazyHuge;
+pub use log::{LOG_ENTRIES, Log};
+pub use twin::Twin;
+pub use write_protect::WriteProtect;
+
+use std::fmt::Debug;
+
+use umbra_shared::{L2Gfn, Level};
+
+use crate::config::{Config, MmuError};
+use crate::dirty::{L2Set, PageSet};
+use crate::memory::Env;
+use crate::mmu::Mmu;
+use crate::roots::RootId;
+use crate::spte::{Frame, Spte, SpteRef};
+
+/// Every strategy by its name on the command line.
+pub const STRATEGIES: [&dyn Strategy; 6] = [&WriteProtect, &LazyHuge, &DirtyBit, &Log, &Combined, &Twin];
+
+/// The strategy named `name`.
+#[must_use]
+pub fn strategy(name: &str) -> Option<&'static dyn Strategy> {
+    STRATEGIES.into_iter().find(|strategy| strategy.name() == name)
+}
+
+/// State of tracking while it is on.
+#[derive(Debug)]
+pub struct Tracking {
+    /// How writes are noticed.
+    pub strategy: &'static dyn Strategy,
+    /// Pages written and not cleared.
+    pub dirty: PageSet,
+    /// Of those, pages that the last harvest named.
+    pub(crate) reported: PageSet,
+    /// The same by L2 frame, where asked for.
+    pub(crate) l2: Option<L2Set>,
+    /// What hardware logged and nobody has read yet.
+    pub(crate) log: Vec<(RootId, L2Gfn)>,
+    /// Copies of open huge leaves.
+    pub(crate) twins: Vec<twin::Copied>,
+    /// How many copies there may be.
+    pub(crate) max_twins: u32,
+}
+
+impl Tracking {
+    fn new(config: &Config) -> Self {
+        Self {
+            strategy: config.strategy,
+            dirty: PageSet::new(config.memory_frames),
+            reported: PageSet::new(config.memory_frames),
+            l2: config.by_l2.then(|| L2Set::new(config.max_l2_regions)),
+            log: Vec::new(),
+            twins: Vec::new(),
+            max_twins: config.max_twins,
+        }
+    }
+
+    /// Heap bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.dirty.bytes()
+            + self.reported.bytes()
+            + self.l2.as_ref().map_or(0, L2Set::bytes)
+            + (self.log.capacity() * size_of::<(RootId, L2Gfn)>() + self.twins.capacity() * size_of::<twin::Copied>())
+                as u64
+            + self.twins.iter().map(twin::Copied::bytes).sum::<u64>()
+    }
+}
+
+/// A leaf that a write hit, and the path on which it did.
+#[derive(Clone, Copy, Debug)]
+pub struct Leaf {
+    /// The entry.
+    pub at: SpteRef,
+    /// Its size.
+    pub level: Level,
+    /// The page that was written.
+    pub l2: L2Gfn,
+    /// The root that the access came by.
+    pub root: RootId,
+    /// The first page of memory that the leaf maps.
+    pub frame: Frame,
+}
+
+impl Leaf {
+    /// The root, and the first L2 frame of the leaf.
+    #[must_use]
+    pub const fn path(&self) -> (RootId, u64) {
+        (self.root, self.l2.align_down(self.level).0)
+    }
+}
+
+/// What a strategy did about a write to a closed leaf.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trapped {
+    /// The leaf is open, and the page is or will be reported.
+    Opened,
+    /// The leaf is too large: map the page by itself.
+    Split,
+}
+
+/// How a strategy notices writes. Everything that is common to strategies, splits and aliases is the MMU's.
+///
+/// What must hold: while a page is not in [`Tracking::dirty`], every write to it either traps, or leaves a trace that
+/// [`Strategy::harvest`] turns into a mark.
+pub trait Strategy: Debug + Sync {
+    /// The name on the command line.
+    fn name(&self) -> &'static str;
+
+    /// Refuses configurations that make no sense with this strategy, with the reason.
+    ///
+    /// # Errors
+    /// The reason.
+    fn check(&self, _config: &Config) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// Whether entries' dirty flags are traces: the MMU then saves them from zaps.
+    fn uses_dirty_bits(&self) -> bool {
+        false
+    }
+
+    /// Whether hardware logs L2 frames whose dirty flag it sets.
+    fn uses_log(&self) -> bool {
+        false
+    }
+
+    /// Whether every page counts as dirty when tracking starts.
+    fn starts_all_set(&self) -> bool {
+        false
+    }
+
+    /// What becomes of a leaf when tracking starts.
+    fn arm(&self, spte: Spte, level: Level) -> Spte;
+
+    /// Whether a leaf may be mapped open, without a trap at its first write. `touched`: its block of 64 is open.
+    fn admit(&self, track: &Tracking, frame: Frame, level: Level, touched: bool) -> bool;
+
+    /// [`Strategy::admit`] for 64 small leaves of consecutive frames at once, as bits.
+    fn admit_word(&self, track: &Tracking, first: Frame, touched: bool) -> u64 {
+        (0..64).fold(0, |word, bit| word | u64::from(self.admit(track, first.plus(bit), Level::K4, touched)) << bit)
+    }
+
+    /// Whether a write may be handled on a huge leaf of `level` as a whole, by [`Strategy::trap`].
+    fn traps_whole(&self, _track: &Tracking, _level: Level) -> bool {
+        false
+    }
+
+    /// A write hit a closed leaf. By default small leaves are marked and opened, larger ones split.
+    ///
+    /// # Errors
+    /// No memory.
+    fn trap(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: Leaf) -> Result<Trapped, MmuError> {
+        if leaf.level > Level::K4 {
+            return Ok(Trapped::Split);
+        }
+        mmu.mark_and_open(env, leaf);
+        Ok(Trapped::Opened)
+    }
+
+    /// Turns traces into marks.
+    fn harvest(&self, _mmu: &mut Mmu, _env: &mut Env<'_>) {}
+
+    /// Page `frame` was cleared: every leaf of `level` that maps it must notice its next write.
+    fn rearm(&self, mmu: &mut Mmu, env: &mut Env<'_>, frame: Frame, level: Level);
+}

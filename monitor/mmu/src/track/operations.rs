@@ -1,0 +1,391 @@
+//! Start, harvest, clear and stop; and what strategies do with leaves.
+
+use umbra_shared::{L2Gfn, Level, PAGE_SHIFT};
+
+use super::{LOG_ENTRIES, Leaf, Tracking};
+use crate::config::{MmuError, Split};
+use crate::defects::Defect;
+use crate::dirty::{PageSet, bits};
+use crate::memory::Env;
+use crate::mmu::Mmu;
+use crate::outbox::Batch;
+use crate::ptelist::{Head, PteLists};
+use crate::roots::RootId;
+use crate::spte::{Frame, Spte, SpteRef};
+
+impl Mmu {
+    /// Turns tracking on: from now on every write to L1's memory through EPT02, and every page that the MMU itself
+    /// writes, will be reported.
+    ///
+    /// # Errors
+    /// It is on already.
+    pub fn start(&mut self, env: &mut Env<'_>) -> Result<(), MmuError> {
+        if self.track.is_some() {
+            return Err(MmuError::Tracking);
+        }
+        let mut track = Box::new(Tracking::new(&self.config));
+        if track.strategy.starts_all_set() {
+            for slot in self.slots.slots() {
+                track.dirty.insert_range(slot.first, slot.frames);
+            }
+        }
+        if track.strategy.uses_log() {
+            track.log = Vec::with_capacity(LOG_ENTRIES);
+        }
+        self.track = Some(track);
+        self.arm_everything(env);
+        if self.config.split == Split::Eager {
+            self.split_everything(env);
+        }
+        self.finish(env);
+        Ok(())
+    }
+
+    fn arm_everything(&mut self, env: &mut Env<'_>) {
+        let Some(strategy) = self.track.as_ref().map(|track| track.strategy) else { return };
+        if strategy.starts_all_set() {
+            return;
+        }
+        for page in 1..self.arena.end() {
+            let header = self.arena.header(page);
+            let (level, mut left) = (header.role.level(), header.present);
+            for index in 0..512 {
+                if left == 0 {
+                    break;
+                }
+                let at = SpteRef::new(page, index);
+                let spte = self.arena.spte(at);
+                if !spte.present() {
+                    continue;
+                }
+                left -= 1;
+                if !spte.is_leaf(level) {
+                    continue;
+                }
+                let armed = strategy.arm(spte, level);
+                if armed != spte {
+                    self.arena.set(at, armed);
+                    if armed.access() == spte.access() {
+                        self.flush_paths(env, at);
+                    } else {
+                        self.announce(env, at, Some(armed.access()));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Reports the dirty pages into `into` and returns their number. They stay dirty until they are cleared.
+    ///
+    /// # Errors
+    /// Tracking is off.
+    pub fn harvest(&mut self, env: &mut Env<'_>, into: &mut PageSet) -> Result<u64, MmuError> {
+        let strategy = self.track.as_ref().ok_or(MmuError::NotTracking)?.strategy;
+        strategy.harvest(self, env);
+        self.finish(env);
+        let track = self.track.as_mut().ok_or(MmuError::NotTracking)?;
+        track.reported.union(&track.dirty);
+        Ok(into.copy_from(&track.dirty))
+    }
+
+    /// The L2 frames through which dirty pages were written, or that share a shadow page with one, since they were
+    /// cleared. To be called after [`Self::harvest`]. `None` when there are more than the set may name: all of L2.
+    ///
+    /// # Errors
+    /// Tracking is off, or not by L2 frame.
+    pub fn harvest_l2(&mut self) -> Result<Option<Vec<L2Gfn>>, MmuError> {
+        let l2 = self.track.as_mut().and_then(|track| track.l2.as_mut()).ok_or(MmuError::NotTracking)?;
+        let frames = l2.report();
+        Ok(if l2.overflowed() { None } else { Some(frames) })
+    }
+
+    /// Clears those of `count` pages from `first` that the last harvest reported; their next write is noticed again.
+    /// L2 frames stay reported until every reported page is cleared.
+    ///
+    /// # Errors
+    /// Tracking is off.
+    pub fn clear(&mut self, env: &mut Env<'_>, first: Frame, count: u64) -> Result<(), MmuError> {
+        let room = self.track.as_ref().ok_or(MmuError::NotTracking)?.reported.room();
+        let end = first.0.saturating_add(count).min(room);
+        // Writes since the harvest belong to what is cleared now.
+        self.drain_log();
+        let mut at = first.0;
+        let mut split_region = u64::MAX;
+        while at < end {
+            let base = at & !63;
+            let next = (base + 64).min(end);
+            let within = u64::MAX >> (63 - (next - 1 - base)) & u64::MAX << (at - base);
+            at = next;
+            let Some(track) = &mut self.track else { break };
+            let word = track.reported.word(Frame(base)) & within;
+            if word == 0 {
+                continue;
+            }
+            if self.config.split == Split::EagerClear && base >> 9 != split_region {
+                split_region = base >> 9;
+                self.split_around(env, Frame(base));
+            }
+            for bit in bits(word) {
+                self.clear_page(env, Frame(base + bit));
+            }
+        }
+        if let Some(track) = self.track.as_mut()
+            && let Some(l2) = &mut track.l2
+            && track.reported.is_empty()
+        {
+            l2.clear_all();
+        }
+        self.finish(env);
+        Ok(())
+    }
+
+    fn clear_page(&mut self, env: &mut Env<'_>, frame: Frame) {
+        let Some(track) = &mut self.track else { return };
+        track.reported.remove(frame);
+        track.dirty.remove(frame);
+        let strategy = track.strategy;
+        for level in [Level::K4, Level::M2, Level::G1] {
+            if level > Level::K4 && self.defect(Defect::HugeNotProtected) {
+                break;
+            }
+            if !self.rmaps.head(frame, level).is_empty() {
+                strategy.rearm(self, env, frame, level);
+            }
+        }
+    }
+
+    /// Turns tracking off, at any moment of a round, and collapses what was split as configured. Leaves that tracking
+    /// had closed open at their next write.
+    ///
+    /// # Errors
+    /// It is off already.
+    pub fn stop(&mut self, env: &mut Env<'_>) -> Result<(), MmuError> {
+        if self.track.take().is_none() {
+            return Err(MmuError::NotTracking);
+        }
+        for page in 1..self.arena.end() {
+            self.arena.header_mut(page).touched = 0;
+        }
+        self.drop_split_caches();
+        self.collapse_everything(env);
+        self.finish(env);
+        Ok(())
+    }
+
+    /// Marks the page behind a small leaf, and opens the leaf.
+    #[inline]
+    pub fn mark_and_open(&mut self, env: &mut Env<'_>, leaf: Leaf) {
+        if let Some(track) = &mut self.track {
+            track.dirty.insert(leaf.frame);
+            if track.l2.is_some() {
+                self.mark_l2(leaf.at, 0);
+            }
+        }
+        self.open_now(env, leaf);
+    }
+
+    /// Closes every leaf of `level` that maps `frame`: the next write by any alias traps.
+    pub fn close_leaves(&mut self, env: &mut Env<'_>, frame: Frame, level: Level) {
+        let mut batch = Batch::new();
+        let mut entries = [SpteRef(0); 64];
+        let mut cursor = self.rmaps.walk(frame, level);
+        loop {
+            let mut count = self.lists.gather(&mut cursor, &mut entries);
+            if count == 0 {
+                break;
+            }
+            if self.defect(Defect::AliasNotProtected) {
+                (count, cursor) = (1, PteLists::walk(Head::default()));
+            }
+            for &at in entries.get(..count).unwrap_or_default() {
+                self.close_leaf(env, &mut batch, at, level);
+            }
+        }
+        self.post_batch(env, &mut batch, level);
+    }
+
+    #[inline]
+    fn close_leaf(&mut self, env: &mut Env<'_>, batch: &mut Batch, at: SpteRef, level: Level) {
+        let Some((spte, header)) = self.arena.entry_mut(at) else { return };
+        if !spte.writable() {
+            return;
+        }
+        *spte = spte.closed();
+        let access = spte.access();
+        if header.shared() {
+            self.announce(env, at, Some(access));
+            return;
+        }
+        let start = L2Gfn(header.l2_base + ((at.index() as u64) << (level.shift() - PAGE_SHIFT)));
+        let root = header.root;
+        if !batch.add(root, start, access) {
+            self.post_batch(env, batch, level);
+            batch.add(root, start, access);
+        }
+    }
+
+    #[inline(never)]
+    fn post_batch(&mut self, env: &mut Env<'_>, batch: &mut Batch, level: Level) {
+        let root = self.roots.id(batch.root());
+        self.out.protect_batch(env.mapper, &mut self.stats, batch, (root, level.frames()));
+    }
+
+    /// Clears the dirty flags of every leaf of `level` that maps `frame`: hardware sets them at the next write.
+    pub fn clean_leaves(&mut self, env: &mut Env<'_>, frame: Frame, level: Level) {
+        let mut cursor = self.rmaps.walk(frame, level);
+        while let Some(at) = self.lists.next(&mut cursor) {
+            self.clean(env, at);
+            if self.defect(Defect::AliasNotProtected) {
+                break;
+            }
+        }
+    }
+
+    /// Closes the open blocks of 64 around every small leaf that maps `frame`; what other dirty flags in them say is
+    /// marked first.
+    pub fn close_blocks(&mut self, env: &mut Env<'_>, frame: Frame) {
+        let mut cursor = self.rmaps.walk(frame, Level::K4);
+        while let Some(at) = self.lists.next(&mut cursor) {
+            self.close_block(env, at);
+            if self.defect(Defect::AliasNotProtected) {
+                break;
+            }
+        }
+    }
+
+    /// Opens the block of 64 entries around a leaf; what is mapped into it later will be open as well.
+    pub fn open_block(&mut self, env: &mut Env<'_>, leaf: Leaf) {
+        let page = leaf.at.page();
+        let first = leaf.at.index() & !63;
+        self.arena.header_mut(page).touched |= 1 << (first >> 6);
+        self.stats.blocks_opened += 1;
+        let (root, path) = leaf.path();
+        let base = path - (leaf.at.index() - first) as u64;
+        let more = usize::from(self.defect(Defect::BlockOffByOne));
+        for index in first..(first + 64 + more).min(512) {
+            let at = SpteRef::new(page, index);
+            let spte = self.arena.spte(at);
+            if spte.mmu_writable() && !spte.writable() {
+                self.open(env, at, Some((root, base + (index - first) as u64)));
+            }
+        }
+    }
+
+    /// Closes the open block around `at`, whose page was cleared; what its other dirty flags say is marked first.
+    fn close_block(&mut self, env: &mut Env<'_>, at: SpteRef) {
+        let bit = 1 << (at.index() >> 6);
+        let header = self.arena.header_mut(at.page());
+        if header.touched & bit == 0 {
+            return;
+        }
+        header.touched &= !bit;
+        let frame = self.arena.spte(at).frame();
+        let first = at.index() & !63;
+        for index in first..first + 64 {
+            let entry = SpteRef::new(at.page(), index);
+            let spte = self.arena.spte(entry);
+            if !spte.present() {
+                continue;
+            }
+            if spte.dirty() && spte.frame() != frame {
+                self.mark_written(entry, 0);
+            }
+            if spte.writable() || spte.dirty() {
+                self.arena.set(entry, spte.clean().closed());
+                self.announce(env, entry, Some(spte.closed().access()));
+            }
+        }
+    }
+
+    /// Marks every page whose leaf has its dirty flag set: in all shadow pages, or in open blocks alone. The flags stay.
+    pub fn scan_dirty(&mut self, _env: &mut Env<'_>, open_blocks: bool) {
+        for page in 1..self.arena.end() {
+            let header = self.arena.header(page);
+            let blocks = if open_blocks { header.touched } else { 0xff };
+            if blocks == 0 || header.present == 0 {
+                continue;
+            }
+            for block in (0..8).filter(|block| blocks >> block & 1 != 0) {
+                self.scan_block(page, block * 64);
+            }
+        }
+    }
+
+    fn scan_block(&mut self, page: u32, first: usize) {
+        let table = self.arena.table(page);
+        let Some(block) = table.get(first..first + 64) else { return };
+        let all = block.iter().fold(0, |all, spte| all | spte.0);
+        if all & Spte::DIRTY_BIT == 0 {
+            return;
+        }
+        let level = self.arena.header(page).role.level();
+        if let Some(track) = &mut self.track
+            && level == Level::K4
+            && track.l2.is_none()
+            && !self.defects.has(Defect::DirtyClearedBeforeHarvest)
+        {
+            for spte in block.iter().filter(|spte| spte.dirty()) {
+                track.dirty.insert(spte.frame());
+            }
+            return;
+        }
+        for index in first..first + 64 {
+            let at = SpteRef::new(page, index);
+            let spte = self.arena.spte(at);
+            if !spte.dirty() {
+                continue;
+            }
+            if self.defect(Defect::DirtyClearedBeforeHarvest) && index % 8 == 3 {
+                self.arena.set(at, spte.clean());
+                continue;
+            }
+            for offset in 0..level.frames() {
+                self.mark_written(at, offset);
+            }
+        }
+    }
+
+    /// What hardware does with the log before it sets a dirty flag (SDM 3C 29.3.6). `false`: the log is full, and the
+    /// access exits instead.
+    pub(crate) fn log_write(&mut self, root: RootId, l2: L2Gfn) -> bool {
+        let dropped = self.defect(Defect::LogOverflowDropped);
+        match &mut self.track {
+            Some(track) if track.strategy.uses_log() => {
+                if track.log.len() >= LOG_ENTRIES {
+                    return dropped;
+                }
+                track.log.push((root, l2));
+                true
+            }
+            _ => true,
+        }
+    }
+
+    /// Reads the log and empties it: at a log-full exit, at a harvest, and before tables change.
+    pub fn drain_log(&mut self) {
+        let Some(track) = &mut self.track else { return };
+        if track.log.is_empty() {
+            return;
+        }
+        let mut log = std::mem::take(&mut track.log);
+        self.stats.log_drains += 1;
+        self.stats.log_entries += log.len() as u64;
+        for (root, l2) in log.drain(..) {
+            let Ok(page) = self.roots.get(root).map(|root| root.page) else { continue };
+            let found = self.lookup(page, l2);
+            if found.spte.is_leaf(found.level) {
+                self.mark_written(found.at, l2.0 & (found.level.frames() - 1));
+            }
+        }
+        if let Some(track) = &mut self.track {
+            track.log = log;
+        }
+    }
+
+    /// The page behind the leaf at `at`, if a write to it would trap for tracking alone.
+    #[must_use]
+    pub fn closed_frame(&self, at: SpteRef) -> Option<Frame> {
+        let spte = self.arena.spte(at);
+        spte.is_closed().then(|| spte.frame())
+    }
+}
