@@ -92,6 +92,14 @@ lab-%: build shelf ## any scenario in the lab (lab-dirty-log, lab-soak, ...), wi
 lab-vmx-%: build shelf packages-vmx ## the same in the lab's Intel machine, with EPT and PML (lab-vmx-dirty-log, ...)
 	@$(UMBRA) lab --machine vmx $* $(ARGS)
 
+# The options of each boot of bench-nested, after --tracker: a table each.
+NESTED := '--backing anonymous' '--backing anonymous --accessed-dirty preset' '--backing thp --leaf 2m' '--backing anonymous --alias 2 --alias-kind scattered'
+.PHONY: bench-nested
+bench-nested: build shelf ## what a guest's guest costs under KVM's own nesting, beside L1's own writes, in the lab, 16 MiB
+	@for options in $(NESTED); do
+	    $(UMBRA) lab nested --memory 16M --tracker bitmap,clear+init-set $$options $(ARGS)
+	done
+
 .PHONY: soak
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
 	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)
