@@ -74,6 +74,7 @@ test: build shelf packages-vmx ## every check: format, lints, unit, property and
 	    held=0
 	    cargo test --locked --package umbra-guest-fw --lib --no-fail-fast || held=$$?
 	    cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast || held=$$?
+	    $(mmu) fuzz -- SEED=$(SEED) N=1000000 || held=$$?
 	    exit $$held
 	} 2>&1 | tee target/test.log
 
@@ -90,6 +91,14 @@ lab-%: build shelf ## any scenario in the lab (lab-dirty-log, lab-soak, ...), wi
 
 lab-vmx-%: build shelf packages-vmx ## the same in the lab's Intel machine, with EPT and PML (lab-vmx-dirty-log, ...)
 	@$(UMBRA) lab --machine vmx $* $(ARGS)
+
+# The options of each boot of bench-nested, after --tracker: a table each.
+NESTED := '--backing anonymous' '--backing anonymous --accessed-dirty preset' '--backing thp --leaf 2m' '--backing anonymous --alias 2 --alias-kind scattered'
+.PHONY: bench-nested
+bench-nested: build shelf ## what a guest's guest costs under KVM's own nesting, beside L1's own writes, in the lab, 16 MiB
+	@for options in $(NESTED); do
+	    $(UMBRA) lab nested --memory 16M --tracker bitmap,clear+init-set $$options $(ARGS)
+	done
 
 .PHONY: soak
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)

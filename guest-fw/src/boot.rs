@@ -1,10 +1,12 @@
 //! The first Rust code of each vCPU, at ring 3: checks the boot page, builds the final page tables, starts the payload.
 
 use crate::arch::{idt, space, vcpu};
+use crate::nested::npt;
 use crate::{abi, console, selftest, workload};
 use core::fmt;
 use core::sync::atomic::Ordering::Relaxed;
 use umbra_shared::layout::{MAX_SLOTS, MAX_VCPUS, Slot};
+use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage, ENTERED_BY_MONITOR};
 use umbra_shared::{Gfn, Level};
@@ -24,6 +26,8 @@ pub enum Error {
     Pages(u64),
     /// The pattern is none, or is for other pages.
     Pattern,
+    /// What L2 is makes no sense, or is for other pages.
+    Nested,
     /// The plans are too small for that many accesses.
     Plans(u64),
 }
@@ -37,6 +41,7 @@ impl fmt::Display for Error {
             Self::Slots(found) => write!(f, "{found} slots, 1 to {MAX_SLOTS} are possible"),
             Self::Pages(found) => write!(f, "{found} pages, which is not what the slots add up to"),
             Self::Pattern => write!(f, "the pattern cannot be decoded, or is for another number of pages"),
+            Self::Nested => write!(f, "L2's options cannot be decoded, or are for another number of pages"),
             Self::Plans(accesses) => write!(f, "no room to plan {accesses} accesses"),
         }
     }
@@ -51,6 +56,8 @@ pub struct Setup {
     pub pattern: Pattern,
     /// Its leaf size.
     pub leaf: Level,
+    /// What the pattern's pages are, if not the tracked ones themselves.
+    pub nested: Option<Nested>,
 }
 
 impl Setup {
@@ -74,12 +81,16 @@ impl Setup {
             return Err(Error::Slots(page.slot_count));
         }
         let pattern = Pattern::decode(&page.pattern).ok_or(Error::Pattern)?;
-        let setup = Self { page, pattern, leaf };
+        let nested = Nested::decode(&page.nested).ok_or(Error::Nested)?;
+        let setup = Self { page, pattern, leaf, nested };
         if page.pages == 0 || setup.slots().try_fold(0_u64, |sum, slot| sum.checked_add(slot.pages)) != Some(page.pages)
         {
             return Err(Error::Pages(page.pages));
         }
-        if pattern.pages != page.pages {
+        if nested.is_some_and(|nested| nested.map.l1_pages() != page.pages) {
+            return Err(Error::Nested);
+        }
+        if pattern.pages != nested.map_or(page.pages, |nested| nested.map.l2_pages()) {
             return Err(Error::Pattern);
         }
         if pattern.accesses() > page.plan_entries {
@@ -135,7 +146,14 @@ pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
         }
         let setup = Setup::given();
         abi::time::begin(setup.page.tsc_khz);
-        if let Err(error) = space::create(setup.page.tables, setup.page.table_bytes, setup.slots(), setup.leaf) {
+        let (tables, bytes) = (setup.page.tables, setup.page.table_bytes);
+        let created = match setup.nested {
+            Some(Nested { way: Way::Plain, map, .. }) => {
+                space::create(tables, bytes, npt::as_slots(map, setup.slots(), setup.leaf), setup.leaf)
+            }
+            _ => space::create(tables, bytes, setup.slots(), setup.leaf),
+        };
+        if let Err(error) = created {
             panic!("page tables: {error}");
         }
     }
@@ -152,6 +170,7 @@ pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use umbra_shared::nested::{AliasKind, Map};
     use umbra_shared::pattern::Kind;
 
     fn page() -> BootPage {
@@ -194,5 +213,22 @@ mod tests {
         assert_eq!(fault(|page| page.pattern[0] = 99), Error::Pattern);
         assert_eq!(fault(|page| page.pattern[4] = 31), Error::Pattern);
         assert_eq!(fault(|page| page.plan_entries = 59), Error::Plans(60));
+        assert_eq!(fault(|page| page.nested[0] = 9), Error::Nested);
+    }
+
+    #[test]
+    fn an_l2_has_as_many_pages_as_its_pattern() {
+        let nested = |pages, aliases| {
+            let map = Map::new(pages, Level::K4, aliases, AliasKind::Contiguous, 1).unwrap();
+            Nested { way: Way::Svm, map, preset: false, fill_batch: 0 }.encode()
+        };
+        let pattern = |pages| {
+            Pattern { kind: Kind::Sequential, seed: 1, pages, write_percent: 100, accesses_per_page: 1 }.encode()
+        };
+        let check =
+            |nested, pattern| Setup::check(BootPage { nested, pattern, ..page() }).map(|setup| setup.nested.is_some());
+        assert_eq!(check(nested(30, 2), pattern(60)), Ok(true));
+        assert_eq!(check(nested(30, 2), pattern(30)), Err(Error::Pattern));
+        assert_eq!(check(nested(60, 1), pattern(60)), Err(Error::Nested));
     }
 }

@@ -2,13 +2,14 @@
 
 use crate::arch::mailbox::LiveMailbox;
 use crate::arch::{port, vcpu};
+use crate::text::Text;
+use core::fmt::{Arguments, Write as _};
 use core::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use umbra_shared::protocol::{Doorbell, TEXT_BYTES};
 
 static MONITOR: AtomicBool = AtomicBool::new(false);
 
 /// Exit code under QEMU of a firmware that panicked, before QEMU makes `2n + 1` of it.
-#[cfg_attr(test, allow(dead_code))]
 const PANICKED: u8 = 101;
 
 /// Says whether a monitor entered the firmware.
@@ -47,13 +48,16 @@ pub fn exit(code: i32) -> ! {
     }
 }
 
-#[cfg(not(test))]
-#[panic_handler]
-fn panic(info: &core::panic::PanicInfo) -> ! {
-    use core::fmt::Write;
-    let mut text = crate::text::Text::<TEXT_BYTES>::new();
+/// Ends the program because this vCPU lacks what it was asked for.
+pub fn not_here(what: Arguments) -> ! {
+    let mut text = Text::<TEXT_BYTES>::new();
     // Text never fails.
-    let _ = write!(text, "{info}");
+    let _ = write!(text, "{what}");
+    tell(&text, Doorbell::NotHere)
+}
+
+/// Says `text` last of all, with that doorbell.
+fn tell(text: &Text<TEXT_BYTES>, doorbell: Doorbell) -> ! {
     if !has_monitor() {
         port::serial(text.as_bytes());
         port::serial(b"\n");
@@ -61,6 +65,15 @@ fn panic(info: &core::panic::PanicInfo) -> ! {
     }
     LiveMailbox::of(vcpu::current()).put_text(text.as_bytes());
     loop {
-        port::ring(Doorbell::Panic);
+        port::ring(doorbell);
     }
+}
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo) -> ! {
+    let mut text = Text::<TEXT_BYTES>::new();
+    // Text never fails.
+    let _ = write!(text, "{info}");
+    tell(&text, Doorbell::Panic)
 }

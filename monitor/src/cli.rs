@@ -69,9 +69,9 @@ pub struct RunArgs {
     /// Rounds of dirty, get and clear.
     #[arg(long, default_value_t = 3)]
     pub rounds: u64,
-    /// What backs the tracked memory: anonymous, thp, hugetlb, shmem.
-    #[arg(long, default_value = "thp")]
-    pub backing: String,
+    /// What backs the tracked memory: anonymous, thp, hugetlb, shmem (default: thp; in nested anonymous, where memfds have no huge pages).
+    #[arg(long)]
+    pub backing: Option<String>,
     /// The order in which pages are touched (see `umbra list`).
     #[arg(long, default_value = "sequential", value_parser = parse_kind)]
     pub pattern: pattern::Kind,
@@ -93,12 +93,15 @@ pub struct RunArgs {
     /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).
     #[arg(long)]
     pub chunk: Option<u64>,
-    /// The shadow MMU, for `model`.
+    /// The shadow MMU, for `model`; what of it concerns L1's table also for `nested`.
     #[command(flatten)]
     pub shadow: ShadowArgs,
     /// Seconds that `soak` runs.
     #[arg(long, default_value_t = 5)]
     pub seconds: u64,
+    /// L2, for `nested`.
+    #[command(flatten)]
+    pub nested: NestedArgs,
     /// Another firmware, an ELF file.
     #[arg(long)]
     pub firmware: Option<PathBuf>,
@@ -108,6 +111,34 @@ pub struct RunArgs {
     /// Write the Record to this file.
     #[arg(long)]
     pub out: Option<PathBuf>,
+}
+
+/// How `nested` runs L2. What L2's memory is stands among the options of L1's table ([`ShadowArgs`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
+pub struct NestedArgs {
+    /// Ways to run L2, separated by commas: plain (L1 itself), svm, vmx, umbra (default: all that this host has).
+    #[arg(long, value_delimiter = ',')]
+    pub nesting: Vec<String>,
+    /// A and D in the entries that L1 makes: clear, preset (clear).
+    #[arg(long)]
+    pub accessed_dirty: Option<String>,
+    /// L2 pages whose entries L1 makes at a violation; 0 for all before L2 starts (0).
+    #[arg(long)]
+    pub fill_batch: Option<u64>,
+}
+
+impl NestedArgs {
+    /// What was given, by option name.
+    fn given(&self) -> Vec<(String, Value)> {
+        let nesting = (!self.nesting.is_empty()).then(|| ("nesting", self.nesting.join(",").into()));
+        let accessed_dirty = self.accessed_dirty.clone().map(|text| ("accessed-dirty", text.into()));
+        let fill_batch = self.fill_batch.map(|number| ("fill-batch", number.into()));
+        [nesting, accessed_dirty, fill_batch]
+            .into_iter()
+            .flatten()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
+    }
 }
 
 /// Options of Umbra's own shadow MMU (umbra-mmu). An option that is not given has the default that its help names.
@@ -125,7 +156,7 @@ pub struct ShadowArgs {
     /// What becomes of roots: drop, address-space, keep, quota=N (keep).
     #[arg(long)]
     pub roots: Option<String>,
-    /// The format of EPT12: ept, npt, pae, 32bit (ept).
+    /// The format of EPT12: ept, npt, pae, 32bit (ept; in nested npt under svm).
     #[arg(long)]
     pub format: Option<String>,
     /// The leaves of EPT12: 4k, 2m, 1g (4k).
@@ -201,7 +232,8 @@ impl RunArgs {
         words
     }
 
-    /// Every option in effect, by its name on the command line. Files are not part of it: the caller adds them by hash.
+    /// Every option that was given or has a default here, by its name on the command line. Files are not part of it: the caller adds them by
+    /// hash; and it adds the defaults that depend on scenario and host.
     #[must_use]
     pub fn config(&self) -> BTreeMap<String, Value> {
         let mut config: BTreeMap<String, Value> = BTreeMap::from([
@@ -209,13 +241,16 @@ impl RunArgs {
             ("slots".into(), self.slots.into()),
             ("vcpus".into(), self.vcpus.into()),
             ("rounds".into(), self.rounds.into()),
-            ("backing".into(), self.backing.clone().into()),
             ("pattern".into(), self.pattern.to_string().into()),
             ("seed".into(), self.seed.into()),
             ("write-percent".into(), self.write_percent.into()),
             ("accesses-per-page".into(), self.accesses_per_page.into()),
             ("guest-page".into(), self.guest_page.clone().into()),
         ]);
+        config.extend(self.nested.given());
+        if let Some(backing) = &self.backing {
+            config.insert("backing".into(), backing.clone().into());
+        }
         if !self.tracker.is_empty() {
             config.insert("tracker".into(), self.tracker.join(",").into());
         }
@@ -300,12 +335,23 @@ mod tests {
             "ring,clear",
             "--chunk",
             "64",
+            "--backing",
+            "shmem",
+            "--nesting",
+            "svm,plain",
+            "--alias",
+            "3",
+            "--accessed-dirty",
+            "preset",
         ]);
         let words = args.to_words();
         let again = run_args(&words.iter().map(String::as_str).collect::<Vec<_>>());
         assert_eq!(again.config(), args.config());
         assert_eq!(again.memory, 16 << 20);
         assert_eq!(again.tracker, ["ring", "clear"]);
+        assert_eq!((&again.nested, again.shadow.alias), (&args.nested, Some(3)));
+        assert_eq!(again.nested.nesting, ["svm", "plain"]);
+        assert_eq!(run_args(&["dirty-log"]).nested, NestedArgs::default());
     }
 
     #[test]

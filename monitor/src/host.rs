@@ -63,6 +63,13 @@ pub fn drops_huge_mappings() -> bool {
     }
 }
 
+/// The same for the tables that KVM shadows, those of nested guests among them: there the write itself drops the mapping, unless KVM splits
+/// eagerly (since Linux 5.19 here too).
+#[must_use]
+pub fn drops_huge_shadow_mappings() -> bool {
+    parameter("kvm", "eager_page_split").as_deref() != Some("Y")
+}
+
 /// Whether a memfd gets huge pages without being asked: `always`, `within_size` or `force` in effect (Documentation/admin-guide/mm/transhuge.rst).
 #[must_use]
 pub fn huge_shmem() -> bool {

@@ -2,70 +2,139 @@
 
 use crate::pages::PageSet;
 use crate::report::record::Pages;
-use umbra_shared::pattern::Pattern;
+use umbra_shared::nested::Map;
+use umbra_shared::pattern::{Access, Pattern};
 
-/// What one round does to the pages.
+/// Pages that a round touches, numbered as L1's or as L2's. Without an L2 the numbers are the same.
 #[derive(Debug)]
-pub struct Round {
+pub struct Touched {
     /// Pages written at least once.
     pub written: PageSet,
     /// Pages read at least once.
     pub read: PageSet,
+}
+
+impl Touched {
+    /// No page of `pages`.
+    #[must_use]
+    pub fn none(pages: u64) -> Self {
+        Self { written: PageSet::new(pages), read: PageSet::new(pages) }
+    }
+}
+
+/// What one round does to the pages.
+#[derive(Debug)]
+pub struct Round {
+    /// By tracked page.
+    pub l1: Touched,
+    /// By the pattern's page.
+    pub l2: Touched,
     /// Accesses that write.
     pub writes: u64,
+    /// The last write to each tracked page: the pattern's page by which it was made.
+    last: Vec<Option<u64>>,
 }
 
 impl Round {
-    /// Evaluates round `round` of `pattern`.
+    /// Evaluates round `round` of `pattern`, whose pages `map` makes tracked pages.
     #[must_use]
-    pub fn of(pattern: &Pattern, round: u64) -> Self {
-        let mut result = Self { written: PageSet::new(pattern.pages), read: PageSet::new(pattern.pages), writes: 0 };
-        for index in 0..pattern.accesses() {
-            let access = pattern.access(round, index);
-            if access.write {
-                result.written.insert(access.page);
+    pub fn of(pattern: &Pattern, map: &Map, round: u64) -> Self {
+        Self::from_accesses(map, (0..pattern.accesses()).map(|index| pattern.access(round, index)))
+    }
+
+    /// Populating: every page is written once, in ascending order.
+    #[must_use]
+    pub fn populating(map: &Map) -> Self {
+        Self::from_accesses(map, (0..map.l2_pages()).map(|page| Access { page, write: true }))
+    }
+
+    fn from_accesses(map: &Map, accesses: impl Iterator<Item = Access>) -> Self {
+        let mut result = Self {
+            l1: Touched::none(map.l1_pages()),
+            l2: Touched::none(map.l2_pages()),
+            writes: 0,
+            last: vec![None; usize::try_from(map.l1_pages()).unwrap_or(usize::MAX)],
+        };
+        for Access { page, write } in accesses {
+            let l1_page = map.l1_page(page);
+            if write {
+                result.l1.written.insert(l1_page);
+                result.l2.written.insert(page);
                 result.writes += 1;
+                if let Some(last) = usize::try_from(l1_page).ok().and_then(|index| result.last.get_mut(index)) {
+                    *last = Some(page);
+                }
             } else {
-                result.read.insert(access.page);
+                result.l1.read.insert(l1_page);
+                result.l2.read.insert(page);
             }
         }
         result
     }
 }
 
-/// What every page must hold: the round that wrote it last.
+/// What every tracked page must hold: the stamp of the write that was its last.
 #[derive(Debug)]
 pub struct Contents {
-    last_round: Vec<u64>,
+    words: Vec<u64>,
+    /// Aliases that several vCPUs write in one round: which of them is the last is open, so any of the round's is right.
+    open: Option<Map>,
 }
 
 impl Contents {
-    /// After populating: every page holds the stamp of round 0.
+    /// Memory that nobody has written: zeroes. `vcpus` share the pages that `map` has.
     #[must_use]
-    pub fn populated(pages: u64) -> Self {
-        Self { last_round: vec![0; usize::try_from(pages).unwrap_or(usize::MAX)] }
+    pub fn zeroes(map: &Map, vcpus: usize) -> Self {
+        let open = (vcpus > 1 && map.aliases() > 1).then_some(*map);
+        Self { words: vec![0; usize::try_from(map.l1_pages()).unwrap_or(usize::MAX)], open }
     }
 
     /// Takes a round's writes in.
-    pub fn write(&mut self, round: u64, written: &PageSet) {
-        for page in written.iter() {
-            if let Some(last) = usize::try_from(page).ok().and_then(|page| self.last_round.get_mut(page)) {
-                *last = round;
+    pub fn write(&mut self, round: u64, touched: &Round) {
+        for (word, last) in self.words.iter_mut().zip(&touched.last) {
+            if let Some(page) = last {
+                *word = Pattern::stamp(round, *page);
             }
         }
     }
 
-    /// The word that `page` must begin with; `None` beyond the last page.
+    /// Whether `page` may begin with `word`. Nothing is right beyond the last page.
     #[must_use]
-    pub fn stamp(&self, page: u64) -> Option<u64> {
-        let last = self.last_round.get(usize::try_from(page).ok()?)?;
-        Some(Pattern::stamp(*last, page))
+    pub fn holds(&self, page: u64, word: Option<u64>) -> bool {
+        let expected = usize::try_from(page).ok().and_then(|page| self.words.get(page).copied());
+        let (Some(expected), Some(word)) = (expected, word) else { return false };
+        // A stamp has the round in its upper half and the pattern's page in the lower.
+        let alias = |map: &Map| {
+            let other = word & u64::from(u32::MAX);
+            word >> 32 == expected >> 32 && other < map.l2_pages() && map.l1_page(other) == page
+        };
+        word == expected || self.open.as_ref().is_some_and(alias)
     }
 
     /// Pages whose first word, as `word` reads it, is not what they must hold.
     pub fn wrong<'a>(&'a self, word: impl Fn(u64) -> Option<u64> + 'a) -> impl Iterator<Item = u64> + 'a {
-        (0..self.last_round.len() as u64).filter(move |&page| word(page) != self.stamp(page))
+        (0..self.words.len() as u64).filter(move |&page| !self.holds(page, word(page)))
     }
+}
+
+/// The pages of L2 that `map` makes one of `l1`.
+#[must_use]
+pub fn l2_of(map: &Map, l1: &PageSet) -> PageSet {
+    let mut l2 = PageSet::new(map.l2_pages());
+    for page in (0..map.l2_pages()).filter(|&page| l1.contains(map.l1_page(page))) {
+        l2.insert(page);
+    }
+    l2
+}
+
+/// The tracked pages that `map` makes of `l2`.
+#[must_use]
+pub fn l1_of(map: &Map, l2: &PageSet) -> PageSet {
+    let mut l1 = PageSet::new(map.l1_pages());
+    for page in l2.iter() {
+        l1.insert(map.l1_page(page));
+    }
+    l1
 }
 
 /// A report held against the truth.
@@ -101,49 +170,93 @@ impl Verdict {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use umbra_shared::Level;
+    use umbra_shared::nested::AliasKind;
     use umbra_shared::pattern::Kind;
 
-    fn pattern(write_percent: u64) -> Pattern {
-        Pattern { kind: Kind::Random, seed: 3, pages: 200, write_percent, accesses_per_page: 1 }
+    fn pattern(pages: u64, write_percent: u64) -> Pattern {
+        Pattern { kind: Kind::Random, seed: 3, pages, write_percent, accesses_per_page: 1 }
+    }
+
+    fn plain(write_percent: u64) -> Round {
+        Round::of(&pattern(200, write_percent), &Map::identity(200), 1)
+    }
+
+    fn aliased() -> Map {
+        Map::new(200, Level::K4, 3, AliasKind::Scattered, 1).unwrap()
     }
 
     #[test]
     fn a_quarter_is_a_quarter() {
-        let round = Round::of(&pattern(25), 1);
-        assert_eq!((round.writes, round.written.count(), round.read.count()), (50, 50, 150));
+        let round = plain(25);
+        assert_eq!((round.writes, round.l1.written.count(), round.l1.read.count()), (50, 50, 150));
+        assert_eq!(round.l1.written, round.l2.written);
     }
 
     #[test]
     fn a_lost_page_and_an_extra_one_are_seen() {
-        let round = Round::of(&pattern(25), 1);
+        let written = plain(25).l1.written;
         let none = PageSet::new(200);
-        assert_eq!(Verdict::of(&round.written, &round.written, &none).pages.missed, 0);
-        let mut reported = round.written.clone();
+        assert_eq!(Verdict::of(&written, &written, &none).pages.missed, 0);
+        let mut reported = written.clone();
         let lost = reported.iter().next().unwrap();
         reported.remove(lost);
-        let extra = (0..200).find(|&page| !round.written.contains(page)).unwrap();
+        let extra = (0..200).find(|&page| !written.contains(page)).unwrap();
         reported.insert(extra);
-        let verdict = Verdict::of(&round.written, &reported, &none);
+        let verdict = Verdict::of(&written, &reported, &none);
         assert_eq!((verdict.pages.missed, verdict.pages.extra), (1, 1));
         assert!(verdict.missed.contains(lost) && verdict.extra.contains(extra));
         let mut explained = PageSet::new(200);
         explained.insert(extra);
-        let verdict = Verdict::of(&round.written, &reported, &explained);
+        let verdict = Verdict::of(&written, &reported, &explained);
         assert_eq!((verdict.pages.extra, verdict.pages.explained), (0, 1));
     }
 
     #[test]
+    fn aliases_are_one_page_of_l1() {
+        let map = aliased();
+        let round = Round::of(&pattern(600, 25), &map, 2);
+        assert_eq!((round.writes, round.l2.written.count()), (150, 150));
+        assert!(round.l1.written.count() < 150, "no two aliases were written");
+        assert_eq!(l1_of(&map, &round.l2.written), round.l1.written);
+        let all = l2_of(&map, &round.l1.written);
+        assert_eq!(all.count(), 3 * round.l1.written.count());
+        assert_eq!(round.l2.written.without(&all).count(), 0);
+    }
+
+    #[test]
     fn contents_follow_the_last_write() {
-        let mut contents = Contents::populated(200);
-        let round = Round::of(&pattern(25), 7);
-        contents.write(7, &round.written);
-        let page = round.written.iter().next().unwrap();
-        assert_eq!(contents.stamp(page), Some(Pattern::stamp(7, page)));
-        let wrong: Vec<_> = contents
-            .wrong(|p| {
-                Some(Pattern::stamp(if p == page { 6 } else { contents.last_round[usize::try_from(p).unwrap()] }, p))
-            })
-            .collect();
-        assert_eq!(wrong, [page]);
+        let map = aliased();
+        let pattern = pattern(600, 25);
+        let mut memory = vec![0; 200];
+        let mut contents = Contents::zeroes(&map, 1);
+        assert_eq!(contents.wrong(|page| memory.get(usize::try_from(page).unwrap()).copied()).count(), 0);
+        contents.write(0, &Round::populating(&map));
+        for page in 0..600 {
+            memory[usize::try_from(map.l1_page(page)).unwrap()] = Pattern::stamp(0, page);
+        }
+        for number in 1..4 {
+            contents.write(number, &Round::of(&pattern, &map, number));
+            for access in (0..600).map(|index| pattern.access(number, index)).filter(|access| access.write) {
+                memory[usize::try_from(map.l1_page(access.page)).unwrap()] = Pattern::stamp(number, access.page);
+            }
+        }
+        let wrong = |memory: &[u64]| {
+            contents.wrong(|page| memory.get(usize::try_from(page).unwrap()).copied()).collect::<Vec<_>>()
+        };
+        assert_eq!(wrong(&memory), [0_u64; 0]);
+        memory[7] ^= 1 << 32;
+        assert_eq!(wrong(&memory), [7]);
+        assert!(!contents.holds(200, Some(0)) && !contents.holds(0, None));
+    }
+
+    #[test]
+    fn vcpus_that_share_an_alias_leave_its_last_writer_open() {
+        let map = Map::new(4, Level::K4, 2, AliasKind::Contiguous, 1).unwrap();
+        let mut contents = Contents::zeroes(&map, 2);
+        contents.write(0, &Round::populating(&map));
+        assert!(contents.holds(1, Some(Pattern::stamp(0, 1))) && contents.holds(1, Some(Pattern::stamp(0, 5))));
+        assert!(!contents.holds(1, Some(Pattern::stamp(0, 2))) && !contents.holds(1, Some(Pattern::stamp(1, 5))));
+        assert!(!contents.holds(1, Some(Pattern::stamp(0, 9))));
     }
 }

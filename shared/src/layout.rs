@@ -5,9 +5,10 @@
 //! 0x0000_0000  system slot: one memory slot, never tracked
 //!   0x0000_1000   boot page (BootPage)
 //!   0x0010_0000   firmware image (link address), at most 5 MiB
-//!   0x0060_0000   one area of 256 KiB for each vCPU (VcpuArea): mailbox, histogram, stacks
+//!   0x0060_0000   one area of 256 KiB for each vCPU (vcpu_area): mailbox, histogram, what its L2 needs, stacks
 //!   0x0080_0000   plans: the accesses of one round, 4 bytes each
 //!                 page tables, built by the firmware
+//!                 L2's own page tables and L1's NPT, if the firmware is a hypervisor (nested)
 //! 0x1_0000_0000  tracked slot 0
 //!   (gap)
 //!               tracked slot 1, ...
@@ -49,6 +50,18 @@ pub mod vcpu_area {
     pub const MAILBOX: u64 = 0;
     /// The stall histogram ([`crate::histogram::Histogram`]).
     pub const HISTOGRAM: u64 = 0x1000;
+    /// What L1 reports about its L2 ([`crate::nested::Report`]).
+    pub const NESTED_REPORT: u64 = 0x9000;
+    /// The VMCB of this vCPU's L2.
+    pub const VMCB: u64 = 0xa000;
+    /// Where VMRUN saves L1's own state.
+    pub const HOST_SAVE: u64 = 0xb000;
+    /// The I/O permission map of L2: three pages.
+    pub const IO_MAP: u64 = 0xc000;
+    /// The MSR permission map of L2: two pages.
+    pub const MSR_MAP: u64 = 0xf000;
+    /// Top of L2's stack, growing down to the end of the MSR permission map.
+    pub const L2_STACK_TOP: u64 = 0x1_8000;
     /// End of the stacks that exceptions use (IST), each [`IST_STACK_BYTES`] long, growing down.
     pub const IST_STACKS_TOP: u64 = 0x2_0000;
     /// Bytes of one exception stack.
@@ -92,6 +105,13 @@ pub fn slots(pages: u64, count: usize, granule: Level) -> Option<impl Iterator<I
         pages: if index + 1 == count as u64 { pages - each * index } else { each },
         first_page: each * index,
     }))
+}
+
+/// The frame of tracked page `page`, `None` beyond the last slot.
+#[must_use]
+pub fn frame_of(mut slots: impl Iterator<Item = Slot>, page: u64) -> Option<Gfn> {
+    let slot = slots.find(|slot| page.wrapping_sub(slot.first_page) < slot.pages)?;
+    Some(slot.base.plus(page - slot.first_page))
 }
 
 /// Bytes of page tables that the firmware needs to map the system slot by 2 MiB leaves and `pages` tracked pages by `leaf`.
@@ -144,7 +164,23 @@ mod tests {
         use crate::{histogram::Histogram, protocol::Mailbox};
         assert!(size_of::<Mailbox>() as u64 <= vcpu_area::HISTOGRAM);
         let histogram_end = vcpu_area::HISTOGRAM + size_of::<Histogram>() as u64;
-        assert!(histogram_end <= vcpu_area::IST_STACKS_TOP - 4 * vcpu_area::IST_STACK_BYTES);
+        assert!(histogram_end <= vcpu_area::NESTED_REPORT);
+        assert!(size_of::<crate::nested::Report>() as u64 <= vcpu_area::VMCB - vcpu_area::NESTED_REPORT);
+        assert_eq!(vcpu_area::IO_MAP + 3 * PAGE_SIZE, vcpu_area::MSR_MAP);
+        const {
+            assert!(vcpu_area::MSR_MAP + 2 * PAGE_SIZE < vcpu_area::L2_STACK_TOP);
+            assert!(vcpu_area::L2_STACK_TOP <= vcpu_area::IST_STACKS_TOP - 4 * vcpu_area::IST_STACK_BYTES);
+        }
+    }
+
+    #[test]
+    fn every_page_has_the_frame_of_its_slot() {
+        let slots = || slots(1000, 3, Level::K4).unwrap();
+        for slot in slots() {
+            assert_eq!(frame_of(slots(), slot.first_page), Some(slot.base));
+            assert_eq!(frame_of(slots(), slot.first_page + slot.pages - 1), Some(slot.base.plus(slot.pages - 1)));
+        }
+        assert_eq!(frame_of(slots(), 1000), None);
     }
 
     #[test]

@@ -2,12 +2,13 @@
 //!
 //! One definition serves both sides: [`pattern`] is executed by the firmware and evaluated by the monitor (that
 //! evaluation is the *truth*), [`layout`] is the guest's physical map, [`protocol`] the doorbells and the pages that
-//! both read. Nothing here knows KVM or the host.
+//! both read, [`nested`] what L2 is when the firmware is a hypervisor. Nothing here knows KVM or the host.
 #![cfg_attr(not(test), no_std)]
 
 pub mod gfn;
 pub mod histogram;
 pub mod layout;
+pub mod nested;
 pub mod paging;
 pub mod pattern;
 pub mod protocol;

@@ -120,7 +120,7 @@ const fn picked_before(index: u64, percent: u64) -> u64 {
 }
 
 /// The finaliser of `SplitMix64` (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", 2014).
-const fn mix(mut z: u64) -> u64 {
+pub(crate) const fn mix(mut z: u64) -> u64 {
     z = z.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -129,7 +129,7 @@ const fn mix(mut z: u64) -> u64 {
 
 /// A keyed permutation of `0..size` evaluated at `index < size`: a balanced Feistel network over the next even power of
 /// two, walked until it falls inside (Black and Rogaway: "Ciphers with arbitrary finite domains", 2002; at most 4 steps on average).
-fn permute(index: u64, size: u64, key: u64) -> u64 {
+pub(crate) fn permute(index: u64, size: u64, key: u64) -> u64 {
     if size < 2 {
         return index;
     }

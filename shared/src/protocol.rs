@@ -31,6 +31,8 @@ pub enum Doorbell {
     Exception = 4,
     /// The firmware panicked: `Mailbox::text` says why.
     Panic = 5,
+    /// This vCPU lacks what the firmware was asked for: `Mailbox::text` says what.
+    NotHere = 6,
 }
 
 impl Doorbell {
@@ -43,6 +45,7 @@ impl Doorbell {
             3 => Some(Self::Exit),
             4 => Some(Self::Exception),
             5 => Some(Self::Panic),
+            6 => Some(Self::NotHere),
             _ => None,
         }
     }
@@ -72,13 +75,19 @@ pub struct BootPage {
     pub table_bytes: u64,
     /// The pattern, encoded.
     pub pattern: [u64; 8],
+    /// What the pages of the pattern are, if not the tracked pages themselves ([`crate::nested::Nested`], encoded); else zeroes.
+    pub nested: [u64; 8],
+    /// Physical address of the tables that an L2 needs, L2's own and L1's.
+    pub nested_tables: u64,
+    /// Bytes of them.
+    pub nested_table_bytes: u64,
     /// Slots in use.
     pub slot_count: u64,
     /// First frame and pages of each tracked slot.
     pub slots: [[u64; 2]; MAX_SLOTS],
 }
 
-/// What a vCPU is asked to do.
+/// What a vCPU is asked to do. When the firmware is a hypervisor, its L2 does it, unless it says "L1 alone".
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Command {
@@ -94,6 +103,10 @@ pub enum Command {
     FreeRun = 5,
     /// Empty the histogram.
     ClearHistogram = 6,
+    /// L1 alone: enter L2 `argument` times, where it has nothing to do. [`Mailbox::ticks`] is the last one's.
+    Enter = 7,
+    /// L1 alone: make all entries of its table for L2's pages that are not there yet.
+    Fill = 8,
 }
 
 impl Command {
@@ -107,6 +120,8 @@ impl Command {
             4 => Some(Self::Populate),
             5 => Some(Self::FreeRun),
             6 => Some(Self::ClearHistogram),
+            7 => Some(Self::Enter),
+            8 => Some(Self::Fill),
             _ => None,
         }
     }
@@ -157,7 +172,7 @@ pub struct Mailbox {
     pub exception: ExceptionReport,
     /// Bytes of `text` in use.
     pub text_bytes: u64,
-    /// With [`Doorbell::Print`] and [`Doorbell::Panic`]: UTF-8, cut where it does not fit.
+    /// With [`Doorbell::Print`], [`Doorbell::Panic`] and [`Doorbell::NotHere`]: UTF-8, cut where it does not fit.
     pub text: [u8; TEXT_BYTES],
 }
 

@@ -13,6 +13,9 @@ use umbra_shared::layout;
 /// host INT n reaches the guest only for the vectors that the host itself opens to user programs, 3 and 4, and is a #UD otherwise.
 pub const LOAD_CR3: u8 = 4;
 
+/// Ring 3 may raise this vector too; it calls the function at RDI with RSI as its argument, at ring 0 ([`super::ring0`]).
+pub const CALL_AT_RING_0: u8 = 0x80;
+
 const VECTORS: usize = 256;
 const STUB_BYTES: u64 = 16;
 const BREAKPOINT: usize = 3;
@@ -40,7 +43,8 @@ impl Gate {
             18 => gdt::IST_MACHINE_CHECK,
             _ => gdt::IST_GENERAL,
         };
-        let privilege = if vector == LOAD_CR3 as usize || vector == BREAKPOINT { 3 } else { 0 };
+        let open = vector == LOAD_CR3 as usize || vector == CALL_AT_RING_0 as usize || vector == BREAKPOINT;
+        let privilege = if open { 3 } else { 0 };
         Self {
             offset_low: offset as u16,
             selector: gdt::KERNEL_CODE,
@@ -96,6 +100,8 @@ mod stubs {
         ".if vector == {load_cr3}",
         "mov cr3, rdi",
         "iretq",
+        ".elseif vector == {call_at_ring_0}",
+        "jmp {call}",
         ".else",
         ".if (vector != 8) && ((vector < 10) || (vector > 14)) && (vector != 17) && (vector != 21) && (vector != 29) && (vector != 30)",
         "push 0",
@@ -109,7 +115,15 @@ mod stubs {
         ".popsection",
         load_cr3 = const super::LOAD_CR3,
         report = sym report,
+        call_at_ring_0 = const super::CALL_AT_RING_0,
+        call = sym call,
     );
+
+    /// The CPU aligns the stack to 16 and pushes five words (SDM 3A, 6.14.2).
+    #[unsafe(naked)]
+    unsafe extern "C" fn call() -> ! {
+        core::arch::naked_asm!("mov rax, rdi", "mov rdi, rsi", "sub rsp, 8", "cld", "call rax", "add rsp, 8", "iretq")
+    }
 
     /// On the stack: vector, error code, RIP, CS, RFLAGS, RSP, SS. The interrupted registers are lost, nobody returns to them.
     #[unsafe(naked)]
@@ -169,10 +183,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_two_gates_are_open_to_ring_3() {
+    fn only_three_gates_are_open_to_ring_3() {
         for (vector, gate) in IDT.0.iter().enumerate() {
             let open = gate.access >> 5 & 3 == 3;
-            assert_eq!(open, vector == BREAKPOINT || vector == usize::from(LOAD_CR3), "vector {vector}");
+            let meant = [BREAKPOINT, LOAD_CR3.into(), CALL_AT_RING_0.into()].contains(&vector);
+            assert_eq!(open, meant, "vector {vector}");
             assert!((1..=4).contains(&gate.ist), "vector {vector} has no stack of its own");
         }
     }

@@ -4,6 +4,7 @@ use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::{AtomicU8, AtomicU64};
 use umbra_shared::layout::{self, MAX_VCPUS};
+use umbra_shared::nested::Report;
 use umbra_shared::protocol::{ExceptionReport, Mailbox, TEXT_BYTES};
 
 /// [`Mailbox`] word for word.
@@ -79,5 +80,40 @@ impl LiveMailbox {
             rsp: word(offset_of!(ExceptionReport, rsp) / 8),
             cs: word(offset_of!(ExceptionReport, cs) / 8),
         }
+    }
+}
+
+/// [`Report`] word for word: what L1 says about its L2.
+#[repr(C)]
+pub struct LiveReport {
+    /// Entries into L2.
+    pub entries: AtomicU64,
+    /// Violations handled.
+    pub violations: AtomicU64,
+    /// Entries made.
+    pub filled: AtomicU64,
+    /// Pages of L1's table.
+    pub table_pages: AtomicU64,
+    /// Where the last violation was.
+    pub last_address: AtomicU64,
+}
+
+const _: () = {
+    assert!(size_of::<LiveReport>() == size_of::<Report>());
+    assert!(offset_of!(LiveReport, entries) == offset_of!(Report, entries));
+    assert!(offset_of!(LiveReport, violations) == offset_of!(Report, violations));
+    assert!(offset_of!(LiveReport, filled) == offset_of!(Report, filled));
+    assert!(offset_of!(LiveReport, table_pages) == offset_of!(Report, table_pages));
+    assert!(offset_of!(LiveReport, last_address) == offset_of!(Report, last_address));
+};
+
+impl LiveReport {
+    /// The report of vCPU `index`. Panics if there is no such vCPU.
+    #[must_use]
+    pub fn of(index: usize) -> &'static Self {
+        assert!(index < MAX_VCPUS, "vCPU {index} has no report");
+        let address = layout::vcpu_area(index) + layout::vcpu_area::NESTED_REPORT;
+        // SAFETY: as for the mailbox.
+        unsafe { &*core::ptr::with_exposed_provenance(address as usize) }
     }
 }

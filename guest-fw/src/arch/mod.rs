@@ -1,4 +1,4 @@
-//! The x86-64 part, and nearly all that is unsafe: entry, descriptors, exception stubs, page tables, ports, and the pages
+//! The x86-64 part, and nearly all that is unsafe: entry, descriptors, exception stubs, page tables, ports, SVM, and the pages
 //! that are shared with the monitor.
 
 #[cfg(not(test))]
@@ -14,7 +14,9 @@ pub mod port;
 pub mod provoke;
 #[cfg(not(test))]
 mod pvh;
+pub mod ring0;
 pub mod space;
+pub mod svm;
 pub mod tracked;
 pub mod tsc;
 pub mod vcpu;

@@ -39,14 +39,61 @@ impl fmt::Display for Error {
     }
 }
 
+/// Entries of a table.
+pub const ENTRIES: usize = 512;
+
+/// A table of a [`Pool`] that holds leaves.
+#[derive(Clone, Copy, Debug)]
+pub struct Table {
+    index: usize,
+    level: Level,
+}
+
 /// Tables under construction. The invariant is: entry `PRESENT` without `HUGE_PAGE` above level 1 leads to a table of the pool.
-struct Pool<'a> {
+pub struct Pool<'a> {
     tables: &'a mut [PageTable],
     base: u64,
     used: usize,
+    table_flags: PageTableFlags,
+    leaf_flags: PageTableFlags,
 }
 
-impl Pool<'_> {
+impl<'a> Pool<'a> {
+    /// One empty table, the root, in `tables`, which lie at the physical address `base`. A and D are set in every entry.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`] if there is no room for it.
+    pub fn new(tables: &'a mut [PageTable], base: u64) -> Result<Self, Error> {
+        let mut pool = Self { tables, base, used: 0, table_flags: TABLE, leaf_flags: LEAF };
+        pool.take()?;
+        Ok(pool)
+    }
+
+    /// From now on entries are made without A and D, or with both.
+    pub fn preset(&mut self, accessed_dirty: bool) {
+        let both = PageTableFlags::ACCESSED.union(PageTableFlags::DIRTY);
+        let without = TABLE.difference(PageTableFlags::ACCESSED);
+        (self.table_flags, self.leaf_flags) =
+            if accessed_dirty { (TABLE, LEAF) } else { (without, LEAF.difference(both)) };
+    }
+
+    /// The physical address of the root.
+    #[must_use]
+    pub const fn root(&self) -> u64 {
+        self.base
+    }
+
+    /// Tables in use.
+    #[must_use]
+    pub const fn used(&self) -> usize {
+        self.used
+    }
+
+    /// Bytes from the root to the end of the last table in use.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.used as u64 * PAGE_SIZE
+    }
     /// Takes an empty table out of the pool.
     fn take(&mut self) -> Result<usize, Error> {
         let index = self.used;
@@ -65,29 +112,79 @@ impl Pool<'_> {
         if present.is_unused() {
             let new = self.take()?;
             let address = PhysAddr::new(self.address_of(new));
-            self.tables[table][entry].set_addr(address, TABLE);
+            self.tables[table][entry].set_addr(address, self.table_flags);
             Ok(new)
         } else {
             Ok(((present.addr().as_u64() - self.base) / PAGE_SIZE) as usize)
         }
     }
 
-    /// Maps the leaf of `level` at `linear` to `physical`; both are aligned to it.
-    fn map(&mut self, linear: u64, physical: u64, level: Level) -> Result<(), Error> {
+    /// The directory that `address` is in, made if it is not there yet.
+    fn directory(&mut self, address: VirtAddr) -> Result<usize, Error> {
+        let pointers = self.below(0, address.p4_index().into())?;
+        self.below(pointers, address.p3_index().into())
+    }
+
+    /// The table that holds the leaf of `level` for `linear`, made if it is not there yet.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`] and [`Error::NoSuchLeaf`].
+    pub fn table_of(&mut self, linear: u64, level: Level) -> Result<Table, Error> {
         let address = VirtAddr::new(linear);
-        let mut table = 0;
-        for index in [address.p4_index(), address.p3_index()] {
-            table = self.below(table, index.into())?;
+        let directory = self.directory(address)?;
+        match level {
+            Level::K4 => Ok(Table { index: self.below(directory, address.p2_index().into())?, level }),
+            Level::M2 => Ok(Table { index: directory, level }),
+            other => Err(Error::NoSuchLeaf(other)),
         }
-        let (entry, flags) = match level {
-            Level::K4 => {
-                table = self.below(table, address.p2_index().into())?;
-                (address.p1_index(), LEAF)
-            }
-            Level::M2 => (address.p2_index(), LEAF.union(PageTableFlags::HUGE_PAGE)),
-            other => return Err(Error::NoSuchLeaf(other)),
-        };
-        self.tables[table][entry].set_addr(PhysAddr::new(physical), flags);
+    }
+
+    /// Maps the leaf at `linear`, which `table` holds, to `physical`. Says whether it was not mapped before. Both are aligned to the leaf.
+    pub fn set(&mut self, table: Table, linear: u64, physical: u64) -> bool {
+        let huge = if table.level == Level::M2 { PageTableFlags::HUGE_PAGE } else { PageTableFlags::empty() };
+        let entry = &mut self.tables[table.index][(linear >> table.level.shift()) as usize % ENTRIES];
+        let new = entry.is_unused();
+        if new || entry.addr().as_u64() != physical {
+            entry.set_addr(PhysAddr::new(physical), self.leaf_flags.union(huge));
+        }
+        new
+    }
+
+    /// Maps the leaf of `level` at `linear` to `physical`; both are aligned to it. Says whether it was not mapped before.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`] and [`Error::NoSuchLeaf`].
+    pub fn map(&mut self, linear: u64, physical: u64, level: Level) -> Result<bool, Error> {
+        let table = self.table_of(linear, level)?;
+        Ok(self.set(table, linear, physical))
+    }
+
+    /// Lets the leaf table of `original` serve the 2 MiB around `linear` too; it is made if it is not there yet. Says whether it did not before.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`].
+    pub fn share(&mut self, linear: u64, original: u64) -> Result<bool, Error> {
+        let (address, original) = (VirtAddr::new(linear), VirtAddr::new(original));
+        let owner = self.directory(original)?;
+        let shared = self.below(owner, original.p2_index().into())?;
+        let shared = PhysAddr::new(self.address_of(shared));
+        let directory = self.directory(address)?;
+        let entry = &mut self.tables[directory][address.p2_index()];
+        let new = entry.is_unused();
+        if new {
+            entry.set_addr(shared, self.table_flags);
+        }
+        Ok(new)
+    }
+
+    /// The first GiB at its own addresses by 2 MiB leaves: the system slot, and what the pattern never touches behind it.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`].
+    pub fn map_system(&mut self) -> Result<(), Error> {
+        for address in (0..SYSTEM_LIMIT).step_by(Level::M2.bytes() as usize) {
+            self.map(address, address, Level::M2)?;
+        }
         Ok(())
     }
 }
@@ -99,11 +196,8 @@ impl Pool<'_> {
 /// # Errors
 /// Says what does not fit. The pool is then half filled.
 pub fn build(pool: &mut [PageTable], base: u64, slots: impl Iterator<Item = Slot>, leaf: Level) -> Result<u64, Error> {
-    let mut pool = Pool { tables: pool, base, used: 0 };
-    let pml4 = pool.take()?;
-    for address in (0..SYSTEM_LIMIT).step_by(Level::M2.bytes() as usize) {
-        pool.map(address, address, Level::M2)?;
-    }
+    let mut pool = Pool::new(pool, base)?;
+    pool.map_system()?;
     for slot in slots {
         let linear = TRACKED_BASE + slot.first_page * PAGE_SIZE;
         if !linear.is_multiple_of(leaf.bytes()) || slot.base.align_down(leaf) != slot.base {
@@ -113,7 +207,7 @@ pub fn build(pool: &mut [PageTable], base: u64, slots: impl Iterator<Item = Slot
             pool.map(linear + offset, slot.base.address() + offset, leaf)?;
         }
     }
-    Ok(pool.address_of(pml4))
+    Ok(pool.root())
 }
 
 #[cfg(test)]

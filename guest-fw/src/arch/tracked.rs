@@ -27,6 +27,9 @@ pub struct Tracked {
     pages: u64,
 }
 
+// SAFETY: linear addresses that mean the same on every vCPU; all accesses are volatile.
+unsafe impl Send for Tracked {}
+
 impl Tracked {
     /// The tracked memory of `pages` pages.
     ///

@@ -6,10 +6,12 @@ use crate::arch::mailbox::LiveMailbox;
 use crate::arch::tracked::{Executed, Tracked};
 use crate::arch::{port, vcpu};
 use crate::boot::Setup;
+use crate::nested::Hypervisor;
 use crate::{console, selftest};
 use core::sync::atomic::Ordering::{Relaxed, Release};
 use plan::Plan;
 use umbra_shared::histogram::Histogram;
+use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{Command, Doorbell};
 
@@ -88,6 +90,8 @@ impl Worker {
                 *self.histogram = Histogram::default();
                 Executed::default()
             }
+            // What only a hypervisor does.
+            Command::Enter | Command::Fill => Executed::default(),
         }
     }
 
@@ -116,15 +120,39 @@ impl Worker {
     }
 }
 
-/// Executes the monitor's commands, for ever.
+/// Executes the monitor's commands, for ever: here, or in an L2 if the monitor wants one.
 pub fn serve(tracked: Tracked, conduct: Conduct) -> ! {
-    let mut worker = Worker::new(&Setup::given(), tracked, conduct);
-    let mailbox = worker.mailbox;
+    let setup = Setup::given();
+    if let Some(nested @ Nested { way: Way::Svm, .. }) = setup.nested {
+        serve_nested(&setup, &nested, conduct)
+    }
+    let mut worker = Worker::new(&setup, tracked, conduct);
+    commands(worker.mailbox, |command, argument| worker.execute(command, argument))
+}
+
+fn serve_nested(setup: &Setup, nested: &Nested, conduct: Conduct) -> ! {
+    let mut hypervisor = match Hypervisor::new(setup, nested) {
+        Ok(hypervisor) => hypervisor,
+        Err(absent) => console::not_here(format_args!("{absent}")),
+    };
+    let mut worker = Worker::new(setup, hypervisor.tracked, conduct);
+    commands(worker.mailbox, |command, argument| match command {
+        Command::Enter => hypervisor.enter(argument),
+        Command::Fill => hypervisor.fill(),
+        _ => {
+            let mut executed = Executed::default();
+            hypervisor.run(&mut || executed = worker.execute(command, argument));
+            executed
+        }
+    })
+}
+
+fn commands(mailbox: &LiveMailbox, mut execute: impl FnMut(Command, u64) -> Executed) -> ! {
     loop {
         port::ring(Doorbell::Ready);
         let (number, argument) = (mailbox.command.load(Relaxed), mailbox.argument.load(Relaxed));
         let Some(command) = Command::from_number(number) else { panic!("there is no command {number}") };
-        let executed = worker.execute(command, argument);
+        let executed = execute(command, argument);
         mailbox.writes.store(executed.writes, Relaxed);
         mailbox.ticks.store(executed.ticks, Relaxed);
     }

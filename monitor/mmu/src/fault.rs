@@ -72,19 +72,40 @@ impl Mmu {
     ) -> Result<Outcome, MmuError> {
         self.stats.faults += 1;
         let l2 = L2Gfn::containing(l2_gpa);
-        if request.kind == Kind::Write
-            && !request.table_walk
+        // A page that hints reach is found at once; everything else, and what this does not settle, the long way.
+        if !request.table_walk
             && let Some((at, spte)) = self.hinted_leaf(root, l2)
-            && spte.is_closed()
         {
-            self.stats.wp_faults += 1;
             let leaf = Leaf { at, level: Level::K4, l2, root, frame: spte.frame() };
-            if self.trap(env, leaf)? == Trapped::Opened {
+            if request.kind == Kind::Write && spte.is_closed() {
+                self.stats.wp_faults += 1;
+                let trapped = self.trap(env, leaf);
                 self.finish(env);
-                return Ok(Outcome::Mapped { level: Level::K4 });
+                if trapped? == Trapped::Opened {
+                    return Ok(Outcome::Mapped { level: Level::K4 });
+                }
+            } else if !spte.present() {
+                return self.fault_hinted(env, leaf, request);
             }
         }
         self.fault_slowly(env, root, l2, request)
+    }
+
+    /// A fault on an entry of a known lowest page that is not present.
+    #[inline(never)]
+    fn fault_hinted(&mut self, env: &mut Env<'_>, leaf: Leaf, request: Request) -> Result<Outcome, MmuError> {
+        let needed = match request.kind {
+            Kind::Read => Access::READ,
+            Kind::Write => Access::WRITE,
+            Kind::Execute => Access::EXECUTE,
+        };
+        let below = self.resolve_below(env, leaf.root, leaf.at, leaf.l2, needed);
+        // Also when it failed: what was pushed out on the way is posted.
+        self.finish(env);
+        match below? {
+            Some(outcome) => Ok(outcome),
+            None => self.fault_slowly(env, leaf.root, leaf.l2, request),
+        }
     }
 
     #[inline(never)]
@@ -162,8 +183,14 @@ impl Mmu {
         let Some((offset, width)) = guest::entry_place(role, at.index()) else { return Ok(None) };
         let Some(tables) = self.slots.find(table) else { return Ok(None) };
         let entry = guest::read_entry(env.memory, tables.frame, offset, width);
-        let decoded = guest::decode(role.format(), self.config.caps, Level::K4, entry);
-        let Decoded::Leaf { gfn, access, accessed, dirty } = decoded else { return Ok(None) };
+        let format = role.format();
+        let (gfn, access, accessed, dirty) = if let Some(flags) = guest::plain_leaf(format, self.config.caps, entry) {
+            (Gfn(entry.0 >> 12 & 0xff_ffff_ffff), Access::ALL, flags.accessed, flags.dirty)
+        } else {
+            let decoded = guest::decode(format, self.config.caps, Level::K4, entry);
+            let Decoded::Leaf { gfn, access, accessed, dirty } = decoded else { return Ok(None) };
+            (gfn, access, accessed, dirty)
+        };
         let Some(backing) = self.slots.find(gfn) else { return Ok(None) };
         let rights = role.access().and(access);
         // Flags that must be set, and what is not permitted, take the long way.

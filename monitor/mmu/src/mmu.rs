@@ -200,16 +200,18 @@ impl Mmu {
             }
             None => self.new_root(env, role, table, page_role)?,
         };
-        if self.roots.at(index).is_some_and(|root| root.pending_sync) {
+        let (root, pending) = self.roots.load(index).ok_or(MmuError::StaleRoot)?;
+        if pending {
             self.sync_root(env, index);
             self.finish(env);
         }
-        self.roots.load(index).ok_or(MmuError::StaleRoot)
+        Ok(root)
     }
 
     fn new_root(&mut self, env: &mut Env<'_>, role: RootRole, table: u64, page_role: Role) -> Result<u32, MmuError> {
-        self.make_pages_available(env, 1)?;
+        let room = self.make_pages_available(env, 1);
         self.finish(env);
+        room?;
         let page = self.alloc_page(Gfn::containing(table), page_role, false)?;
         let Some(id) = self.roots.add(page, role, table) else {
             self.arena.release(page);

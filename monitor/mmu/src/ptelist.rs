@@ -49,6 +49,13 @@ impl Head {
         if self.is_empty() { None } else { Some(SpteRef(self.first())) }
     }
 
+    /// Makes `heads` lists of one, of consecutive entries from `first`.
+    pub fn fill_straight(heads: &mut [Self], first: SpteRef) {
+        for (entry, head) in (Self::one(first).0..).zip(heads) {
+            *head = Self(entry);
+        }
+    }
+
     /// Whether all of `heads` are empty.
     #[must_use]
     pub fn are_empty(heads: &[Self]) -> bool {

@@ -91,14 +91,15 @@ impl Roots {
         narrow(self.roots.len())
     }
 
-    /// Counts one more use of the root at `index`.
-    pub fn load(&mut self, index: u32) -> Option<RootId> {
+    /// Counts one more use of the root at `index`; its name, and whether it awaits synchronisation.
+    #[inline]
+    pub fn load(&mut self, index: u32) -> Option<(RootId, bool)> {
         self.clock += 1;
         let clock = self.clock;
         let root = self.at_mut(index)?;
         root.count += 1;
         root.last_used = clock;
-        Some(root.id)
+        Some((root.id, root.pending_sync))
     }
 
     /// Counts one use less; gives the count that is left.

@@ -101,6 +101,7 @@ impl Mmu {
         let admitted: [u64; 8] = std::array::from_fn(|word| self.admitted_word(page, word, first));
         let Ok((heads, used)) = self.rmaps.chunk(first) else { return };
         let Some((table, header)) = self.arena.page_mut(page) else { return };
+        let fresh = header.present == 0 && *used == 0;
         let mut filled = 0;
         for (block, word) in admitted.iter().enumerate() {
             let start = block * 64;
@@ -109,12 +110,10 @@ impl Mmu {
             };
             let base = if *word == u64::MAX || keep_open { open } else { closed };
             let alike = *word == 0 || *word == u64::MAX || keep_open;
-            let free = sptes.iter().fold(0, |all, spte| all | spte.0) == 0 && Head::are_empty(heads);
+            let free = fresh || sptes.iter().fold(0, |all, spte| all | spte.0) == 0 && Head::are_empty(heads);
             if alike && free && skip == 512 {
-                for (index, (spte, head)) in sptes.iter_mut().zip(heads.iter_mut()).enumerate() {
-                    *head = Head::one(SpteRef::new(page, start + index));
-                    *spte = Spte(base.0 + ((start + index) as u64) * 4096);
-                }
+                Head::fill_straight(heads, SpteRef::new(page, start));
+                Spte::fill_straight(sptes, Spte(base.0 + ((start as u64) << 12)));
                 *used += 64;
                 filled += 64;
                 continue;

@@ -65,6 +65,15 @@ impl Spte {
         self.0 & (ept::RIGHTS | ept::LARGE) != ept::RIGHTS
     }
 
+    /// Fills `entries` with leaves of consecutive frames from that of `first`, alike in all else.
+    pub fn fill_straight(entries: &mut [Self], first: Self) {
+        let mut next = first.0;
+        for entry in entries {
+            *entry = Self(next);
+            next += 1 << 12;
+        }
+    }
+
     /// Whether `entries` are readable leaves of consecutive frames, the first of them `first`'s.
     #[must_use]
     pub fn are_straight(entries: &[Self], first: Self) -> bool {

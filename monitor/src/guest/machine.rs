@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::{self, Slot, vcpu_area};
+use umbra_shared::nested::{Map, Nested, Report};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage, Command, Doorbell, ENTERED_BY_MONITOR, ExceptionReport, Mailbox};
 use umbra_shared::{Level, PAGE_SIZE};
@@ -47,12 +48,22 @@ pub struct Plan {
     pub vcpus: usize,
     /// What backs the tracked slots.
     pub backing: Backing,
-    /// Leaf size of the firmware's own tables.
+    /// Leaf size of the firmware's own tables, and of its L2's.
     pub guest_page: Level,
+    /// What the pattern's pages are, if not the tracked pages themselves.
+    pub nested: Option<Nested>,
     /// The firmware.
     pub image: Arc<Image>,
     /// The clock of windows.
     pub timer: Timer,
+}
+
+impl Plan {
+    /// Which tracked page each of the pattern's is.
+    #[must_use]
+    pub fn map(&self) -> Map {
+        self.nested.map_or_else(|| Map::identity(self.pattern.pages), |nested| nested.map)
+    }
 }
 
 /// A running machine.
@@ -95,14 +106,14 @@ impl Machine {
         prepare: impl FnOnce(&VmFd) -> Result<(), kvm::Error>,
     ) -> Result<Self, Error> {
         let kvm = kvm::vm::open()?;
-        let place = SystemPlace::new(&plan.pattern, plan.guest_page)?;
+        let place = SystemPlace::new(plan)?;
         let vm = Vm::new(&kvm, place.bytes, plan.slots.iter().copied(), plan.backing, prepare)?;
         plan.image.write_to(vm.system())?;
 
         let rings = ring_entries.map(|entries| {
             let mut slots = vec![(0, 0)];
             slots.extend(plan.slots.iter().map(|slot| (slot.first_page, slot.pages)));
-            (entries, Rings::new(Arc::clone(vm.fd()), slots, plan.pattern.pages))
+            (entries, Rings::new(Arc::clone(vm.fd()), slots, plan.map().l1_pages()))
         });
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm::vm::failed("KVM_GET_SUPPORTED_CPUID"))?;
@@ -222,6 +233,7 @@ impl Machine {
                     eprint!("{}", self.text(stop.vcpu)?);
                     self.threads[stop.vcpu].run();
                 }
+                Exit::Doorbell(Doorbell::NotHere) => return Err(Error::NotHere(self.text(stop.vcpu)?)),
                 exit => return Err(self.broken(stop.vcpu, exit)),
             }
         }
@@ -317,6 +329,24 @@ impl Machine {
         Ok(all)
     }
 
+    /// What L1 reports about its L2s: the counts of all vCPUs together.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the reports are not there.
+    pub fn nested_report(&self) -> Result<Report, Error> {
+        (0..self.threads.len()).try_fold(Report::default(), |sum, vcpu| {
+            let one: Report = read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::NESTED_REPORT)?;
+            Ok(Report {
+                entries: sum.entries.saturating_add(one.entries),
+                violations: sum.violations.saturating_add(one.violations),
+                filled: sum.filled.saturating_add(one.filled),
+                // All vCPUs have one table.
+                table_pages: sum.table_pages.max(one.table_pages),
+                last_address: one.last_address,
+            })
+        })
+    }
+
     /// Writes that the guest says its last command made, over all vCPUs.
     ///
     /// # Errors
@@ -392,23 +422,25 @@ struct SystemPlace {
     plan_entries: u64,
     tables: u64,
     table_bytes: u64,
+    nested_tables: u64,
+    nested_table_bytes: u64,
 }
 
 impl SystemPlace {
-    fn new(pattern: &Pattern, guest_page: Level) -> Result<Self, Error> {
-        let plan_entries = pattern.accesses();
+    fn new(plan: &Plan) -> Result<Self, Error> {
+        let (pages, plan_entries) = (plan.pattern.pages, plan.pattern.accesses());
         let tables = (layout::PLANS + 4 * plan_entries).next_multiple_of(PAGE_SIZE);
-        let table_bytes = layout::table_bytes(pattern.pages, guest_page);
-        let bytes = (tables + table_bytes).next_multiple_of(Level::M2.bytes());
+        let table_bytes = layout::table_bytes(pages, plan.guest_page);
+        let nested_tables = tables + table_bytes;
+        let nested_table_bytes = plan.nested.map_or(0, |nested| nested.table_bytes(plan.guest_page));
+        let bytes = (nested_tables + nested_table_bytes).next_multiple_of(Level::M2.bytes());
         if bytes > layout::SYSTEM_LIMIT {
             return Err(Error::Memory(format!(
-                "{} pages with {} accesses a round need {bytes} bytes of tables and plans, and there is room for {} (ask for less memory or --guest-page 2m)",
-                pattern.pages,
-                plan_entries,
+                "{pages} pages with {plan_entries} accesses a round need {bytes} bytes of tables and plans, and there is room for {} (ask for less memory or --guest-page 2m)",
                 layout::SYSTEM_LIMIT
             )));
         }
-        Ok(Self { bytes, plan_entries, tables, table_bytes })
+        Ok(Self { bytes, plan_entries, tables, table_bytes, nested_tables, nested_table_bytes })
     }
 }
 
@@ -416,7 +448,7 @@ fn write_boot_page(memory: &GuestMemoryMmap, plan: &Plan, place: &SystemPlace, t
     let mut page = BootPage {
         magic: BOOT_MAGIC,
         vcpus: plan.vcpus as u64,
-        pages: plan.pattern.pages,
+        pages: plan.map().l1_pages(),
         guest_page_level: plan.guest_page.number().into(),
         tsc_khz: tsc_khz.into(),
         plans: layout::PLANS,
@@ -424,6 +456,9 @@ fn write_boot_page(memory: &GuestMemoryMmap, plan: &Plan, place: &SystemPlace, t
         tables: place.tables,
         table_bytes: place.table_bytes,
         pattern: plan.pattern.encode(),
+        nested: plan.nested.map_or([0; 8], |nested| nested.encode()),
+        nested_tables: place.nested_tables,
+        nested_table_bytes: place.nested_table_bytes,
         slot_count: plan.slots.len() as u64,
         ..BootPage::default()
     };
@@ -490,6 +525,8 @@ const fn name(command: Command) -> &'static str {
         Command::Populate => "populating",
         Command::FreeRun => "a free run",
         Command::ClearHistogram => "clearing the histogram",
+        Command::Enter => "entering L2",
+        Command::Fill => "filling L1's table",
     }
 }
 

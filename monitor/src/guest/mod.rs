@@ -39,6 +39,9 @@ pub enum Error {
         /// The symbol at RIP.
         place: String,
     },
+    /// The guest's vCPU lacks what it was asked for.
+    #[error("{0}")]
+    NotHere(String),
     /// The guest's memory does not fit.
     #[error("--memory: {0}")]
     Memory(String),
@@ -51,6 +54,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         match error {
             Error::Kvm(error) => error.into(),
+            Error::NotHere(what) => Self::NotHere(what),
             Error::Image { .. } | Error::Memory(_) => Self::Input(error.to_string()),
             Error::Broken { .. } | Error::Silent { .. } => Self::Check(error.to_string()),
         }

@@ -2,6 +2,8 @@
 
 use super::Error;
 use super::vm::open;
+use crate::host;
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use serde::Serialize;
 use std::os::raw::c_ulong;
 
@@ -42,4 +44,31 @@ pub fn read() -> Result<Vec<Capability>, Error> {
         .iter()
         .map(|&(number, name, meaning)| Capability { name, meaning, value: vm.check_extension_raw(number).max(0) })
         .collect())
+}
+
+/// Whether a guest of this KVM can run guests of its own by SVM with nested paging.
+///
+/// # Errors
+/// [`Error::Capability`] with what is missing first: the module, its parameter, the capability, or a bit of CPUID (AMD APM 3, E.4.2 and E.4.9).
+pub fn nested_svm() -> Result<(), Error> {
+    let missing =
+        |capability, consequence: &str| Err(Error::Capability { capability, consequence: consequence.to_owned() });
+    match host::parameter("kvm_amd", "nested").as_deref() {
+        Some("1" | "Y") => {}
+        Some(_) => return missing("kvm_amd.nested", "svm needs the module's parameter nested=1"),
+        None => return missing("kvm_amd", "svm needs an AMD CPU and its KVM module"),
+    }
+    let kvm = open()?;
+    if kvm.check_extension_raw(157) <= 0 {
+        return missing("KVM_CAP_NESTED_STATE", "svm needs Linux 4.20 or later");
+    }
+    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(super::vm::failed("KVM_GET_SUPPORTED_CPUID"))?;
+    let leaf = |number| cpuid.as_slice().iter().find(|entry| entry.function == number);
+    if leaf(0x8000_0001).is_none_or(|entry| entry.ecx >> 2 & 1 == 0) {
+        return missing("SVM in CPUID", "KVM offers guests none here");
+    }
+    if leaf(0x8000_000a).is_none_or(|entry| entry.edx & 1 == 0) {
+        return missing("nested paging in CPUID", "KVM offers guests none here (kvm_amd.npt=0?)");
+    }
+    Ok(())
 }

@@ -19,18 +19,25 @@ pub enum Backing {
     Hugetlb,
     /// A memfd, 4 KiB pages unless the system's shmem default says otherwise.
     Shmem,
+    /// A memfd with `MADV_HUGEPAGE`: what `thp` means where others must be able to map the memory too ([`Backing::shared`]).
+    ShmemHuge,
+    /// A memfd with `MADV_NOHUGEPAGE`: what `anonymous` means there.
+    ShmemSmall,
 }
 
+/// The kernel's word about huge pages of memfds.
+const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
 impl Backing {
-    /// All of them.
+    /// All that have a name of their own.
     pub const ALL: [Self; 4] = [Self::Anonymous, Self::Thp, Self::Hugetlb, Self::Shmem];
 
     /// The name on the command line.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
-            Self::Anonymous => "anonymous",
-            Self::Thp => "thp",
+            Self::Anonymous | Self::ShmemSmall => "anonymous",
+            Self::Thp | Self::ShmemHuge => "thp",
             Self::Hugetlb => "hugetlb",
             Self::Shmem => "shmem",
         }
@@ -39,7 +46,17 @@ impl Backing {
     /// Whether KVM can map it by 2 MiB leaves.
     #[must_use]
     pub const fn is_huge(self) -> bool {
-        matches!(self, Self::Thp | Self::Hugetlb)
+        matches!(self, Self::Thp | Self::ShmemHuge | Self::Hugetlb)
+    }
+
+    /// The memfd that stands for private memory: the same size of pages, and others can map it.
+    #[must_use]
+    pub const fn shared(self) -> Self {
+        match self {
+            Self::Thp => Self::ShmemHuge,
+            Self::Anonymous => Self::ShmemSmall,
+            other => other,
+        }
     }
 
     /// Why this host cannot give `bytes` of it, if it can be known beforehand.
@@ -67,7 +84,15 @@ impl Backing {
                     ));
                 }
             }
-            Self::Anonymous | Self::Shmem => {}
+            Self::ShmemHuge => {
+                let modes = read(SHMEM_ENABLED);
+                if !["[advise]", "[within_size]", "[always]", "[force]"].iter().any(|mode| modes.contains(mode)) {
+                    return Err(Error::Memory(format!(
+                        "--backing thp: here it takes huge pages in memfds, which are off (write advise to {SHMEM_ENABLED}, or use --backing anonymous)"
+                    )));
+                }
+            }
+            Self::Anonymous | Self::Shmem | Self::ShmemSmall => {}
         }
         Ok(())
     }
@@ -162,13 +187,19 @@ impl HostMemory {
                 // SAFETY: replaces our own reservation, exactly.
                 unsafe { mm::mmap_anonymous(address, self.bytes, rw, flags) }.map(|_| ())
             }
-            Backing::Shmem => {
+            Backing::Shmem | Backing::ShmemHuge | Backing::ShmemSmall => {
                 let file = rustix::fs::memfd_create("umbra", rustix::fs::MemfdFlags::CLOEXEC)?;
                 rustix::fs::ftruncate(&file, self.bytes as u64)?;
                 let flags = MapFlags::SHARED | MapFlags::FIXED;
                 // SAFETY: replaces our own reservation, exactly.
                 unsafe { mm::mmap(address, self.bytes, rw, flags, &file, 0) }?;
-                Ok(())
+                let advice = match backing {
+                    Backing::ShmemHuge => Advice::LinuxHugepage,
+                    Backing::ShmemSmall => Advice::LinuxNoHugepage,
+                    _ => return Ok(()),
+                };
+                // SAFETY: our own mapping.
+                unsafe { mm::madvise(address, self.bytes, advice) }
             }
         }
     }
@@ -195,6 +226,14 @@ impl HostMemory {
     #[must_use]
     pub const fn len(&self) -> usize {
         self.bytes
+    }
+
+    /// Gives every page its host memory: writes a zero to it. Only for memory that no guest has written yet.
+    pub fn populate(&self) {
+        for offset in (0..self.bytes).step_by(1 << umbra_shared::PAGE_SHIFT) {
+            // SAFETY: the byte lies inside the mapping.
+            unsafe { self.address.add(offset).write_volatile(0) };
+        }
     }
 
     /// Whether it is empty: never.

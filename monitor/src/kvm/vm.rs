@@ -103,6 +103,11 @@ impl Vm {
         self.slots.iter().try_for_each(|slot| self.set_region(slot.id, slot.place.base, &slot.memory, flags))
     }
 
+    /// Gives all tracked pages their host memory. Only before the guest has written any.
+    pub fn populate(&self) {
+        self.slots.iter().for_each(|slot| slot.memory.populate());
+    }
+
     /// The descriptor.
     #[must_use]
     pub const fn fd(&self) -> &Arc<VmFd> {

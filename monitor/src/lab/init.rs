@@ -30,6 +30,7 @@ const PORT: &str = "/dev/ttyS1";
 const BAUD: u32 = 115_200;
 /// Names the job to a job's process.
 const JOB: &str = "UMBRA_LAB_JOB";
+const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 /// Whether this process is PID 1 of a lab machine, or one of its jobs.
@@ -153,6 +154,8 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     port.send(&Message::Ready(params)).map_err(check(PORT))?;
     quiet_khugepaged()?;
     quiet_housekeeping();
+    // Memfds get huge pages where they are asked for; most distributions leave that off.
+    std::fs::write(SHMEM_HUGE_PAGES, "advise").map_err(check(SHMEM_HUGE_PAGES))?;
     step(port, "waiting until the machine is idle")?;
     if let Err(why) = idle::wait(plan.clock, plan.nanoseconds_per_instruction) {
         step(port, &format!("the machine is not idle: {why}"))?;

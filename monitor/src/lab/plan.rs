@@ -48,7 +48,7 @@ impl Job {
         let slots = u64::try_from(args.slots).unwrap_or(u64::MAX);
         let huge_pages =
             // Each slot may end inside a huge page.
-            if args.backing == "hugetlb" { args.memory.div_ceil(HUGE).saturating_add(slots) } else { 0 };
+            if args.backing.as_deref() == Some("hugetlb") { args.memory.div_ceil(HUGE).saturating_add(slots) } else { 0 };
         // Of the effort only the firmware's own seconds are the machine's already, and these may be counted twice.
         let limit = nanoseconds * (Duration::from_secs(60) + effort(args));
         Self { words: args.to_words(), firmware, huge_pages, limit }
@@ -73,7 +73,7 @@ impl Job {
 /// Generously, the virtual time that a run needs: a second for four MiB and round (measured: less than 0.2), and what `soak` was given.
 #[must_use]
 pub fn effort(args: &RunArgs) -> Duration {
-    let mib = args.memory >> 20;
+    let mib = (args.memory >> 20).saturating_mul(args.shadow.alias.unwrap_or(1));
     // A row for each tracker and share of writes, where others have a row for each of KVM's four trackers.
     let rows = if args.scenario == "snapshot" { 9 } else { 1 };
     let touches =

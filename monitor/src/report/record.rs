@@ -108,7 +108,7 @@ pub struct Bytes {
 /// One phase of one round.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Phase {
-    /// populate, enable, dirty, get, clear, disable, retouch.
+    /// populate, enable, dirty, get, clear, disable, retouch; in `nested` also enter, fill, first-touch.
     pub phase: String,
     /// The round, from 1; 0 for phases outside the rounds.
     pub round: u64,
@@ -169,9 +169,22 @@ pub struct Truth {
     pub pages: Pages,
     /// A round each.
     pub rounds: Vec<TruthRound>,
+    /// The same by L2's pages, where there is an L2: a report of an L1 page is one of each L2 page that it is.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub l2: Option<TruthOfL2>,
     /// What failed, in words, the first few of it. Empty when the truth held.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub faults: Vec<String>,
+}
+
+/// The truth check by L2's pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TruthOfL2 {
+    /// The sums.
+    #[serde(flatten)]
+    pub pages: Pages,
+    /// A round each.
+    pub rounds: Vec<TruthRound>,
 }
 
 /// The truth check of one round.
@@ -230,10 +243,12 @@ impl Record {
     pub fn faults(&self) -> Vec<String> {
         self.measured()
             .flat_map(|row| {
-                let pages = row.truth.pages;
-                let sums = (pages.missed > 0 || pages.extra > 0)
-                    .then(|| format!("{}: {} pages missed, {} extra", row.name, pages.missed, pages.extra));
-                row.truth.faults.iter().cloned().chain(sums)
+                let sums = |pages: Pages, of: &str| {
+                    (pages.missed > 0 || pages.extra > 0)
+                        .then(|| format!("{}: {} pages{of} missed, {} extra", row.name, pages.missed, pages.extra))
+                };
+                let l2 = row.truth.l2.as_ref().and_then(|l2| sums(l2.pages, " of L2"));
+                row.truth.faults.iter().cloned().chain(sums(row.truth.pages, "")).chain(l2)
             })
             .collect()
     }
@@ -266,7 +281,7 @@ mod tests {
             truth: Truth {
                 pages: Pages { written: 3, ..Pages::default() },
                 rounds: vec![TruthRound::default()],
-                faults: Vec::new(),
+                ..Truth::default()
             },
             ..Row::default()
         };

@@ -139,7 +139,8 @@ mod tests {
             phases.push(phase("clear", round, cost(0, 2)));
         }
         let pages = Pages { written, reported: written + 3, ..Pages::default() };
-        let truth = Truth { pages, rounds: vec![TruthRound { round: 3, pass: "timed".into(), pages }], faults: vec![] };
+        let truth =
+            Truth { pages, rounds: vec![TruthRound { round: 3, pass: "timed".into(), pages }], ..Truth::default() };
         let stall = Some(Stall { p50: 90 + percent, max: 7000 + percent, ..Stall::default() });
         Rows::Measured(Box::new(Row { name: format!("clear {percent}%"), phases, truth, stall, ..Row::default() }))
     }

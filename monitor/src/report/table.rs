@@ -1,6 +1,6 @@
 //! A Record as a table on the terminal.
 
-use super::record::{Phase, Record, Row, Rows};
+use super::record::{Pages, Phase, Record, Row, Rows};
 use super::snapshot;
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use std::collections::BTreeSet;
@@ -26,7 +26,7 @@ pub fn render(record: &Record) -> String {
         let _ = write!(text, "\n{table}\n");
     }
     text.push_str(&missing(record));
-    text.push_str(&footnotes(&measured));
+    text.push_str(&footnotes(record, &measured));
     text.push_str(&about_clock(record, &measured));
     text
 }
@@ -58,9 +58,14 @@ fn pages(record: &Record) -> u64 {
     number(record, "memory") / 4096
 }
 
+/// Pages of the pattern: those of an L2 where there is one.
+fn pattern_pages(record: &Record) -> u64 {
+    pages(record) * aliases(record)
+}
+
 /// Accesses of one round, which the firmware executes and the table divides by.
 fn accesses(record: &Record) -> u64 {
-    let pages = pages(record) * aliases(record);
+    let pages = pattern_pages(record);
     if words(record, "pattern") == "empty" { 0 } else { pages * number(record, "accesses-per-page") }
 }
 
@@ -92,6 +97,25 @@ fn heading(record: &Record) -> String {
         if number(record, "vcpus") == 1 { "" } else { "s" },
         words(record, "pattern"),
         words(record, "seed"),
+    ) + &about_l2(record)
+}
+
+/// What L2 is, where there is one.
+fn about_l2(record: &Record) -> String {
+    if record.scenario != "nested" {
+        return String::new();
+    }
+    let filled = match number(record, "fill-batch") {
+        0 => "all before it starts".to_owned(),
+        batch => format!("{batch} at a violation"),
+    };
+    format!(
+        "L2: {} pages, {} of them for each of L1's ({}); L1 maps them by {} leaves with A and D {}, {filled}\n",
+        pattern_pages(record),
+        aliases(record),
+        words(record, "alias-kind"),
+        words(record, "leaf"),
+        words(record, "accessed-dirty"),
     )
 }
 
@@ -160,7 +184,7 @@ pub(super) fn per(value: u64, count: u64) -> String {
     }
 }
 
-/// The columns of the cost table: heading, phase, whether it is of the first round, of the later ones, or of none.
+/// Of which rounds a column is: of none, of the first, of the later ones.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Rounds {
     None,
@@ -168,17 +192,34 @@ enum Rounds {
     Later,
 }
 
-const COLUMNS: &[(&str, &str, Rounds)] = &[
-    ("populate", "populate", Rounds::None),
-    ("enable", "enable", Rounds::None),
-    ("dirty 1", "dirty", Rounds::First),
-    ("get 1", "get", Rounds::First),
-    ("clear 1", "clear", Rounds::First),
-    ("dirty 2+", "dirty", Rounds::Later),
-    ("get 2+", "get", Rounds::Later),
-    ("clear 2+", "clear", Rounds::Later),
-    ("disable", "disable", Rounds::None),
-    ("retouch", "retouch", Rounds::None),
+/// What a column's cost is divided by.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Share {
+    /// Nothing: it is the cost of one.
+    One,
+    /// Tracked pages.
+    Pages,
+    /// The pattern's pages.
+    PatternPages,
+    /// Accesses of a round.
+    Accesses,
+}
+
+/// The columns of the cost table: heading, phase, rounds, share.
+const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
+    ("populate", "populate", Rounds::None, Share::Pages),
+    ("enter", "enter", Rounds::None, Share::One),
+    ("fill", "fill", Rounds::None, Share::PatternPages),
+    ("first touch", "first-touch", Rounds::None, Share::PatternPages),
+    ("enable", "enable", Rounds::None, Share::Pages),
+    ("dirty 1", "dirty", Rounds::First, Share::Accesses),
+    ("get 1", "get", Rounds::First, Share::Pages),
+    ("clear 1", "clear", Rounds::First, Share::Pages),
+    ("dirty 2+", "dirty", Rounds::Later, Share::Accesses),
+    ("get 2+", "get", Rounds::Later, Share::Pages),
+    ("clear 2+", "clear", Rounds::Later, Share::Pages),
+    ("disable", "disable", Rounds::None, Share::Pages),
+    ("retouch", "retouch", Rounds::None, Share::Accesses),
 ];
 
 /// The smallest value of a column's phases in the timed pass: the minimum over later rounds is what repeats.
@@ -212,15 +253,20 @@ fn costs(record: &Record, rows: &[&Row]) -> Table {
     let mut table = plain_table();
     let shown: Vec<_> = COLUMNS
         .iter()
-        .filter(|(_, phase, rounds)| rows.iter().any(|row| smallest(row, phase, *rounds).is_some()))
+        .filter(|(_, phase, rounds, _)| rows.iter().any(|row| smallest(row, phase, *rounds).is_some()))
         .collect();
     let mut header = vec![heading_cell(&format!("{unit}\nper page\nin all"))];
     header.extend(shown.iter().map(|(title, ..)| heading_cell(title)));
     table.set_header(header);
     for row in rows {
         let mut cells = vec![Cell::new(&row.name)];
-        for (_, phase, rounds) in &shown {
-            let count = if matches!(*phase, "dirty" | "retouch") { accesses(record) } else { pages(record) };
+        for (_, phase, rounds, share) in &shown {
+            let count = match share {
+                Share::One => 1,
+                Share::Pages => pages(record),
+                Share::PatternPages => pattern_pages(record),
+                Share::Accesses => accesses(record),
+            };
             let text = smallest(row, phase, *rounds).map_or_else(
                 || "-".to_owned(),
                 |p| format!("{}{}\n{}", per(p.value, count), if p.clean { "" } else { "*" }, scaled(p.value)),
@@ -236,9 +282,12 @@ pub(super) fn right(text: String) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
 }
 
-/// Truth and stalls, a row for each row of the Record.
+/// Truth and stalls, a row for each row of the Record, and one more for those that have an L2: the same by L2's pages.
 fn checks(rows: &[&Row]) -> Table {
     let mut table = plain_table();
+    let numbers = |truth: &Pages| {
+        [truth.written, truth.reported, truth.explained, truth.missed, truth.extra].map(|n| right(n.to_string()))
+    };
     let stalls = rows.iter().any(|row| row.stall.is_some());
     let unit = rows.iter().find_map(|row| row.stall.as_ref()).map(|stall| format!("\nstalls: {}", stall.unit));
     let mut header = vec![heading_cell(&format!("pages, in all rounds{}", unit.unwrap_or_default()))];
@@ -252,11 +301,8 @@ fn checks(rows: &[&Row]) -> Table {
     }
     table.set_header(header);
     for row in rows {
-        let truth = row.truth.pages;
         let mut cells = vec![Cell::new(&row.name)];
-        cells.extend(
-            [truth.written, truth.reported, truth.explained, truth.missed, truth.extra].map(|n| right(n.to_string())),
-        );
+        cells.extend(numbers(&row.truth.pages));
         match &row.stall {
             Some(stall) => {
                 cells.extend([stall.p50, stall.p99, stall.p999, stall.max].map(|value| right(scaled(value))));
@@ -269,6 +315,12 @@ fn checks(rows: &[&Row]) -> Table {
             cells.extend(bytes.map(|value| right(scaled(value))));
         }
         table.add_row(cells);
+        if let Some(l2) = &row.truth.l2 {
+            let mut cells = vec![Cell::new("  of L2")];
+            cells.extend(numbers(&l2.pages));
+            cells.extend(stalls.then(|| [""; 4].map(Cell::new)).into_iter().flatten());
+            table.add_row(cells);
+        }
     }
     table
 }
@@ -295,10 +347,13 @@ fn counters(rows: &[&Row]) -> Option<Table> {
     Some(table)
 }
 
-fn footnotes(rows: &[&Row]) -> String {
+fn footnotes(record: &Record, rows: &[&Row]) -> String {
     let mut text = String::new();
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
+    }
+    if record.scenario == "nested" {
+        text.push_str("enter: one VMRUN and the VMMCALL that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
     }
     if rows.iter().any(|row| row.stall.is_some()) {
         text.push_str(

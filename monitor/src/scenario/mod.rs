@@ -1,14 +1,18 @@
 //! Scenarios: set up, run, check against the truth, return a Record. One file each.
 
+mod check;
 mod dirty_log;
+mod l2;
 mod model;
+mod nested;
+mod pass;
 mod setup;
 mod snapshot;
 mod soak;
 
 pub use setup::{Options, Setup};
 
-use crate::cli::{RunArgs, ShadowArgs};
+use crate::cli::{NestedArgs, RunArgs, ShadowArgs};
 use crate::failure::Failure;
 use crate::ground::Ground;
 use crate::kvm::vm::Resident;
@@ -35,6 +39,9 @@ enum Work {
     Model,
 }
 
+/// The scenario without KVM.
+const MODEL: &str = "model";
+
 /// All scenarios.
 pub const ALL: &[Scenario] = &[
     Scenario {
@@ -44,7 +51,7 @@ pub const ALL: &[Scenario] = &[
         work: Work::Kvm(dirty_log::run),
     },
     Scenario {
-        name: "model",
+        name: MODEL,
         description: "Umbra's own shadow MMU on a software walker: every strategy on the same run, no KVM needed",
         trackers: &[],
         work: Work::Model,
@@ -54,6 +61,12 @@ pub const ALL: &[Scenario] = &[
         description: "which tracker for a snapshot: each of them where 0, 1, 10 and 100% of the pages are written",
         trackers: &track::ALL,
         work: Work::Kvm(snapshot::run),
+    },
+    Scenario {
+        name: setup::NESTED,
+        description: "the same for a guest's guest: what its writes cost under KVM's own nesting, and without (plain)",
+        trackers: &track::OF_KVM,
+        work: Work::Kvm(nested::run),
     },
     Scenario {
         name: "soak",
@@ -79,12 +92,15 @@ pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record
     let scenario = find(args)?;
     match scenario.work {
         Work::Kvm(run) => {
-            no_shadow_options(args)?;
+            no_stray_options(args)?;
             let setup = Setup::new(args, ground)?;
             let _resident = Resident::new()?;
             run(&setup, progress)
         }
-        Work::Model => model::run(args, ground, progress),
+        Work::Model => {
+            no_stray_options(args)?;
+            model::run(args, ground, progress)
+        }
     }
 }
 
@@ -96,11 +112,24 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
 }
 
 /// An option that would have no effect is refused.
-fn no_shadow_options(args: &RunArgs) -> Result<(), Failure> {
-    if args.shadow == ShadowArgs::default() {
+fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
+    let name = args.scenario.as_str();
+    let has_l2 = name == setup::NESTED;
+    if !has_l2 && args.nested != NestedArgs::default() {
+        return Err(Failure::Input(format!(
+            "{name}: it runs no L2, so --nesting, --accessed-dirty and --fill-batch mean nothing (nested does)"
+        )));
+    }
+    let ShadowArgs { format, leaf, alias, alias_kind, .. } = args.shadow.clone();
+    let of_table = ShadowArgs { format, leaf, alias, alias_kind, ..ShadowArgs::default() };
+    if has_l2 && args.shadow != of_table {
+        return Err(Failure::Input(format!(
+            "{name}: KVM's nesting has no --strategy, --split, --collapse, --roots, --extent or --cache (model has)"
+        )));
+    }
+    if has_l2 || name == MODEL || args.shadow == ShadowArgs::default() {
         return Ok(());
     }
-    let name = &args.scenario;
     Err(Failure::Input(format!(
         "{name}: it has no shadow MMU, so --strategy, --split, --format and their kin mean nothing (model has one)"
     )))
@@ -112,7 +141,7 @@ fn no_shadow_options(args: &RunArgs) -> Result<(), Failure> {
 /// [`Failure::Input`].
 pub fn check(args: &RunArgs) -> Result<(), Failure> {
     match find(args)?.work {
-        Work::Kvm(_) => no_shadow_options(args).and_then(|()| Options::new(args)).map(|_| ()),
-        Work::Model => model::check(args),
+        Work::Kvm(_) => no_stray_options(args).and_then(|()| Options::new(args)).map(|_| ()),
+        Work::Model => no_stray_options(args).and_then(|()| model::check(args)),
     }
 }

@@ -178,11 +178,14 @@ impl Plan {
                 "{accesses} accesses a round: there can be {MAX_ACCESSES} (less --memory or --alias)"
             )));
         }
-        if self.by_name {
-            self.strategies
-                .iter()
-                .try_for_each(|&strategy| self.mmu(strategy).check())
-                .map_err(|error| Failure::Input(error.to_string()))?;
+        // What no strategy can do is nonsense; what only some can do makes rows that say so, unless they were asked for by name.
+        let refusals: Vec<_> =
+            self.strategies.iter().filter_map(|&strategy| self.mmu(strategy).check().err()).collect();
+        match refusals.first() {
+            Some(refusal) if self.by_name || refusals.len() == self.strategies.len() => {
+                return Err(Failure::Input(refusal.to_string()));
+            }
+            _ => {}
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
+use super::l2::L2Options;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::ground::Ground;
@@ -36,6 +37,9 @@ impl Fault {
         }
     }
 }
+
+/// The scenario that has an L2.
+pub const NESTED: &str = "nested";
 
 /// More than anybody waits for; the stamps have room for 2^32.
 const MAX_ROUNDS: u64 = 1 << 20;
@@ -80,7 +84,9 @@ impl Trackers {
 pub struct Options {
     pattern: Pattern,
     slots: Vec<Slot>,
-    backing: Backing,
+    /// `None`: what the host has.
+    backing: Option<Backing>,
+    l2: Option<L2Options>,
     guest_page: Level,
     image: Arc<Image>,
     trackers: Trackers,
@@ -94,16 +100,15 @@ impl Options {
     /// # Errors
     /// [`Failure::Input`] with the option, its value and what it can be.
     pub fn new(args: &RunArgs) -> Result<Self, Failure> {
-        let backing: Backing = args.backing.parse().map_err(|()| {
-            let names = Backing::ALL.map(Backing::name).join(", ");
-            input(format!("--backing {}: there is no such backing; there are {names}", args.backing))
-        })?;
+        let backing = args.backing.as_deref().map(backing).transpose()?;
         let guest_page = match args.guest_page.as_str() {
             "4k" => Level::K4,
             "2m" => Level::M2,
             other => return Err(input(format!("--guest-page {other}: it is 4k or 2m"))),
         };
-        let granule = if guest_page == Level::M2 || backing == Backing::Hugetlb { Level::M2 } else { Level::K4 };
+        let has_l2 = args.scenario == NESTED;
+        let huge_leaves = guest_page == Level::M2 || args.shadow.leaf.as_deref() == Some("2m");
+        let granule = if huge_leaves || backing == Some(Backing::Hugetlb) { Level::M2 } else { Level::K4 };
         let inject = args.inject.as_deref().map(Fault::parse).transpose()?;
         check_ranges(args, granule)?;
         let pages = args.memory / PAGE_SIZE;
@@ -116,14 +121,15 @@ impl Options {
         })?;
         let trackers = Trackers::parse(&args.tracker)?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
+        let mut config = args.config();
+        let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
         let mut pattern = Pattern {
             kind: args.pattern,
             seed: args.seed,
-            pages,
+            pages: l2.as_ref().map_or(pages, |l2| l2.map.l2_pages()),
             write_percent: args.write_percent,
             accesses_per_page: args.accesses_per_page,
         };
-        let mut config = args.config();
         if inject == Some(Fault::ExtraPage) && pattern.write_percent == 100 {
             // An extra page is one that the guest did not write, so there must be one.
             pattern.write_percent = 99;
@@ -133,8 +139,29 @@ impl Options {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             config.insert("firmware".into(), format!("{name} sha256:{}", image.sha256).into());
         }
-        Ok(Self { pattern, slots: slots.collect(), backing, guest_page, image, trackers, inject, config })
+        Ok(Self { pattern, slots: slots.collect(), backing, l2, guest_page, image, trackers, inject, config })
     }
+
+    /// The backing in effect. An L2's memory must be one that others can map, a memfd; many hosts have no huge pages there, so there the default
+    /// is what the host has.
+    fn backing_here(&self, bytes: u64) -> Result<Backing, kvm::Error> {
+        let backing = match (self.backing, &self.l2) {
+            (Some(backing), None) => backing,
+            (None, None) => Backing::Thp,
+            (Some(backing), Some(_)) => backing.shared(),
+            (None, Some(_)) if Backing::Thp.shared().check(bytes).is_ok() => Backing::Thp.shared(),
+            (None, Some(_)) => Backing::Anonymous.shared(),
+        };
+        backing.check(bytes)?;
+        Ok(backing)
+    }
+}
+
+fn backing(name: &str) -> Result<Backing, Failure> {
+    name.parse().map_err(|()| {
+        let names = Backing::ALL.map(Backing::name).join(", ");
+        input(format!("--backing {name}: there is no such backing; there are {names}"))
+    })
 }
 
 /// The numbers that have a range of their own.
@@ -152,7 +179,8 @@ fn check_ranges(args: &RunArgs, granule: Level) -> Result<(), Failure> {
     if let Some(chunk) = args.chunk.filter(|&chunk| chunk == 0 || !chunk.is_multiple_of(64)) {
         return Err(input(format!("--chunk {chunk}: KVM clears in multiples of 64 pages")));
     }
-    let accesses = (args.memory / PAGE_SIZE).saturating_mul(args.accesses_per_page);
+    let pages = (args.memory / PAGE_SIZE).saturating_mul(args.shadow.alias.unwrap_or(1));
+    let accesses = pages.saturating_mul(args.accesses_per_page);
     if accesses > MAX_ACCESSES {
         let each = args.accesses_per_page;
         return Err(input(format!(
@@ -175,6 +203,8 @@ pub struct Setup {
     pub seconds: u64,
     /// A fault to inject.
     pub inject: Option<Fault>,
+    /// What L2 is, in the scenario that has one.
+    pub l2: Option<L2Options>,
     trackers: Trackers,
     scenario: String,
     host: Host,
@@ -195,14 +225,17 @@ impl Setup {
         if usize::try_from(most).is_ok_and(|most| args.vcpus > most) {
             return Err(input(format!("--vcpus {}: KVM allows {most} here", args.vcpus)));
         }
-        options.backing.check(args.memory)?;
+        let backing = options.backing_here(args.memory)?;
+        let mut config = options.config;
+        config.insert("backing".into(), backing.name().into());
         let host = host::describe(ground, &options.image);
         let plan = Plan {
             pattern: options.pattern,
             slots: options.slots,
             vcpus: args.vcpus,
-            backing: options.backing,
+            backing,
             guest_page: options.guest_page,
+            nested: None,
             image: options.image,
             timer: Timer::new(ground.clock()),
         };
@@ -216,10 +249,11 @@ impl Setup {
             chunk: args.chunk,
             seconds: args.seconds,
             inject: options.inject,
+            l2: options.l2,
             trackers,
             scenario: args.scenario.clone(),
             host,
-            config: options.config,
+            config,
         })
     }
 
@@ -237,17 +271,16 @@ impl Setup {
         other
     }
 
-    /// The Record of this run with these rows.
+    /// The Record of this run with these rows. `asked` says of a row by its name whether it was asked for.
     ///
     /// # Errors
-    /// [`Failure::NotHere`] if no row could be measured, or one that was asked for by name could not.
-    pub fn record(&self, rows: Vec<Rows>) -> Result<Record, Failure> {
-        let by_name = |name: &str| self.trackers.named.iter().any(|kind| kind.to_string() == name);
+    /// [`Failure::NotHere`] if no row could be measured, or one that was asked for could not.
+    pub fn record_of(&self, rows: Vec<Rows>, asked: impl Fn(&str) -> bool) -> Result<Record, Failure> {
         let (mut missing, mut fails) = (Vec::new(), false);
         for row in &rows {
             if let Rows::NotHere { name, not_here } = row {
                 missing.push(format!("{name}: {not_here}"));
-                fails |= by_name(name);
+                fails |= asked(name);
             }
         }
         if fails || (!missing.is_empty() && missing.len() == rows.len()) {
@@ -262,6 +295,36 @@ impl Setup {
         })
     }
 
+    /// The Record of this run with these rows, each named by its tracker.
+    ///
+    /// # Errors
+    /// As [`Setup::record_of`], where a tracker was asked for by name.
+    pub fn record(&self, rows: Vec<Rows>) -> Result<Record, Failure> {
+        self.record_of(rows, |name| self.trackers.named.iter().any(|kind| kind.to_string() == name))
+    }
+
+    /// A row, or why this host has none.
+    ///
+    /// # Errors
+    /// All but [`Failure::NotHere`].
+    pub fn or_not_here(name: &str, row: Result<Row, Failure>) -> Result<Rows, Failure> {
+        match row {
+            Ok(row) => Ok(Rows::Measured(Box::new(row))),
+            Err(Failure::NotHere(not_here)) => Ok(Rows::NotHere { name: name.to_owned(), not_here }),
+            Err(other) => Err(other),
+        }
+    }
+
+    /// Whether all trackers that were asked for by name can be had: said at once, not after minutes of other rows.
+    ///
+    /// # Errors
+    /// [`Failure::NotHere`].
+    pub fn check_named(&self) -> Result<(), Failure> {
+        self.trackers.named.iter().try_for_each(|kind| {
+            kind.missing().map_or(Ok(()), |reason| Err(self.not_here(&format!("{kind}: {reason}"))))
+        })
+    }
+
     fn not_here(&self, what: &str) -> Failure {
         let where_else =
             if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
@@ -273,21 +336,9 @@ impl Setup {
     /// # Errors
     /// Those of `measure`, and of [`Setup::record`].
     pub fn rows(&self, mut measure: impl FnMut(Kind) -> Result<Row, Failure>) -> Result<Record, Failure> {
-        // What was asked for by name and cannot be had is said at once, not after minutes of other rows.
-        for kind in &self.trackers.named {
-            kind.missing().map_or(Ok(()), |reason| Err(self.not_here(&format!("{kind}: {reason}"))))?;
-        }
-        let rows = self
-            .trackers
-            .rows
-            .iter()
-            .map(|&kind| match measure(kind) {
-                Ok(row) => Ok(Rows::Measured(Box::new(row))),
-                Err(Failure::NotHere(reason)) => Ok(Rows::NotHere { name: kind.to_string(), not_here: reason }),
-                Err(other) => Err(other),
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        self.record(rows)
+        self.check_named()?;
+        let rows = self.trackers.rows.iter().map(|&kind| Self::or_not_here(&kind.to_string(), measure(kind)));
+        self.record(rows.collect::<Result<Vec<_>, _>>()?)
     }
 }
 

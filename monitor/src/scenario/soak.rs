@@ -147,7 +147,7 @@ impl<'a> Soak<'a> {
             row.counters.insert(name.to_owned(), counter);
         }
         let round = TruthRound { round: 1, pass: "observed".to_owned(), pages: self.sums };
-        row.truth = Truth { pages: self.sums, rounds: vec![round], faults: self.faults };
+        row.truth = Truth { pages: self.sums, rounds: vec![round], faults: self.faults, ..Truth::default() };
         row
     }
 

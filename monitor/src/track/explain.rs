@@ -62,7 +62,7 @@ impl Expectation {
     #[must_use]
     pub fn new(kind: Kind, slots: &[Slot], backing: Backing, host: Host) -> Self {
         let drops_huge = kind.is_of_kvm() && backing.is_huge() && host.drops_huge_mappings;
-        let huge_shmem = backing == Backing::Shmem && host.huge_shmem;
+        let huge_shmem = backing == Backing::ShmemHuge || backing == Backing::Shmem && host.huge_shmem;
         let marked_whole = match kind {
             Kind::Pagemap | Kind::PagemapTwoSteps => backing == Backing::Hugetlb || huge_shmem,
             Kind::UffdWp => backing == Backing::Hugetlb,

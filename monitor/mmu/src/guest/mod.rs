@@ -8,8 +8,8 @@ mod long;
 mod walk;
 
 pub use walk::{
-    Ended, Reflection, Step, Walk, child_quadrant, entry_place, place, read_entry, set_accessed_dirty, shadow_leaf,
-    walk,
+    Ended, Reflection, Step, Walk, child_quadrant, entry_place, place, plain_leaf, read_entry, set_accessed_dirty,
+    shadow_leaf, walk,
 };
 
 use umbra_shared::{Gfn, Level};

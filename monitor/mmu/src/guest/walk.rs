@@ -115,6 +115,30 @@ impl Plain {
     }
 }
 
+/// A leaf's flags.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flags {
+    /// The accessed flag, or no such flags in use.
+    pub accessed: bool,
+    /// The dirty flag, or no such flags in use.
+    pub dirty: bool,
+}
+
+/// The flags of `entry` if it is an ordinary 4 KiB leaf of EPT or long mode, which grants everything.
+#[inline]
+#[must_use]
+pub const fn plain_leaf(format: Format, caps: GuestCaps, entry: GuestEntry) -> Option<Flags> {
+    if matches!(format, Format::Pae { .. } | Format::Bits32 { .. }) {
+        return None;
+    }
+    let plain = Plain::new(format, caps);
+    if entry.0 & (plain.leaf.0 | plain.reserved) != plain.leaf.1 {
+        return None;
+    }
+    let accessed = entry.0 & plain.accessed == plain.accessed;
+    Some(Flags { accessed, dirty: entry.0 & plain.dirty == plain.dirty })
+}
+
 /// Follows ordinary entries of EPT and long mode as far as they go; `walk.level` says how far. `true`: to the page.
 fn walk_plain(
     walk: &mut Walk,

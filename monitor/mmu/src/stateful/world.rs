@@ -237,6 +237,8 @@ impl World {
         if self.loaded.is_empty() {
             self.load(which, c)?;
         }
+        // Time passes between a load and the access, and between the accesses of a sweep: each may write a table.
+        self.history.now += 1;
         let Some(loaded) = self.loaded.get(index(which, self.loaded.len())) else { return Ok(()) };
         let (root, number) = (loaded.id, loaded.context);
         let expected = self.reference().verdict(&self.contexts[number].1, l2, kind);
@@ -566,12 +568,11 @@ impl World {
         Ok(())
     }
 
-    /// What was stored since the last operation: into tables it makes history; by the MMU it is a dirty page.
+    /// What was stored since the last operation: it makes history, and where the MMU did it a dirty page.
     fn read_journal(&mut self) {
         for written in self.walker.memory.take_journal() {
-            if written.frame.0 >= self.setup.tables {
-                self.history.note((written.frame.0, written.offset), written.old);
-            }
+            // Any page may be a table: entries can lead to data.
+            self.history.note((written.frame.0, written.offset), written.old);
             if written.by_mmu && self.tracking {
                 self.truth.insert(written.frame);
             }

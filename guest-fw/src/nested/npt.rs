@@ -1,0 +1,307 @@
+//! NPT12: L1's table from L2's physical addresses to its own.
+//!
+//! NPT has the format of the hypervisor's own long-mode tables (AMD APM 2, 15.25.3), four levels here; the nested walk counts as a user's,
+//! so U is set in every entry (15.25.5). L1 maps the system slot at its own addresses for good, with A and D set, and L2's pages as
+//! [`Map`](umbra_shared::nested::Map) says: all at once, or in batches when L2 runs into a violation.
+
+use crate::arch::paging::{ENTRIES, Error, Pool};
+use core::fmt;
+use umbra_shared::layout::{MAX_SLOTS, Slot, frame_of};
+use umbra_shared::nested::{AliasKind, L2_BASE, Map, Nested};
+use umbra_shared::{L2Gfn, Level};
+use x86_64::structures::paging::PageTable;
+
+/// Why a violation cannot be handled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    /// L2 has no page there.
+    Beyond(L2Gfn),
+    /// The entry is there, and permits everything.
+    Present(L2Gfn),
+    /// There is no room for tables.
+    Tables(Error),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Beyond(gfn) => write!(f, "L2 has no page at its frame {gfn}"),
+            Self::Present(gfn) => write!(f, "L2's frame {gfn} is mapped, and faults all the same"),
+            Self::Tables(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+/// What filling came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Made {
+    /// Entries for L2's pages.
+    entries: u64,
+    /// Tables of another copy's that serve one more.
+    tables: u64,
+}
+
+/// The table under construction.
+pub struct Npt<'a> {
+    pool: Pool<'a>,
+    map: Map,
+    fill_batch: u64,
+    slots: [Slot; MAX_SLOTS],
+    slot_count: usize,
+}
+
+impl<'a> Npt<'a> {
+    /// A table that holds the system slot and none of L2's pages, in `tables` at the physical address `base`. `slots` are L1's.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`].
+    pub fn new(
+        tables: &'a mut [PageTable],
+        base: u64,
+        nested: &Nested,
+        slots: impl Iterator<Item = Slot>,
+    ) -> Result<Self, Error> {
+        let mut pool = Pool::new(tables, base)?;
+        pool.map_system()?;
+        pool.preset(nested.preset);
+        let mut npt = Self {
+            pool,
+            map: nested.map,
+            fill_batch: nested.fill_batch,
+            slots: [Slot::default(); MAX_SLOTS],
+            slot_count: 0,
+        };
+        for (place, slot) in npt.slots.iter_mut().zip(slots) {
+            *place = slot;
+            npt.slot_count += 1;
+        }
+        Ok(npt)
+    }
+
+    /// The physical address of its root: nCR3.
+    #[must_use]
+    pub const fn root(&self) -> u64 {
+        self.pool.root()
+    }
+
+    /// Pages of it.
+    #[must_use]
+    pub const fn table_pages(&self) -> u64 {
+        self.pool.used() as u64
+    }
+
+    /// Maps all of L2's pages. Returns how many entries it made.
+    ///
+    /// # Errors
+    /// [`Refusal::Tables`].
+    pub fn fill(&mut self) -> Result<u64, Refusal> {
+        Ok(self.fill_pages(0, self.map.l2_pages())?.entries)
+    }
+
+    /// What L1 does when its table does not permit L2's access to `gfn`: maps the batch that holds it. Returns how many entries it made.
+    ///
+    /// # Errors
+    /// The access is not L1's to permit, or the tables are full.
+    pub fn violation(&mut self, gfn: L2Gfn) -> Result<u64, Refusal> {
+        let page = self.map.l2_page(gfn).ok_or(Refusal::Beyond(gfn))?;
+        let batch = self.fill_batch.max(1).next_multiple_of(self.map.leaf().frames());
+        let first = page - page % batch;
+        match self.fill_pages(first, (first + batch).min(self.map.l2_pages()))? {
+            Made { entries: 0, tables: 0 } => Err(Refusal::Present(gfn)),
+            made => Ok(made.entries),
+        }
+    }
+
+    /// Maps L2's pages `first..end`, table by table; `first` begins a leaf.
+    fn fill_pages(&mut self, first: u64, end: u64) -> Result<Made, Refusal> {
+        let pages_of_table = self.map.leaf().frames() * ENTRIES as u64;
+        let (mut made, mut page) = (Made::default(), first);
+        while page < end {
+            let next = (page + 1).next_multiple_of(pages_of_table).min(end);
+            let of_table = self.fill_table(page, next).map_err(Refusal::Tables)?;
+            made.entries += of_table.entries;
+            made.tables += of_table.tables;
+            page = next;
+        }
+        Ok(made)
+    }
+
+    /// Maps L2's pages `first..end`, all of one table.
+    fn fill_table(&mut self, first: u64, end: u64) -> Result<Made, Error> {
+        let address = |page: u64| L2_BASE.plus(page).address();
+        let leaf = self.map.leaf();
+        let owner = self.map.table_owner(first);
+        let table = self.pool.table_of(address(owner), leaf)?;
+        let mut made = Made::default();
+        for offset in (0..end - first).step_by(leaf.frames() as usize) {
+            let slots = self.slots[..self.slot_count].iter().copied();
+            // The map's pages are those of the slots (boot.rs), so there is a frame.
+            let frame = frame_of(slots, self.map.l1_page(owner + offset)).unwrap_or_default();
+            made.entries += u64::from(self.pool.set(table, address(owner + offset), frame.address()));
+        }
+        if self.map.kind() == AliasKind::SharedTables && owner != first {
+            made.tables += u64::from(self.pool.share(address(first), address(owner))?);
+        }
+        Ok(made)
+    }
+}
+
+/// How plain L1 sees the pages that an L2 would see: as many slots as it takes, in the order of L2's pages, each a leaf of `leaf` or a page.
+pub fn as_slots(
+    map: Map,
+    slots: impl Iterator<Item = Slot> + Clone,
+    leaf: Level,
+) -> impl Iterator<Item = Slot> + Clone {
+    let frames = leaf.frames();
+    (0..map.l2_pages()).step_by(frames as usize).map(move |page| Slot {
+        base: frame_of(slots.clone(), map.l1_page(page)).unwrap_or_default(),
+        pages: frames.min(map.l2_pages() - page),
+        first_page: page,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use umbra_shared::layout;
+    use umbra_shared::nested::Way;
+    use x86_64::structures::paging::PageTableFlags;
+
+    const BASE: u64 = 0x90_0000;
+
+    fn nested(map: Map, preset: bool, fill_batch: u64) -> Nested {
+        Nested { way: Way::Svm, map, preset, fill_batch }
+    }
+
+    fn tables(map: Map) -> Vec<PageTable> {
+        let bytes = layout::table_bytes(map.l2_pages(), map.leaf());
+        (0..bytes / 4096).map(|_| PageTable::new()).collect()
+    }
+
+    /// The nested walk of L2's frame `gfn`: the L1 address of the frame, the leaf's level and flags, and the page of the pool that held it.
+    fn walk(pool: &[PageTable], gfn: L2Gfn) -> Option<(u64, u8, PageTableFlags, usize)> {
+        let mut table = 0;
+        for level in (1..=4_u8).rev() {
+            let shift = 12 + 9 * (u32::from(level) - 1);
+            let entry = &pool[table][usize::try_from(gfn.address() >> shift & 511).unwrap()];
+            let flags = entry.flags();
+            let needed = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE;
+            if !flags.contains(needed) {
+                assert!(entry.is_unused());
+                return None;
+            }
+            if level == 1 || flags.contains(PageTableFlags::HUGE_PAGE) {
+                let within = gfn.address() & ((1 << shift) - 1);
+                return Some((entry.addr().as_u64() + within, level, flags, table));
+            }
+            table = usize::try_from((entry.addr().as_u64() - BASE) / 4096).unwrap();
+        }
+        None
+    }
+
+    fn cases() -> impl Strategy<Value = (Map, usize)> {
+        let kinds = prop::sample::select(AliasKind::ALL.to_vec());
+        (1_u64..4, any::<bool>(), 1_u64..4, kinds, any::<u64>(), 1_usize..3).prop_map(
+            |(tables, huge, aliases, kind, seed, slots)| {
+                let leaf = if huge && kind != AliasKind::SharedTables { Level::M2 } else { Level::K4 };
+                let pages =
+                    if leaf == Level::M2 || kind == AliasKind::SharedTables { tables * 512 } else { tables * 200 };
+                (Map::new(pages, leaf, aliases, kind, seed).unwrap(), slots)
+            },
+        )
+    }
+
+    fn slots(map: &Map, count: usize) -> Option<impl Iterator<Item = Slot> + Clone> {
+        layout::slots(map.l1_pages(), count, map.leaf())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(32))]
+        #[test]
+        fn a_full_table_is_the_map((map, count) in cases(), preset: bool) {
+            let Some(slots) = slots(&map, count) else { return Ok(()) };
+            let mut pool = tables(map);
+            let mut npt = Npt::new(&mut pool, BASE, &nested(map, preset, 0), slots.clone()).unwrap();
+            npt.fill().unwrap();
+            prop_assert_eq!(npt.fill(), Ok(0));
+            prop_assert_eq!(npt.root(), BASE);
+            for page in 0..map.l2_pages() {
+                let (address, level, flags, _) = walk(&pool, L2_BASE.plus(page)).unwrap();
+                prop_assert_eq!(address, frame_of(slots.clone(), map.l1_page(page)).unwrap().address(), "page {}", page);
+                prop_assert_eq!(level, map.leaf().number());
+                prop_assert_eq!(flags.contains(PageTableFlags::ACCESSED), preset);
+                prop_assert_eq!(flags.contains(PageTableFlags::DIRTY), preset);
+            }
+            prop_assert!(walk(&pool, L2_BASE.plus(map.l2_pages().next_multiple_of(512))).is_none());
+            for address in [0, layout::BOOT_PAGE, layout::SYSTEM_LIMIT - 4096] {
+                let (to, level, flags, _) = walk(&pool, L2Gfn::containing(address)).unwrap();
+                prop_assert_eq!((to, level), (address, 2));
+                prop_assert!(flags.contains(PageTableFlags::ACCESSED | PageTableFlags::DIRTY));
+            }
+        }
+
+        #[test]
+        fn violations_fill_their_batch_and_no_more((map, count) in cases(), batch in 1_u64..600, at: u64) {
+            let Some(slots) = slots(&map, count) else { return Ok(()) };
+            let mut pool = tables(map);
+            let mut npt = Npt::new(&mut pool, BASE, &nested(map, false, batch), slots).unwrap();
+            let page = at % map.l2_pages();
+            let made = npt.violation(L2_BASE.plus(page)).unwrap();
+            let frames = map.leaf().frames();
+            let batch = batch.next_multiple_of(frames);
+            let first = page - page % batch;
+            let pages = batch.min(map.l2_pages() - first);
+            prop_assert_eq!(made, pages / frames);
+            prop_assert_eq!(npt.violation(L2_BASE.plus(page)), Err(Refusal::Present(L2_BASE.plus(page))));
+            prop_assert_eq!(npt.violation(L2_BASE.plus(map.l2_pages())), Err(Refusal::Beyond(L2_BASE.plus(map.l2_pages()))));
+            if map.kind() != AliasKind::SharedTables {
+                for page in 0..map.l2_pages() {
+                    prop_assert_eq!(walk(&pool, L2_BASE.plus(page)).is_some(), (first..first + pages).contains(&page));
+                }
+            }
+        }
+
+        #[test]
+        fn plain_l1_sees_the_same_pages((map, count) in cases()) {
+            let Some(slots) = slots(&map, count) else { return Ok(()) };
+            for slot in as_slots(map, slots.clone(), map.leaf()) {
+                for page in slot.first_page..slot.first_page + slot.pages {
+                    let expected = frame_of(slots.clone(), map.l1_page(page)).unwrap();
+                    prop_assert_eq!(slot.base.plus(page - slot.first_page), expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn copies_share_their_leaf_tables() {
+        let map = |kind| Map::new(1024, Level::K4, 3, kind, 1).unwrap();
+        let leaf_tables = |map: Map| {
+            let mut pool = tables(map);
+            let slots = slots(&map, 1).unwrap();
+            let mut npt = Npt::new(&mut pool, BASE, &nested(map, false, 0), slots).unwrap();
+            npt.fill().unwrap();
+            let used = npt.table_pages();
+            let at = |page| walk(&pool, L2_BASE.plus(page)).unwrap().3;
+            (used, (0..3).map(|copy| at(copy * 1024)).collect::<Vec<_>>())
+        };
+        let (used, places) = leaf_tables(map(AliasKind::SharedTables));
+        assert!(places.iter().all(|place| *place == places[0]), "{places:?}");
+        let (apart, places) = leaf_tables(map(AliasKind::Contiguous));
+        assert_ne!(places[0], places[1]);
+        assert_eq!(apart - used, 4);
+    }
+
+    #[test]
+    fn a_pool_that_is_too_small_is_said() {
+        let map = Map::new(1024, Level::K4, 1, AliasKind::Contiguous, 1).unwrap();
+        let mut pool = tables(map);
+        let short = pool.len() - 1;
+        let slots = slots(&map, 1).unwrap();
+        let mut npt = Npt::new(&mut pool[..short], BASE, &nested(map, false, 0), slots).unwrap();
+        // One directory pointer table serves both the system slot and L2's pages, so the pool has a page to spare.
+        assert_eq!(npt.fill(), Ok(1024));
+        assert_eq!(npt.table_pages(), short as u64);
+    }
+}

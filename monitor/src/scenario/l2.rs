@@ -1,0 +1,143 @@
+//! The options of an L2, checked.
+
+use crate::cli::RunArgs;
+use crate::failure::Failure;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+use umbra_shared::nested::{AliasKind, Map, MapError, Nested, Way};
+use umbra_shared::{Level, PAGE_SIZE};
+
+/// A way to run L2, as `--nesting` names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nesting {
+    /// No L2: L1 itself executes the pattern.
+    Plain,
+    /// KVM's own nesting on AMD.
+    Svm,
+    /// KVM's own nesting on Intel.
+    Vmx,
+    /// Umbra's shadow MMU.
+    Umbra,
+}
+
+impl Nesting {
+    const ALL: [Self; 4] = [Self::Plain, Self::Svm, Self::Vmx, Self::Umbra];
+    /// The ways that run without `--nesting`.
+    const DEFAULT: [Self; 2] = [Self::Plain, Self::Svm];
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "plain",
+            Self::Svm => "svm",
+            Self::Vmx => "vmx",
+            Self::Umbra => "umbra",
+        }
+    }
+}
+
+impl fmt::Display for Nesting {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Nesting {
+    type Err = Failure;
+
+    fn from_str(text: &str) -> Result<Self, Failure> {
+        named("nesting", text, &Self::ALL.map(|nesting| (nesting.name(), nesting)))
+    }
+}
+
+/// The formats of L1's table.
+const FORMATS: [(&str, Format); 4] =
+    [("ept", Format::Ept), ("npt", Format::Npt), ("pae", Format::Pae), ("32bit", Format::ThirtyTwoBit)];
+
+/// A format of L1's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// Intel's extended page tables.
+    Ept,
+    /// AMD's nested page tables, 64-bit.
+    Npt,
+    /// The same, PAE.
+    Pae,
+    /// The same, with 4-byte entries.
+    ThirtyTwoBit,
+}
+
+/// What `--NAME text` chooses among `choices`.
+fn named<T: Copy>(name: &str, text: &str, choices: &[(&str, T)]) -> Result<T, Failure> {
+    choices.iter().find(|(choice, _)| *choice == text).map(|(_, value)| *value).ok_or_else(|| {
+        let choices: Vec<_> = choices.iter().map(|(choice, _)| *choice).collect();
+        Failure::Input(format!("--{name} {text}: it is one of {}", choices.join(", ")))
+    })
+}
+
+/// What L2 is, and the ways to run it.
+#[derive(Clone, Debug)]
+pub struct L2Options {
+    /// A row for each of them and each tracker.
+    pub ways: Vec<Nesting>,
+    /// Whether the ways were asked for by name, so that a missing one is a failure.
+    pub by_name: bool,
+    /// What L2's pages are.
+    pub map: Map,
+    /// The table's format, if it was asked for.
+    pub format: Option<Format>,
+    preset: bool,
+    fill_batch: u64,
+}
+
+impl L2Options {
+    /// Checks the options, and puts the defaults into `config`.
+    ///
+    /// # Errors
+    /// [`Failure::Input`] with the option, its value and what it can be.
+    pub fn new(args: &RunArgs, guest_page: Level, config: &mut BTreeMap<String, Value>) -> Result<Self, Failure> {
+        let (given, table) = (&args.nested, &args.shadow);
+        let ways = given.nesting.iter().map(|name| name.parse()).collect::<Result<Vec<Nesting>, _>>()?;
+        let by_name = !ways.is_empty();
+        let text = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.to_owned());
+        let (leaf, kind) = (text(&table.leaf, "4k"), text(&table.alias_kind, AliasKind::Contiguous.name()));
+        let (aliases, fill_batch) = (table.alias.unwrap_or(1), given.fill_batch.unwrap_or(0));
+        let accessed_dirty = text(&given.accessed_dirty, "clear");
+        let level = named("leaf", &leaf, &[("4k", Level::K4), ("2m", Level::M2), ("1g", Level::G1)])?;
+        let alias_kind = named("alias-kind", &kind, &AliasKind::ALL.map(|kind| (kind.name(), kind)))?;
+        let preset = named("accessed-dirty", &accessed_dirty, &[("clear", false), ("preset", true)])?;
+        let format = table.format.as_deref().map(|format| named("format", format, &FORMATS)).transpose()?;
+        if alias_kind == AliasKind::Scattered && guest_page > level {
+            return Err(Failure::Input(format!(
+                "--guest-page 2m: it cannot hold leaves of {leaf} that are scattered (use --guest-page 4k or --leaf 2m)"
+            )));
+        }
+        let map = Map::new(args.memory / PAGE_SIZE, level, aliases, alias_kind, args.seed).map_err(|error| {
+            let (option, value) = match error {
+                MapError::Leaf(_) => ("leaf", leaf.clone()),
+                MapError::Pages(_) => ("memory", args.memory.to_string()),
+                MapError::Aliases(_) => ("alias", aliases.to_string()),
+                MapError::Shared(_) => ("alias-kind", format!("{kind} with --leaf {leaf}")),
+            };
+            Failure::Input(format!("--{option} {value}: {error}"))
+        })?;
+        for (name, value) in [
+            ("leaf", Value::from(leaf)),
+            ("alias", aliases.into()),
+            ("alias-kind", kind.into()),
+            ("accessed-dirty", accessed_dirty.into()),
+            ("fill-batch", fill_batch.into()),
+        ] {
+            config.insert(name.to_owned(), value);
+        }
+        let ways = if by_name { ways } else { Nesting::DEFAULT.to_vec() };
+        Ok(Self { ways, by_name, map, format, preset, fill_batch })
+    }
+
+    /// What the firmware is told to be one of those ways.
+    #[must_use]
+    pub const fn nested(&self, way: Way) -> Nested {
+        Nested { way, map: self.map, preset: self.preset, fill_batch: self.fill_batch }
+    }
+}

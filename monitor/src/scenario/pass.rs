@@ -1,0 +1,387 @@
+//! The passes of a row: what every scenario has in common that enables a tracker, lets the guest write in rounds, and checks what is reported.
+//!
+//! A row has two passes over machines of their own: the *timed* one runs the bare write loop and carries no counter or histogram;
+//! the *observed* one repeats the same rounds with both. All figures of cost come from the timed pass, counters and stalls from the
+//! observed one, truth from both.
+
+use super::Setup;
+use super::check::Check;
+use crate::failure::Failure;
+use crate::ground::Clock;
+use crate::guest::{Machine, Plan};
+use crate::host;
+use crate::kvm;
+use crate::kvm::exits::{self, Exits};
+use crate::kvm::witness::Witness;
+use crate::pages::PageSet;
+use crate::progress::Progress;
+use crate::report::record::{Counter, Phase, Row, Stall};
+use crate::track::{Kind, Tracker};
+use std::collections::BTreeMap;
+use umbra_shared::histogram::Histogram;
+use umbra_shared::nested::{Nested, Way};
+use umbra_shared::protocol::Command;
+
+/// How often a row whose windows were not clean is run at most. In the lab the second try is mostly clean; a machine that others use as well
+/// would only take three times as long.
+const fn tries(clock: Clock) -> u32 {
+    match clock {
+        Clock::Instructions => 3,
+        Clock::Nanoseconds => 1,
+    }
+}
+/// Which of the two passes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// The bare write loop; its windows are the figures.
+    Timed,
+    /// The same rounds with counters and stalls.
+    Observed,
+}
+
+impl Pass {
+    /// As the Record has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Timed => "timed",
+            Self::Observed => "observed",
+        }
+    }
+
+    /// What the guest is told to execute its plan.
+    const fn command(self) -> Command {
+        match self {
+            Self::Timed => Command::Timed,
+            Self::Observed => Command::Observed,
+        }
+    }
+}
+
+/// What a row measures. What it has beside the phases that all rows have comes first: [`Case::begin`].
+pub struct Case<'a> {
+    /// The run's options.
+    pub setup: &'a Setup,
+    /// The machine.
+    pub plan: &'a Plan,
+    /// The row's name.
+    pub name: String,
+    /// The tracker.
+    pub kind: Kind,
+    /// Over-reports that the guest's mappings explain.
+    pub explained_by: ExplainedBy,
+    /// The phases from the booted machine until every page of the pattern was written once, in ascending order.
+    pub begin: fn(&mut Run) -> Result<(), Failure>,
+}
+
+/// Whose mappings may be dropped, so that a read maps them again and KVM counts it as a write.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum ExplainedBy {
+    /// L1's.
+    L1,
+    /// L2's, which KVM shadows.
+    L2,
+}
+
+/// Both passes of a row.
+///
+/// # Errors
+/// Those of the machine and the tracker. What the truth check finds stands in the row.
+pub fn row(case: &Case, progress: &Progress) -> Result<Row, Failure> {
+    let mut tries = tries(case.setup.plan.timer.clock());
+    let mut row = loop {
+        let row = Run::new(case, Pass::Timed, progress)?.finish()?;
+        // A fault is never run away from: another try might not repeat it.
+        if row.phases.iter().all(|phase| phase.clean) || row.failed() || tries == 1 {
+            break row;
+        }
+        progress.step(&format!("{}: another task ran inside a window, the row runs again", case.name));
+        tries -= 1;
+    };
+    let observed = Run::new(case, Pass::Observed, progress)?.finish()?;
+    row.phases.extend(observed.phases);
+    row.counters.extend(observed.counters);
+    row.stall = observed.stall;
+    row.truth.pages += observed.truth.pages;
+    row.truth.rounds.extend(observed.truth.rounds);
+    row.truth.faults.extend(observed.truth.faults);
+    if let (Some(l2), Some(observed)) = (&mut row.truth.l2, observed.truth.l2) {
+        l2.pages += observed.pages;
+        l2.rounds.extend(observed.rounds);
+    }
+    Ok(row)
+}
+
+/// One pass of one row, from the empty machine to its end.
+pub struct Run<'a> {
+    case: &'a Case<'a>,
+    pass: Pass,
+    progress: &'a Progress,
+    /// Before the machine: a tracker may hold the VM's descriptor, which is closed before the memory under it goes.
+    tracker: Box<dyn Tracker>,
+    machine: Machine,
+    /// Where exits are rare and tell what the processor's log does, the observed pass counts them.
+    exits: Option<Exits>,
+    check: Check,
+    row: Row,
+}
+
+impl<'a> Run<'a> {
+    fn new(case: &'a Case<'a>, pass: Pass, progress: &'a Progress) -> Result<Self, Failure> {
+        let (plan, kind) = (case.plan, case.kind);
+        progress.step(&format!("{}, {} pass: boot", case.name, pass.name()));
+        let machine = Machine::new(plan, kind.ring_entries(), |vm| kind.prepare(vm))?;
+        let exits = if pass == Pass::Observed && host::page_modification_logging() {
+            // Not every user has tracefs and perf events.
+            machine.count_exits(exits::PML).ok()
+        } else {
+            None
+        };
+        let tracker = kind.build(&machine, case.setup.chunk)?;
+        let check = Check::new(case, pass);
+        let row = Row { name: case.name.clone(), ..Row::default() };
+        Ok(Self { case, pass, progress, tracker, machine, exits, check, row })
+    }
+
+    /// Runs all phases.
+    fn finish(mut self) -> Result<Row, Failure> {
+        let booted = self.counters()?;
+        (self.case.begin)(&mut self)?;
+        self.check.populated();
+        let before = self.counters()?;
+
+        self.window("enable", 0, |tracker, machine| tracker.start(machine))?;
+        if self.pass == Pass::Observed {
+            self.machine.command(Command::ClearHistogram, 0)?;
+        }
+        let rounds = self.case.setup.rounds;
+        let mut reported = PageSet::new(self.case.plan.map().l1_pages());
+        for round in 1..=rounds {
+            self.round(round, &mut reported)?;
+        }
+        let after = self.counters()?;
+        if self.pass == Pass::Observed {
+            let stalls = self.machine.stalls()?;
+            self.check.measured(stalls.count, rounds);
+            self.row.stall = Some(stall(&stalls, self.machine.tsc_khz(), self.case.plan.timer.clock().unit()));
+            self.tracker.harvest(&self.machine)?;
+            reported.clear();
+            self.tracker.report(&self.machine, &mut reported);
+            self.check.at_rest(&reported, &self.machine);
+        }
+        if let Some(fault) = self.tracker.fault() {
+            self.check.fault(&fault);
+        }
+
+        self.step("disable", 0);
+        self.window("disable", 0, |tracker, machine| tracker.stop(machine))?;
+        self.machine.command(Command::Plan, rounds + 1)?;
+        let stopped = self.counters()?;
+        let window = self.machine.command(self.pass.command(), 0)?;
+        self.phase("retouch", 0, window.length(), window.clean);
+        self.check.executed(rounds + 1);
+        let end = self.counters()?;
+        self.count(&Statistics { booted, before, after, stopped, end })?;
+        self.row.truth = self.check.finish(&self.machine);
+        Ok(self.row)
+    }
+
+    fn round(&mut self, round: u64, reported: &mut PageSet) -> Result<(), Failure> {
+        self.step("dirty", round);
+        self.machine.command(Command::Plan, round)?;
+        let window = self.machine.command(self.pass.command(), 0)?;
+        self.phase("dirty", round, window.length(), window.clean);
+        let writes = self.machine.writes()?;
+        self.window("get", round, |tracker, machine| tracker.harvest(machine))?;
+        if self.tracker.clears() {
+            self.window("clear", round, |tracker, machine| tracker.clear(machine))?;
+        }
+        reported.clear();
+        self.tracker.report(&self.machine, reported);
+        self.check.reported(round, writes, reported, &self.machine);
+        Ok(())
+    }
+
+    /// A phase that is the guest's: it executes `command`.
+    pub fn command(&mut self, phase: &str, command: Command, argument: u64) -> Result<(), Failure> {
+        self.step(phase, 0);
+        let window = self.machine.command(command, argument)?;
+        self.phase(phase, 0, window.length(), window.clean);
+        Ok(())
+    }
+
+    /// A phase that the guest measures itself: what lies between is left out, the way to the monitor and back.
+    pub fn command_by_guest(&mut self, phase: &str, command: Command, argument: u64) -> Result<(), Failure> {
+        self.step(phase, 0);
+        let window = self.machine.command(command, argument)?;
+        let (unit, convert) = ticks_to(self.case.plan.timer.clock().unit(), self.machine.tsc_khz());
+        let value = convert(self.machine.mailbox(0)?.ticks);
+        self.phase(phase, 0, value, window.clean);
+        if let Some(phase) = self.row.phases.last_mut() {
+            unit.clone_into(&mut phase.unit);
+        }
+        Ok(())
+    }
+
+    /// A phase in which the monitor gives all tracked pages their host memory, so that the guest's first touch is KVM's work alone.
+    pub fn populate(&mut self) {
+        self.step("populate", 0);
+        let timer = self.case.plan.timer;
+        let ((), window) = timer.window(Witness::of_controller(timer.clock()), || self.machine.vm().populate());
+        self.phase("populate", 0, window.length(), window.clean);
+    }
+
+    /// What L2 is; `None` where there is none.
+    pub const fn nested(&self) -> Option<Nested> {
+        self.case.plan.nested
+    }
+
+    /// A phase that is the tracker's.
+    fn window(
+        &mut self,
+        phase: &str,
+        round: u64,
+        work: impl FnOnce(&mut dyn Tracker, &Machine) -> Result<(), kvm::Error>,
+    ) -> Result<(), Failure> {
+        let timer = self.case.plan.timer;
+        let witness = Witness::of_controller(timer.clock());
+        let (tracker, machine) = (&mut *self.tracker, &self.machine);
+        let (done, window) = timer.window(witness, || work(tracker, machine));
+        done?;
+        self.phase(phase, round, window.length(), window.clean);
+        Ok(())
+    }
+
+    fn step(&self, phase: &str, round: u64) {
+        let round = if round == 0 { String::new() } else { format!(" {round} of {}", self.case.setup.rounds) };
+        self.progress.step(&format!("{}, {} pass: {phase}{round}", self.case.name, self.pass.name()));
+    }
+
+    fn phase(&mut self, phase: &str, round: u64, value: u64, clean: bool) {
+        self.row.phases.push(Phase {
+            phase: phase.to_owned(),
+            round,
+            pass: self.pass.name().to_owned(),
+            value,
+            unit: self.case.plan.timer.clock().unit().to_owned(),
+            clean,
+        });
+    }
+
+    /// KVM's statistics; the timed pass does not look.
+    fn counters(&self) -> Result<BTreeMap<String, u64>, Failure> {
+        if self.pass == Pass::Timed {
+            return Ok(BTreeMap::new());
+        }
+        let mut counters = self.machine.statistics()?;
+        if let Some(exits) = &self.exits {
+            counters.extend(exits.read()?);
+        }
+        Ok(counters)
+    }
+
+    /// Turns what was counted into the row's counters.
+    fn count(&mut self, statistics: &Statistics) -> Result<(), Failure> {
+        if self.pass == Pass::Timed {
+            return Ok(());
+        }
+        let mut stats = statistics.of_rounds();
+        let mut own = self.tracker.counters(&self.machine);
+        if let Some(nested) = self.nested() {
+            stats.extend(statistics.of_nesting());
+            if nested.way != Way::Plain {
+                let report = self.machine.nested_report()?;
+                own.extend([
+                    ("l2_entries", report.entries),
+                    ("l2_violations", report.violations),
+                    ("npt12_entries", report.filled),
+                    ("npt12_pages", report.table_pages),
+                ]);
+            }
+        }
+        let own = own.into_iter().map(|(name, value)| (name, Some(value), "umbra"));
+        let traced = statistics.of_exits().into_iter().map(|(name, value)| (name, value, "tracepoint"));
+        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(own);
+        for (name, value, source) in all {
+            if let Some(value) = value {
+                let counter = Counter { value, source: source.to_owned(), pass: self.pass.name().to_owned() };
+                self.row.counters.insert(name.to_owned(), counter);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// KVM's statistics when the machine was booted, before enabling, after the rounds, after disabling and at the end.
+struct Statistics {
+    booted: BTreeMap<String, u64>,
+    before: BTreeMap<String, u64>,
+    after: BTreeMap<String, u64>,
+    stopped: BTreeMap<String, u64>,
+    end: BTreeMap<String, u64>,
+}
+
+impl Statistics {
+    fn of_rounds(&self) -> Vec<(&'static str, Option<u64>)> {
+        let Self { before, after, stopped, end, .. } = self;
+        vec![
+            ("pf_taken", grown("pf_taken", before, after)),
+            ("pf_fast", grown("pf_fast", before, after)),
+            ("pf_fixed", grown("pf_fixed", before, after)),
+            ("pages_2m_split", fallen("pages_2m", before, after)),
+            ("pages_2m_remapped", fallen("pages_2m", end, after)),
+            ("pages_2m_after_disable", stopped.get("pages_2m").copied()),
+            ("remote_tlb_flush", grown("remote_tlb_flush", before, after)),
+        ]
+    }
+
+    fn of_exits(&self) -> Vec<(&'static str, Option<u64>)> {
+        exits::PML.iter().map(|&(name, _)| (name, grown(name, &self.before, &self.after))).collect()
+    }
+
+    /// What the first touch and its fills came to, and what KVM did to its shadow pages in all.
+    fn of_nesting(&self) -> Vec<(&'static str, Option<u64>)> {
+        let Self { booted, before, end, .. } = self;
+        vec![
+            ("first_touch_pf_taken", grown("pf_taken", booted, before)),
+            ("nested_run", grown("nested_run", booted, end)),
+            ("mmu_shadow_zapped", grown("mmu_shadow_zapped", booted, end)),
+            ("mmu_pte_write", grown("mmu_pte_write", booted, end)),
+        ]
+    }
+}
+
+fn grown(name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>) -> Option<u64> {
+    Some(to.get(name)?.wrapping_sub(*from.get(name)?))
+}
+
+/// How many fewer there are: the number of huge mappings that there are now may move the other way.
+fn fallen(name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>) -> Option<u64> {
+    Some(from.get(name)?.saturating_sub(*to.get(name)?))
+}
+
+/// Ticks of the guest's TSC in the unit of the Record, and the unit's name: in the lab a tick is an instruction.
+fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> u64) {
+    // Where KVM does not say how fast the TSC is, ticks stay ticks.
+    let unit = if unit == "nanoseconds" && tsc_khz == 0 { "ticks" } else { unit };
+    let convert = move |ticks: u64| {
+        if unit != "nanoseconds" {
+            return ticks;
+        }
+        u64::try_from(u128::from(ticks) * 1_000_000 / u128::from(tsc_khz)).unwrap_or(u64::MAX)
+    };
+    (unit, convert)
+}
+
+/// The guest's histogram in the unit of the Record.
+fn stall(ticks: &Histogram, tsc_khz: u32, unit: &'static str) -> Stall {
+    let (unit, convert) = ticks_to(unit, tsc_khz);
+    Stall {
+        unit: unit.to_owned(),
+        count: ticks.count,
+        p50: convert(ticks.quantile(500)),
+        p99: convert(ticks.quantile(990)),
+        p999: convert(ticks.quantile(999)),
+        max: convert(ticks.max),
+        total: convert(ticks.total),
+    }
+}
