@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use umbra::Failure;
 use umbra::cli::{self, Command, RunArgs};
 use umbra::ground::Clock;
+use umbra::lab::emulator::Emulator;
 use umbra::lab::{self, Machine, shelf};
 use umbra::progress::Progress;
 use umbra::report::record::{Record, Row};
@@ -51,6 +52,7 @@ fn results() -> &'static [Result<Record, Failure>] {
         let kernel =
             shelf::shelf().kernel(None).expect("a default kernel").ensure(&progress).expect("the default kernel");
         let machine = Machine {
+            emulator: Emulator::Qemu,
             kernel,
             clock: Clock::Instructions,
             params: Vec::new(),
