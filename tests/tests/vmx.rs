@@ -81,18 +81,17 @@ fn the_machine_is_an_intel_one_and_its_truth_holds() {
     }
 }
 
-/// KVM empties the log at every exit, so a log that is full when the guest leaves was empty when it entered: `n` pages fill it `n / 512` times,
-/// and each other exit may cost a log that was not full yet.
+/// 4096 pages fill a log 8 times. But KVM empties it at every exit, and each timer tick of a round, of which there are one or two, makes one
+/// that is not full of it.
 #[test]
 fn full_logs_are_as_many_as_512_entries_imply() {
     // The first round after init-set logs nothing: all pages are reported anyway, so no D bit is cleared.
     for (name, rounds) in [("bitmap", 3), ("clear+init-set", 2)] {
         let counters = &row(&records()[0], name).counters;
         let count = |name: &str| counters.get(name).unwrap_or_else(|| panic!("no {name}: {counters:?}")).value;
-        let (full, others) = (count("pml_full"), count("vm_exits") - count("pml_full"));
-        // The firmware's own pages, its stack and its report, are written as well.
-        assert!(full * LOG <= rounds * PAGES + others * 16, "{name}: {full} full logs");
-        assert!((full + others) * LOG >= rounds * PAGES, "{name}: {full} full logs, {others} other exits");
+        let (full, at_most) = (count("pml_full"), rounds * PAGES / LOG);
+        assert!((at_most - 2 * rounds..=at_most).contains(&full), "{name}: {full} full logs in {rounds} rounds");
+        assert!(count("vm_exits") < full + 64, "{name}: {counters:?}");
         // A page that is written again is no violation.
         assert!(count("ept_violation") < 64 && count("pf_fast") == 0, "{name}: {counters:?}");
     }
