@@ -47,7 +47,7 @@ pub enum KernelsCommand {
     List,
     /// Download and unpack kernels into the cache.
     Fetch {
-        /// Names of kernels (default: the lab's default kernel).
+        /// Names of kernels, or all (default: the lab's default kernel).
         kernels: Vec<String>,
     },
 }

@@ -25,6 +25,9 @@ struct Manifest {
     package: String,
     version: String,
     sha256: String,
+    /// The package that the modules came from, where it is another one: name, version and hash.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    modules_package: Option<String>,
     /// SHA-256 of every other file of the entry.
     files: BTreeMap<String, String>,
     /// In the order in which they are loaded.
@@ -58,6 +61,8 @@ pub enum Flaw {
 /// Why a package cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
 enum Error {
+    #[error("a kernel is made of one package or two")]
+    NoPackage,
     #[error("{package} has no {missing}: this package is of no use to the lab")]
     Lacks { package: String, missing: String },
     #[error("{package} cannot be unpacked: {why}")]
@@ -105,12 +110,12 @@ impl Entry {
         Ok(Self { directory: directory.to_owned(), manifest })
     }
 
-    /// Builds the entry in `directory` from a package's file. `roots` are the modules that are needed; what they depend on comes along.
+    /// Builds the entry in `directory` from the files of one package, or of two: the kernel's and its modules'. `roots` are the modules that
+    /// are needed; what they depend on comes along.
     pub(super) fn build(
         directory: &Path,
         wanted: &str,
-        package: &Package,
-        deb: &Path,
+        packages: &[(Package, PathBuf)],
         roots: &[&str],
     ) -> Result<(), Failure> {
         let cache = |path: &Path| {
@@ -121,11 +126,14 @@ impl Entry {
         let scratch = tempfile::Builder::new().prefix(".new-").tempdir_in(parent).map_err(cache(parent))?;
         let (tree, new) = (scratch.path().join("tree"), scratch.path().join("entry"));
         std::fs::create_dir(&new).map_err(cache(&new))?;
-        let mut command = Child::command("dpkg-deb", "dpkg")?;
-        let ended = run(command.arg("-x").arg(deb).arg(&tree), scratch.path())?;
-        if !ended.status.success() {
-            return Err(Error::Broken { package: package.name.clone(), why: ended.complaint() }.into());
+        for (package, deb) in packages {
+            let mut command = Child::command("dpkg-deb", "dpkg")?;
+            let ended = run(command.arg("-x").arg(deb).arg(&tree), scratch.path())?;
+            if !ended.status.success() {
+                return Err(Error::Broken { package: package.name.clone(), why: ended.complaint() }.into());
+            }
         }
+        let Some((package, _)) = packages.first() else { return Err(Error::NoPackage.into()) };
         let tree = Tree { package: &package.name, files: walk(&tree) };
         let vmlinuz = tree.find("the kernel (boot/vmlinuz)", |name| name.starts_with("vmlinuz"))?;
         let mut files = BTreeMap::new();
@@ -148,6 +156,7 @@ impl Entry {
             package: package.name.clone(),
             version: package.version.clone(),
             sha256: package.sha256.clone(),
+            modules_package: packages.get(1).map(|(it, _)| format!("{} {} {}", it.name, it.version, it.sha256)),
             files,
             modules: modules.into_iter().map(|(module, _)| module).collect(),
         };
@@ -180,11 +189,12 @@ impl Entry {
         self.directory.join(file_name(&module.name))
     }
 
-    /// Name, version and SHA-256 of the package, as the Record has them.
+    /// Name, version and SHA-256 of the package, as the Record has them; of both, where the modules have one of their own.
     #[must_use]
     pub fn package(&self) -> String {
-        let Manifest { package, version, sha256, .. } = &self.manifest;
-        format!("{package} {version} {sha256}")
+        let Manifest { package, version, sha256, modules_package, .. } = &self.manifest;
+        let modules = modules_package.as_ref().map_or_else(String::new, |it| format!(", {it}"));
+        format!("{package} {version} {sha256}{modules}")
     }
 
     /// When another package than the pinned one was taken: which one.
@@ -274,6 +284,7 @@ mod tests {
             package: "linux".into(),
             version: "1".into(),
             sha256: "00".into(),
+            modules_package: None,
             files,
             modules: vec![kvm],
         };

@@ -228,7 +228,7 @@ mod tests {
         for (words, line) in [
             (["--machine", "vmx"], "--machine vmx: there is svm"),
             (["--clock", "sundial"], "--clock sundial: there are instructions and wall"),
-            (["--kernel", "2.4"], "kernel 2.4: not on the shelf; there are 6.12, 6.1 (umbra kernels list)"),
+            (["--kernel", "2.4"], "kernel 2.4: not on the shelf; there are 5.10, 6.1, 6.12, 7.2, 7.3-rc (umbra kernels list)"),
             (["--param", "x"], "--param x: not a parameter; write MODULE.NAME=VALUE, as kvm.tdp_mmu=0"),
         ] {
             let failure = refused(&words);
