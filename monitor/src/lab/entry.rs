@@ -5,10 +5,13 @@ use super::apt::Package;
 use super::child::{Child, run};
 use super::digest;
 use super::module::{Module, canonical};
+use super::own::Own;
 use crate::failure::Failure;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tempfile::TempDir;
 
 /// The layout of an entry. Entries of another one are built again.
 const FORMAT: u32 = 1;
@@ -32,6 +35,9 @@ struct Manifest {
     files: BTreeMap<String, String>,
     /// In the order in which they are loaded.
     modules: Vec<Module>,
+    /// Whether it is a kernel of the user's own, which lies in no cache.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    own: bool,
 }
 
 /// A complete kernel in the cache.
@@ -39,6 +45,8 @@ struct Manifest {
 pub struct Entry {
     directory: PathBuf,
     manifest: Manifest,
+    /// A kernel of the user's own is copied, so that what boots is what was checked; the copy goes with the last user.
+    _copy: Option<Arc<TempDir>>,
 }
 
 /// Why an entry cannot be used.
@@ -107,7 +115,35 @@ impl Entry {
                 _ => return Err(Flaw::File(name.clone())),
             }
         }
-        Ok(Self { directory: directory.to_owned(), manifest })
+        Ok(Self { directory: directory.to_owned(), manifest, _copy: None })
+    }
+
+    /// A kernel of the user's own.
+    pub(super) fn own(own: &Own) -> std::io::Result<Self> {
+        let copy = tempfile::Builder::new().prefix("umbra-kernel-").tempdir()?;
+        std::fs::copy(&own.path, copy.path().join(VMLINUZ))?;
+        for (module, elf) in own.modules() {
+            std::fs::write(copy.path().join(file_name(&module.name)), elf)?;
+        }
+        let (package, version, sha256) = own.package();
+        let manifest = Manifest {
+            format: FORMAT,
+            wanted: format!("{package} {version}"),
+            package,
+            version,
+            sha256,
+            modules_package: own.modules_package(),
+            files: BTreeMap::new(),
+            modules: own.modules().iter().map(|(module, _)| module.clone()).collect(),
+            own: true,
+        };
+        Ok(Self { directory: copy.path().to_owned(), manifest, _copy: Some(Arc::new(copy)) })
+    }
+
+    /// Whether it is a kernel of the user's own rather than of the shelf.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.manifest.own
     }
 
     /// Builds the entry in `directory` from the files of one package, or of two: the kernel's and its modules'. `roots` are the modules that
@@ -159,6 +195,7 @@ impl Entry {
             modules_package: packages.get(1).map(|(it, _)| format!("{} {} {}", it.name, it.version, it.sha256)),
             files,
             modules: modules.into_iter().map(|(module, _)| module).collect(),
+            own: false,
         };
         let text = serde_json::to_vec_pretty(&manifest)
             .map_err(|why| Error::Broken { package: package.name.clone(), why: why.to_string() })?;
@@ -228,16 +265,10 @@ impl Tree<'_> {
             file.split_once('.').is_some_and(|(stem, end)| canonical(stem) == name && matches!(end, "ko" | "ko.xz"))
         })?;
         let broken = |why: String| Error::Broken { package: self.package.to_owned(), why };
-        let elf = if file.extension().is_some_and(|extension| extension == "xz") {
-            let mut command = Child::command("xz", "xz-utils")?;
-            let ended = run(command.arg("-dc").arg(file), Path::new("/"))?;
-            if !ended.status.success() {
-                return Err(broken(ended.complaint()).into());
-            }
-            ended.stdout
-        } else {
-            std::fs::read(file).map_err(|why| broken(why.to_string()))?
-        };
+        let elf = unpack(file).map_err(|failure| match failure {
+            Failure::Interrupted | Failure::NotHere(_) => failure,
+            other => broken(other.to_string()).into(),
+        })?;
         let module = Module::read(&elf).ok_or_else(|| broken(format!("{name} is not a kernel module")))?;
         for needed in &module.depends {
             self.load(needed, loaded)?;
@@ -247,8 +278,21 @@ impl Tree<'_> {
     }
 }
 
+/// A module's file, unpacked if it is packed.
+///
+/// # Errors
+/// It cannot be read or unpacked; [`Failure::NotHere`] without xz.
+pub(super) fn unpack(file: &Path) -> Result<Vec<u8>, Failure> {
+    if file.extension().is_none_or(|extension| extension != "xz") {
+        return std::fs::read(file).map_err(|why| Failure::Input(why.to_string()));
+    }
+    let mut command = Child::command("xz", "xz-utils")?;
+    let ended = run(command.arg("-dc").arg(file), Path::new("/"))?;
+    if ended.status.success() { Ok(ended.stdout) } else { Err(Failure::Input(ended.complaint())) }
+}
+
 /// All regular files below a directory, sorted.
-fn walk(directory: &Path) -> Vec<PathBuf> {
+pub(super) fn walk(directory: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut directories = vec![directory.to_owned()];
     while let Some(directory) = directories.pop() {
@@ -287,6 +331,7 @@ mod tests {
             modules_package: None,
             files,
             modules: vec![kvm],
+            own: false,
         };
         std::fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
         directory

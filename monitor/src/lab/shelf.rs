@@ -12,7 +12,7 @@ use std::fs::File;
 use std::path::PathBuf;
 
 /// The modules that the lab's machines need; what these depend on comes along.
-const MODULES: [&str; 1] = ["kvm-amd"];
+pub(super) const MODULES: [&str; 1] = ["kvm-amd"];
 
 /// The shelf's list.
 #[derive(Debug, Deserialize)]
@@ -54,7 +54,9 @@ pub struct Kernel {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No such kernel.
-    #[error("kernel {name}: not on the shelf; there are {known} (umbra kernels list)")]
+    #[error(
+        "kernel {name}: not on the shelf; there are {known} (umbra kernels list), or a bzImage of your own by its path"
+    )]
     Unknown {
         /// The name.
         name: String,
@@ -288,7 +290,10 @@ mod tests {
     fn an_unknown_kernel_is_bad_input() {
         let failure = Failure::from(shelf().kernel(Some("2.4")).unwrap_err());
         assert!(matches!(failure, Failure::Input(_)));
-        assert!(failure.to_string().starts_with("kernel 2.4: not on the shelf; there are 5.10, 6.1, 6.12"), "{failure}");
+        assert!(
+            failure.to_string().starts_with("kernel 2.4: not on the shelf; there are 5.10, 6.1, 6.12"),
+            "{failure}"
+        );
     }
 
     #[test]

@@ -54,12 +54,12 @@ fn words(record: &Record, option: &str) -> String {
     }
 }
 
-fn pages(record: &Record) -> u64 {
+pub(super) fn pages(record: &Record) -> u64 {
     number(record, "memory") / 4096
 }
 
 /// Accesses of one round, which the firmware executes and the table divides by.
-fn accesses(record: &Record) -> u64 {
+pub(super) fn accesses(record: &Record) -> u64 {
     let pages = pages(record) * aliases(record);
     if words(record, "pattern") == "empty" { 0 } else { pages * number(record, "accesses-per-page") }
 }
@@ -162,13 +162,13 @@ pub(super) fn per(value: u64, count: u64) -> String {
 
 /// The columns of the cost table: heading, phase, whether it is of the first round, of the later ones, or of none.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Rounds {
+pub(super) enum Rounds {
     None,
     First,
     Later,
 }
 
-const COLUMNS: &[(&str, &str, Rounds)] = &[
+pub(super) const COLUMNS: &[(&str, &str, Rounds)] = &[
     ("populate", "populate", Rounds::None),
     ("enable", "enable", Rounds::None),
     ("dirty 1", "dirty", Rounds::First),
@@ -182,7 +182,7 @@ const COLUMNS: &[(&str, &str, Rounds)] = &[
 ];
 
 /// The smallest value of a column's phases in the timed pass: the minimum over later rounds is what repeats.
-fn smallest<'a>(row: &'a Row, phase: &str, rounds: Rounds) -> Option<&'a Phase> {
+pub(super) fn smallest<'a>(row: &'a Row, phase: &str, rounds: Rounds) -> Option<&'a Phase> {
     row.phases
         .iter()
         .filter(|p| p.pass == "timed" && p.phase == phase)
