@@ -32,12 +32,69 @@ pub enum Command {
     Run(RunArgs),
     /// Run a scenario inside the lab: real Linux KVM in an emulated machine.
     Lab(LabArgs),
+    /// Two results side by side; refused where they are of different work.
+    Compare {
+        /// The Record (or list) that is compared with.
+        a: PathBuf,
+        /// The Record (or list) that is compared.
+        b: PathBuf,
+        /// Exit with 1 if a phase of B costs over so many percent more than in A.
+        #[arg(long, value_name = "PCT", value_parser = parse_percent)]
+        fail_over: Option<f64>,
+    },
+    /// Every run that a spec names, two boots at a time; a run that was interrupted goes on where it was.
+    #[command(name = "lab-matrix", bin_name = "umbra lab matrix", hide = true)]
+    LabMatrix {
+        /// The spec (images/specs has examples).
+        #[arg(long)]
+        spec: PathBuf,
+        /// How the boots share the machine.
+        #[command(flatten)]
+        boots: BootArgs,
+        /// Write the list of Records to this file; finished runs are kept beside it until it is complete.
+        #[arg(long)]
+        out: Option<PathBuf>,
+    },
+    /// One scenario on several kernels, side by side in one table.
+    #[command(name = "lab-history", bin_name = "umbra lab history", hide = true)]
+    LabHistory {
+        /// Kernels, separated by commas (default: the whole shelf).
+        #[arg(long, value_delimiter = ',')]
+        kernels: Vec<String>,
+        /// How the boots share the machine.
+        #[command(flatten)]
+        boots: BootArgs,
+        /// The machine and the scenario.
+        #[command(flatten)]
+        lab: LabArgs,
+    },
+    /// One scenario in images that are merely shifted: what a difference must exceed to be one.
+    #[command(name = "lab-noise", bin_name = "umbra lab noise", hide = true)]
+    LabNoise {
+        /// How many images.
+        #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(2..=64))]
+        images: u64,
+        /// How the boots share the machine.
+        #[command(flatten)]
+        boots: BootArgs,
+        /// The machine and the scenario.
+        #[command(flatten)]
+        lab: LabArgs,
+    },
     /// The shelf of kernels.
     Kernels {
         /// What to do with it.
         #[command(subcommand)]
         command: KernelsCommand,
     },
+}
+
+/// How several boots share the machine that they run on.
+#[derive(Clone, Debug, Args)]
+pub struct BootArgs {
+    /// Lab machines that run at a time.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub boots: u64,
 }
 
 /// What can be done with the shelf.
@@ -47,7 +104,7 @@ pub enum KernelsCommand {
     List,
     /// Download and unpack kernels into the cache.
     Fetch {
-        /// Names of kernels (default: the lab's default kernel).
+        /// Names of kernels, or all (default: the lab's default kernel).
         kernels: Vec<String>,
     },
 }
@@ -198,19 +255,32 @@ impl ShadowArgs {
 
 /// The lab and what runs in it.
 #[derive(Clone, Debug, Args)]
+#[command(
+    after_help = "`umbra lab history SCENARIO` runs it on every kernel of the shelf, `umbra lab matrix --spec FILE` what a file names, \
+`umbra lab noise SCENARIO` in shifted images; each has a --help of its own."
+)]
 pub struct LabArgs {
     /// The emulated machine: svm (AMD, in QEMU) or vmx (Intel with EPT and PML, in Bochs).
     #[arg(long, default_value = "svm")]
     pub machine: String,
-    /// A kernel of the shelf (default: the shelf's default).
+    /// A kernel of the shelf (default: the shelf's default), or a bzImage of your own.
     #[arg(long)]
     pub kernel: Option<String>,
+    /// Where the modules of a kernel of your own are (`make modules_install INSTALL_MOD_PATH=DIR`).
+    #[arg(long, value_name = "DIR")]
+    pub modules: Option<PathBuf>,
     /// `instructions` (exact, one CPU) or `wall` (two CPUs, faster, not deterministic).
     #[arg(long, default_value = "instructions")]
     pub clock: String,
     /// A module parameter, as `kvm.tdp_mmu=0`; may be repeated.
     #[arg(long = "param")]
     pub params: Vec<String>,
+    /// Words for the lab kernel's command line, as no5lvl.
+    #[arg(long)]
+    pub append: Option<String>,
+    /// KiB that pad the lab's image: the same work, shifted, to see the noise.
+    #[arg(long, default_value_t = 0, hide = true, value_parser = clap::value_parser!(u64).range(0..=65536))]
+    pub pad: u64,
     /// The scenario and its options.
     #[command(flatten)]
     pub run: RunArgs,
@@ -274,6 +344,14 @@ impl RunArgs {
 /// [`Failure::Input`] with the parser's complaint in one line.
 pub fn parse<I: IntoIterator<Item = String>>(words: I) -> Result<Cli, Failure> {
     use clap::error::ErrorKind;
+    let mut words: Vec<String> = words.into_iter().collect();
+    // `lab` takes a scenario, and these three are none: they are commands of their own under names that the parser can tell apart.
+    if let [_, lab, name, ..] = &words[..]
+        && lab == "lab"
+        && matches!(name.as_str(), "matrix" | "history" | "noise")
+    {
+        words[1] = format!("lab-{}", words.remove(2));
+    }
     Cli::try_parse_from(words).map_err(|error| {
         if matches!(
             error.kind(),
@@ -305,6 +383,12 @@ fn parse_bytes(text: &str) -> Result<u64, String> {
         .ok()
         .and_then(|number| number.checked_mul(1 << shift))
         .ok_or_else(|| "not a size; write bytes, or a number with K, M, G or T".to_owned())
+}
+
+fn parse_percent(text: &str) -> Result<f64, String> {
+    let percent =
+        text.trim_end_matches('%').parse::<f64>().ok().filter(|percent| percent.is_finite() && *percent >= 0.0);
+    percent.ok_or_else(|| "not a percentage; write 0.5 for half a percent".to_owned())
 }
 
 fn parse_kind(text: &str) -> Result<pattern::Kind, String> {

@@ -1,13 +1,17 @@
 //! The `umbra` command.
 
 use std::io::Write as _;
+use std::path::Path;
 use std::process::ExitCode;
-use umbra::cli::{self, Cli, Command, KernelsCommand, RunArgs};
+use std::sync::Arc;
+use umbra::cli::{self, BootArgs, Cli, Command, KernelsCommand, LabArgs, RunArgs};
 use umbra::ground::Ground;
+use umbra::lab::matrix::spec::{Boot, Spec};
+use umbra::lab::matrix::{self, Boots};
 use umbra::lab::{self, shelf};
 use umbra::probe::{self, Probe};
 use umbra::progress::Progress;
-use umbra::report::{Output, Record, table};
+use umbra::report::{Output, Record, compare, file, series, table};
 use umbra::{Failure, scenario};
 
 fn main() -> ExitCode {
@@ -30,12 +34,69 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         Command::List => show(&(probe::list() + &shelf::list()?))?,
         Command::Run(args) => return measure(args, |progress| scenario::run(args, Ground::Kvm, progress)),
         Command::Lab(args) => return measure(&args.run, |progress| lab::run(args, progress)),
+        Command::LabMatrix { spec, boots, out } => {
+            let spec = Spec::read(spec)?;
+            return many(&spec.runs, boots, spec.boot, out.as_deref(), &series::matrix);
+        }
+        Command::LabHistory { kernels, boots, lab } => {
+            return many(&history(kernels, lab)?, boots, Boot::Shared, lab.run.out.as_deref(), &series::matrix);
+        }
+        Command::LabNoise { images, boots, lab } => return noise(*images, boots, lab),
+        Command::Compare { a, b, fail_over } => {
+            let comparison = compare::compare(&file::read(a)?, &file::read(b)?, *fail_over)?;
+            show(&comparison.text)?;
+            if !comparison.over.is_empty() {
+                return Err(Failure::Check(comparison.over.join("\n")));
+            }
+        }
         Command::Kernels { command: KernelsCommand::List } => show(&shelf::list()?)?,
         Command::Kernels { command: KernelsCommand::Fetch { kernels } } => {
             show(&shelf::fetch(kernels, &Progress::stderr())?)?;
         }
     }
     Ok(())
+}
+
+/// Makes many runs and shows their Records as `render` does. Their truth has to hold as that of one.
+fn many(
+    runs: &[LabArgs],
+    boots: &BootArgs,
+    sharing: Boot,
+    out: Option<&Path>,
+    render: &dyn Fn(&[Record]) -> String,
+) -> Result<(), Failure> {
+    let progress = Arc::new(Progress::stderr());
+    let outcome = matrix::run(runs, Boots { at_a_time: boots.boots, sharing }, out, progress)?;
+    show(&render(&outcome.records))?;
+    let faults = outcome.records.iter().flat_map(Record::faults);
+    let faults: Vec<String> = outcome.broken.iter().cloned().chain(faults).collect();
+    if faults.is_empty() { Ok(()) } else { Err(Failure::Check(faults.join("\n"))) }
+}
+
+/// The same run on each of the kernels.
+fn history(kernels: &[String], lab: &LabArgs) -> Result<Vec<LabArgs>, Failure> {
+    scenario::check(&lab.run)?;
+    let shelf = shelf::shelf();
+    let names: Vec<String> = if kernels.is_empty() {
+        shelf.kernels().iter().map(|kernel| kernel.name.clone()).collect()
+    } else {
+        kernels.to_vec()
+    };
+    Ok(names.into_iter().map(|name| LabArgs { kernel: Some(name), ..lab.clone() }).collect())
+}
+
+/// The same run in images that are shifted by 43 KiB each.
+fn noise(images: u64, boots: &BootArgs, lab: &LabArgs) -> Result<(), Failure> {
+    scenario::check(&lab.run)?;
+    let runs: Vec<_> = (0..images).map(|image| LabArgs { pad: 43 * image, ..lab.clone() }).collect();
+    let over = std::cell::RefCell::new(Vec::new());
+    many(&runs, boots, Boot::Shared, lab.run.out.as_deref(), &|records| {
+        let (text, lines) = series::noise_of(records);
+        over.replace(lines);
+        text
+    })?;
+    let over = over.into_inner();
+    if over.is_empty() { Ok(()) } else { Err(Failure::Check(over.join("\n"))) }
 }
 
 /// Prints `text`. A reader who has seen enough (`| head`) is no failure; a full disk is one.

@@ -18,6 +18,14 @@ pub struct Package {
     pub sha256: String,
 }
 
+impl Package {
+    /// The package that has this one's modules, where a kernel comes in two: from Debian's 7.x on.
+    #[must_use]
+    pub fn modules(&self) -> Option<String> {
+        self.name.strip_prefix("linux-binary-unsigned-").map(|rest| format!("linux-modules-{rest}"))
+    }
+}
+
 /// Why there is no package.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -150,6 +158,20 @@ impl Apt {
         Err(Error::NotFound { pinned, series: series.to_owned(), suites: self.suites.clone(), because }.into())
     }
 
+    /// The package that has the modules of `image`, of the same version; `None` where they are in it.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`].
+    pub fn find_modules(&self, image: &Package) -> Result<Option<Package>, Failure> {
+        let Some(name) = image.modules() else { return Ok(None) };
+        if let Some(package) = self.show(&format!("{name}={}", image.version))? {
+            return Ok(Some(package));
+        }
+        let pinned = format!("{name} {}", image.version);
+        let (series, suites, because) = (name, self.suites.clone(), String::new());
+        Err(Error::NotFound { pinned, series, suites, because }.into())
+    }
+
     fn show(&self, package: &str) -> Result<Option<Package>, Failure> {
         Ok(parse_show(&self.run("apt-cache", &["show", "--no-all-versions", package])?.text()))
     }
@@ -267,8 +289,8 @@ fn newest<'a>(names: impl Iterator<Item = &'a str>, series: &str) -> Option<Stri
     let (start, end) = series.split_once('*')?;
     let numbers = |name: &str| -> Option<Vec<u64>> {
         let middle = name.strip_prefix(start)?.strip_suffix(end)?;
-        // Another flavour of the same series (rt, say) is another kernel.
-        if !middle.starts_with(|c: char| c.is_ascii_digit()) || middle.contains('-') {
+        // Another flavour of the same series (rt, say) is another kernel. In `7.3*` the star may stand for nothing, or for `.4+deb13`.
+        if middle.starts_with(|c: char| !c.is_ascii_digit() && c != '.') || middle.contains('-') {
             return None;
         }
         Some(middle.split(|c: char| !c.is_ascii_digit()).filter_map(|digits| digits.parse().ok()).collect())
@@ -337,6 +359,19 @@ mod tests {
         let series = "linux-image-6.12.*-cloud-amd64";
         assert_eq!(newest(names.into_iter(), series).unwrap(), "linux-image-6.12.117+deb12-cloud-amd64");
         assert_eq!(newest(["linux-image-6.1.0-56-cloud-amd64"].into_iter(), series), None);
+        let names = ["linux-binary-unsigned-7.3-cloud-amd64", "linux-binary-unsigned-7.3.4+deb13-cloud-amd64"];
+        let series = "linux-binary-unsigned-7.3*-cloud-amd64";
+        assert_eq!(newest(names.into_iter(), series).unwrap(), names[1]);
+        assert_eq!(newest(names[..1].iter().copied(), series).unwrap(), names[0]);
+        assert_eq!(newest(["linux-binary-unsigned-7.3-rt-cloud-amd64"].into_iter(), series), None);
+    }
+
+    #[test]
+    fn a_split_kernel_names_its_modules() {
+        let package = |name: &str| Package { name: name.into(), version: "1".into(), sha256: "ff".into() };
+        let split = package("linux-binary-unsigned-7.2.13+deb14-cloud-amd64");
+        assert_eq!(split.modules().unwrap(), "linux-modules-7.2.13+deb14-cloud-amd64");
+        assert_eq!(package("linux-image-6.12.111+deb12-cloud-amd64").modules(), None);
     }
 
     #[test]

@@ -15,6 +15,12 @@ pub fn panic(console: &str) -> Option<String> {
         // As wait(2) has it: a signal in the low bits, else an exit code above them.
         Some(code) if code & 0x7f != 0 => format!("{reason} (Umbra's PID 1 was killed by signal {})", code & 0x7f),
         Some(code) => format!("{reason} (Umbra's PID 1 ended with exit code {})", code >> 8),
+        None if reason.contains("Unable to mount root fs") => {
+            format!("{reason} (it did not unpack the lab's image: without CONFIG_BLK_DEV_INITRD there is no initramfs)")
+        }
+        None if reason.contains("No working init found") => {
+            format!("{reason} (it did not start the lab's PID 1: CONFIG_BINFMT_ELF and a 64-bit kernel are needed)")
+        }
         None => reason.to_owned(),
     })
 }
@@ -50,6 +56,8 @@ mod tests {
         let killed = "[    2.2] Kernel panic - not syncing: Attempted to kill init! exitcode=0x0000000b\n";
         assert!(panic(killed).unwrap().ends_with("(Umbra's PID 1 was killed by signal 11)"));
         let ended = "[    2.2] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000100\n";
+        let rootless = "[ 1.0] Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)\n";
+        assert!(panic(rootless).unwrap().contains("CONFIG_BLK_DEV_INITRD"));
         assert!(panic(ended).unwrap().ends_with("(Umbra's PID 1 ended with exit code 1)"));
     }
 

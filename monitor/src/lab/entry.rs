@@ -5,10 +5,13 @@ use super::apt::Package;
 use super::child::{Child, run};
 use super::digest;
 use super::module::{Module, canonical};
+use super::own::Own;
 use crate::failure::Failure;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tempfile::TempDir;
 
 /// The layout of an entry. Entries of another one are built again.
 const FORMAT: u32 = 2;
@@ -25,10 +28,16 @@ struct Manifest {
     package: String,
     version: String,
     sha256: String,
+    /// The package that the modules came from, where it is another one: name, version and hash.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    modules_package: Option<String>,
     /// SHA-256 of every other file of the entry.
     files: BTreeMap<String, String>,
     /// In the order in which they are loaded.
     modules: Vec<Module>,
+    /// Whether it is a kernel of the user's own, which lies in no cache.
+    #[serde(skip_serializing_if = "std::ops::Not::not", default)]
+    own: bool,
 }
 
 /// A complete kernel in the cache.
@@ -36,6 +45,8 @@ struct Manifest {
 pub struct Entry {
     directory: PathBuf,
     manifest: Manifest,
+    /// A kernel of the user's own is copied, so that what boots is what was checked; the copy goes with the last user.
+    _copy: Option<Arc<TempDir>>,
 }
 
 /// Why an entry cannot be used.
@@ -58,6 +69,8 @@ pub enum Flaw {
 /// Why a package cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
 enum Error {
+    #[error("a kernel is made of one package or two")]
+    NoPackage,
     #[error("{package} has no {missing}: this package is of no use to the lab")]
     Lacks { package: String, missing: String },
     #[error("{package} cannot be unpacked: {why}")]
@@ -102,15 +115,43 @@ impl Entry {
                 _ => return Err(Flaw::File(name.clone())),
             }
         }
-        Ok(Self { directory: directory.to_owned(), manifest })
+        Ok(Self { directory: directory.to_owned(), manifest, _copy: None })
     }
 
-    /// Builds the entry in `directory` from a package's file. `roots` are the modules that are needed; what they depend on comes along.
+    /// A kernel of the user's own.
+    pub(super) fn own(own: &Own) -> std::io::Result<Self> {
+        let copy = tempfile::Builder::new().prefix("umbra-kernel-").tempdir()?;
+        std::fs::copy(&own.path, copy.path().join(VMLINUZ))?;
+        for (module, elf) in own.modules() {
+            std::fs::write(copy.path().join(file_name(&module.name)), elf)?;
+        }
+        let (package, version, sha256) = own.package();
+        let manifest = Manifest {
+            format: FORMAT,
+            wanted: format!("{package} {version}"),
+            package,
+            version,
+            sha256,
+            modules_package: own.modules_package(),
+            files: BTreeMap::new(),
+            modules: own.modules().iter().map(|(module, _)| module.clone()).collect(),
+            own: true,
+        };
+        Ok(Self { directory: copy.path().to_owned(), manifest, _copy: Some(Arc::new(copy)) })
+    }
+
+    /// Whether it is a kernel of the user's own rather than of the shelf.
+    #[must_use]
+    pub fn is_own(&self) -> bool {
+        self.manifest.own
+    }
+
+    /// Builds the entry in `directory` from the files of one package, or of two: the kernel's and its modules'. `roots` are the modules that
+    /// are needed; what they depend on comes along.
     pub(super) fn build(
         directory: &Path,
         wanted: &str,
-        package: &Package,
-        deb: &Path,
+        packages: &[(Package, PathBuf)],
         roots: &[&str],
     ) -> Result<(), Failure> {
         let cache = |path: &Path| {
@@ -121,11 +162,14 @@ impl Entry {
         let scratch = tempfile::Builder::new().prefix(".new-").tempdir_in(parent).map_err(cache(parent))?;
         let (tree, new) = (scratch.path().join("tree"), scratch.path().join("entry"));
         std::fs::create_dir(&new).map_err(cache(&new))?;
-        let mut command = Child::command("dpkg-deb", "dpkg")?;
-        let ended = run(command.arg("-x").arg(deb).arg(&tree), scratch.path())?;
-        if !ended.status.success() {
-            return Err(Error::Broken { package: package.name.clone(), why: ended.complaint() }.into());
+        for (package, deb) in packages {
+            let mut command = Child::command("dpkg-deb", "dpkg")?;
+            let ended = run(command.arg("-x").arg(deb).arg(&tree), scratch.path())?;
+            if !ended.status.success() {
+                return Err(Error::Broken { package: package.name.clone(), why: ended.complaint() }.into());
+            }
         }
+        let Some((package, _)) = packages.first() else { return Err(Error::NoPackage.into()) };
         let tree = Tree { package: &package.name, files: walk(&tree) };
         let vmlinuz = tree.find("the kernel (boot/vmlinuz)", |name| name.starts_with("vmlinuz"))?;
         let mut files = BTreeMap::new();
@@ -148,8 +192,10 @@ impl Entry {
             package: package.name.clone(),
             version: package.version.clone(),
             sha256: package.sha256.clone(),
+            modules_package: packages.get(1).map(|(it, _)| format!("{} {} {}", it.name, it.version, it.sha256)),
             files,
             modules: modules.into_iter().map(|(module, _)| module).collect(),
+            own: false,
         };
         let text = serde_json::to_vec_pretty(&manifest)
             .map_err(|why| Error::Broken { package: package.name.clone(), why: why.to_string() })?;
@@ -180,11 +226,12 @@ impl Entry {
         self.directory.join(file_name(&module.name))
     }
 
-    /// Name, version and SHA-256 of the package, as the Record has them.
+    /// Name, version and SHA-256 of the package, as the Record has them; of both, where the modules have one of their own.
     #[must_use]
     pub fn package(&self) -> String {
-        let Manifest { package, version, sha256, .. } = &self.manifest;
-        format!("{package} {version} {sha256}")
+        let Manifest { package, version, sha256, modules_package, .. } = &self.manifest;
+        let modules = modules_package.as_ref().map_or_else(String::new, |it| format!(", {it}"));
+        format!("{package} {version} {sha256}{modules}")
     }
 
     /// When another package than the pinned one was taken: which one.
@@ -218,16 +265,10 @@ impl Tree<'_> {
             file.split_once('.').is_some_and(|(stem, end)| canonical(stem) == name && matches!(end, "ko" | "ko.xz"))
         })?;
         let broken = |why: String| Error::Broken { package: self.package.to_owned(), why };
-        let elf = if file.extension().is_some_and(|extension| extension == "xz") {
-            let mut command = Child::command("xz", "xz-utils")?;
-            let ended = run(command.arg("-dc").arg(file), Path::new("/"))?;
-            if !ended.status.success() {
-                return Err(broken(ended.complaint()).into());
-            }
-            ended.stdout
-        } else {
-            std::fs::read(file).map_err(|why| broken(why.to_string()))?
-        };
+        let elf = unpack(file).map_err(|failure| match failure {
+            Failure::Interrupted | Failure::NotHere(_) => failure,
+            other => broken(other.to_string()).into(),
+        })?;
         let module = Module::read(&elf).ok_or_else(|| broken(format!("{name} is not a kernel module")))?;
         for needed in &module.depends {
             self.load(needed, loaded)?;
@@ -237,8 +278,21 @@ impl Tree<'_> {
     }
 }
 
+/// A module's file, unpacked if it is packed.
+///
+/// # Errors
+/// It cannot be read or unpacked; [`Failure::NotHere`] without xz.
+pub(super) fn unpack(file: &Path) -> Result<Vec<u8>, Failure> {
+    if file.extension().is_none_or(|extension| extension != "xz") {
+        return std::fs::read(file).map_err(|why| Failure::Input(why.to_string()));
+    }
+    let mut command = Child::command("xz", "xz-utils")?;
+    let ended = run(command.arg("-dc").arg(file), Path::new("/"))?;
+    if ended.status.success() { Ok(ended.stdout) } else { Err(Failure::Input(ended.complaint())) }
+}
+
 /// All regular files below a directory, sorted.
-fn walk(directory: &Path) -> Vec<PathBuf> {
+pub(super) fn walk(directory: &Path) -> Vec<PathBuf> {
     let mut files = Vec::new();
     let mut directories = vec![directory.to_owned()];
     while let Some(directory) = directories.pop() {
@@ -274,8 +328,10 @@ mod tests {
             package: "linux".into(),
             version: "1".into(),
             sha256: "00".into(),
+            modules_package: None,
             files,
             modules: vec![kvm],
+            own: false,
         };
         std::fs::write(directory.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
         directory

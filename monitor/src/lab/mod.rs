@@ -20,7 +20,9 @@ mod idle;
 pub mod init;
 pub mod initramfs;
 pub mod interrupt;
+pub mod matrix;
 pub mod module;
+pub mod own;
 pub mod plan;
 mod qemu;
 pub mod shelf;
@@ -70,6 +72,12 @@ enum Error {
     Firmware { path: PathBuf, why: std::io::Error },
     #[error("{} is not linked statically, so it cannot be the lab's PID 1; `make build` makes it so", _0.display())]
     NotStatic(PathBuf),
+    #[error("--modules {}: it goes with a --kernel of your own, a file; the shelf's kernels have theirs", _0.display())]
+    NeedlessModules(PathBuf),
+    #[error(
+        "Linux {0} said nothing on its serial port: it needs CONFIG_SERIAL_8250_CONSOLE, and what else it lacks it cannot say"
+    )]
+    Mute(String),
     #[error("the lab's files cannot be written: {0}; TMPDIR names another directory")]
     Scratch(std::io::Error),
 }
@@ -99,16 +107,21 @@ impl Machine {
             return Err(Error::ClockOfMachine { machine: emulator.machine(), clock: args.clock.clone() }.into());
         }
         let params = args.params.iter().map(|text| text.parse()).collect::<Result<Vec<Param>, _>>()?;
-        let shelf = shelf::shelf();
-        let kernel = shelf.kernel(args.kernel.as_deref())?;
         // The emulator is looked for before anything is downloaded.
         emulator.version()?;
-        let entry = kernel.ensure(progress)?;
-        let machine =
-            Self { emulator, kernel: entry, clock, params, init: "/proc/self/exe".into(), append: String::new() };
+        let kernel = Self::kernel(args, progress)?;
+        let append = args.append.clone().unwrap_or_default();
+        let mut machine = Self { emulator, kernel, clock, params, init: "/proc/self/exe".into(), append };
+        let modules = machine.modules();
         for param in &machine.params {
-            param.check(&kernel.name, &machine.modules())?;
+            if machine.kernel.is_own() && modules.iter().all(|module| module.name != param.module) {
+                // Built in: the kernel's own command line has it.
+                machine.append = format!("{} {param}", machine.append);
+            } else {
+                param.check(args.kernel.as_deref().unwrap_or(&shelf::shelf().default), &modules)?;
+            }
         }
+        machine.append.truncate(machine.append.trim_end().len());
         Ok(machine)
     }
 
@@ -116,6 +129,27 @@ impl Machine {
     fn modules(&self) -> Vec<Module> {
         let foreign = |name: &str| Emulator::ALL.iter().any(|other| *other != self.emulator && other.module() == name);
         self.kernel.modules().iter().filter(|module| !foreign(&module.name)).cloned().collect()
+    }
+
+    fn mute(&self) -> Error {
+        let package = self.kernel.package();
+        Error::Mute(package.split(' ').nth(1).unwrap_or_default().to_owned())
+    }
+
+    /// The kernel that the command line asks for: the shelf's, or a file.
+    fn kernel(args: &LabArgs, progress: &Progress) -> Result<Entry, Failure> {
+        let shelf = shelf::shelf();
+        let kernel = match (shelf.kernel(args.kernel.as_deref()), &args.kernel) {
+            (Err(_), Some(file)) if file.contains('/') || Path::new(file).is_file() => {
+                let own = own::Own::read(Path::new(file), args.modules.as_deref(), &shelf::MODULES)?;
+                return Ok(Entry::own(&own).map_err(Error::Scratch)?);
+            }
+            (kernel, _) => kernel?,
+        };
+        match &args.modules {
+            Some(directory) => Err(Error::NeedlessModules(directory.clone()).into()),
+            None => kernel.ensure(progress),
+        }
     }
 }
 
@@ -125,7 +159,8 @@ impl Machine {
 /// As [`Machine::new`] and [`boot`], and what the scenario itself fails with.
 pub fn run(args: &LabArgs, progress: &Progress) -> Result<Record, Failure> {
     let machine = Machine::new(args, progress)?;
-    let mut results = boot(&machine, std::slice::from_ref(&args.run), progress)?;
+    let jobs = std::slice::from_ref(&args.run);
+    let mut results = boot_image(&machine, jobs, &image(&machine, jobs, args.pad)?, limits(&machine, jobs), progress)?;
     results.pop().unwrap_or_else(|| Err(watch::Error::Missing(0).into()))
 }
 
@@ -134,12 +169,16 @@ pub fn run(args: &LabArgs, progress: &Progress) -> Result<Record, Failure> {
 /// # Errors
 /// The machine failed before the first result, or something it needs is missing.
 pub fn boot(machine: &Machine, jobs: &[RunArgs], progress: &Progress) -> Result<Vec<Result<Record, Failure>>, Failure> {
+    boot_within(machine, jobs, limits(machine, jobs), progress)
+}
+
+/// The limits of wall time for a boot with these jobs.
+fn limits(machine: &Machine, jobs: &[RunArgs]) -> Limits {
     let slowness = machine.emulator.slowness();
-    let limits = Limits {
+    Limits {
         silent: slowness * (Duration::from_secs(60) + 2 * jobs.iter().map(plan::effort).max().unwrap_or_default()),
         wall: slowness * (Duration::from_secs(300) + 8 * jobs.iter().map(plan::effort).sum::<Duration>()),
-    };
-    boot_within(machine, jobs, limits, progress)
+    }
 }
 
 /// [`boot`] with limits of wall time.
@@ -152,14 +191,25 @@ pub fn boot_within(
     limits: Limits,
     progress: &Progress,
 ) -> Result<Vec<Result<Record, Failure>>, Failure> {
+    boot_image(machine, jobs, &image(machine, jobs, 0)?, limits, progress)
+}
+
+/// Boots an image that was built before.
+fn boot_image(
+    machine: &Machine,
+    jobs: &[RunArgs],
+    image: &initramfs::Image,
+    limits: Limits,
+    progress: &Progress,
+) -> Result<Vec<Result<Record, Failure>>, Failure> {
     interrupt::watch()?;
     let emulator = machine.emulator.version()?;
-    let image = image(machine, jobs)?;
     let scratch = tempfile::Builder::new().prefix("umbra-lab-").tempdir().map_err(Error::Scratch)?;
     let mut command = machine.emulator.prepare(machine, &image.bytes, scratch.path())?;
     let outcome = watch::run(machine.emulator, &mut command, scratch.path(), jobs.len(), limits, progress)?;
     let Outcome { params, results, broke, error, tail } = outcome;
-    let why = error.map(Failure::from);
+    let mute = machine.kernel.is_own() && tail.is_empty() && matches!(error, Some(watch::Error::Silent { .. }));
+    let why = if mute { Some(machine.mute().into()) } else { error.map(Failure::from) };
     // Bad input says all there is to say.
     if broke || matches!(why, Some(Failure::Check(_))) {
         eprintln!("umbra: the lab's console ended with");
@@ -177,6 +227,9 @@ pub fn boot_within(
         host.emulator = Some(emulator.clone());
         host.image_sha256 = Some(image.sha256.clone());
         host.params.extend(params.clone());
+        if !machine.append.is_empty() {
+            host.params.insert("append".to_owned(), machine.append.clone());
+        }
         record
     };
     Ok(results
@@ -188,8 +241,8 @@ pub fn boot_within(
         .collect())
 }
 
-/// The machine's image: PID 1, modules, the plan and the users' firmware files.
-fn image(machine: &Machine, jobs: &[RunArgs]) -> Result<initramfs::Image, Failure> {
+/// The machine's image: PID 1, modules, the plan and the users' firmware files; and `pad` KiB that nobody reads.
+fn image(machine: &Machine, jobs: &[RunArgs], pad: u64) -> Result<initramfs::Image, Failure> {
     let read = |path: &Path| std::fs::read(path).map_err(Error::Scratch);
     let init = read(&machine.init)?;
     if !is_static(&init) {
@@ -227,6 +280,9 @@ fn image(machine: &Machine, jobs: &[RunArgs]) -> Result<initramfs::Image, Failur
     };
     let text = serde_json::to_vec(&plan).map_err(|error| Error::Scratch(error.into()))?;
     files.insert(plan::FILE.to_owned(), text);
+    if let Ok(bytes @ 1..) = usize::try_from(pad << 10) {
+        files.insert("umbra/pad".to_owned(), vec![0; bytes]);
+    }
     Ok(initramfs::build(&init, &files).map_err(Error::Scratch)?)
 }
 
@@ -251,7 +307,10 @@ mod tests {
         for (words, line) in [
             (["--machine", "s390"], "--machine s390: there are svm and vmx"),
             (["--clock", "sundial"], "--clock sundial: there are instructions and wall"),
-            (["--kernel", "2.4"], "kernel 2.4: not on the shelf; there are 6.12, 6.1 (umbra kernels list)"),
+            (
+                ["--kernel", "2.4"],
+                "kernel 2.4: not on the shelf; there are 5.10, 6.1, 6.12, 7.2, 7.3-rc (umbra kernels list), or a bzImage of your own by its path",
+            ),
             (["--param", "x"], "--param x: not a parameter; write MODULE.NAME=VALUE, as kvm.tdp_mmu=0"),
         ] {
             let failure = refused(&words);

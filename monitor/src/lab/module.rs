@@ -21,12 +21,7 @@ impl Module {
     /// Reads the description from a module's file. `None` when it is not a kernel module.
     #[must_use]
     pub fn read(elf: &[u8]) -> Option<Self> {
-        let parsed = Elf::parse(elf).ok()?;
-        let section = parsed
-            .section_headers
-            .iter()
-            .find(|section| parsed.shdr_strtab.get_at(section.sh_name) == Some(".modinfo"))?;
-        let text = elf.get(section.file_range()?)?;
+        let text = modinfo(elf)?;
         let mut module = Self { name: String::new(), depends: Vec::new(), params: Vec::new() };
         for entry in text.split(|&byte| byte == 0) {
             match std::str::from_utf8(entry).ok().and_then(|entry| entry.split_once('=')) {
@@ -41,6 +36,22 @@ impl Module {
         module.params.sort();
         (!module.name.is_empty()).then_some(module)
     }
+
+    /// The release of the kernel that a module was built for: the first word of its `vermagic`.
+    #[must_use]
+    pub fn release(elf: &[u8]) -> Option<String> {
+        let text = modinfo(elf)?;
+        let magic = text.split(|&byte| byte == 0).find_map(|entry| entry.strip_prefix(b"vermagic="))?;
+        String::from_utf8_lossy(magic).split(' ').next().map(str::to_owned)
+    }
+}
+
+/// The section `.modinfo`: strings `NAME=VALUE` that end with 0.
+fn modinfo(elf: &[u8]) -> Option<&[u8]> {
+    let parsed = Elf::parse(elf).ok()?;
+    let mut sections = parsed.section_headers.iter();
+    let section = sections.find(|section| parsed.shdr_strtab.get_at(section.sh_name) == Some(".modinfo"))?;
+    elf.get(section.file_range()?)
 }
 
 /// A module's name as the kernel writes it: `kvm-amd` is `kvm_amd`.
@@ -181,5 +192,6 @@ mod tests {
     fn what_is_no_module_is_refused() {
         assert_eq!(Module::read(b"\x7fELF"), None);
         assert_eq!(Module::read(&std::fs::read("/proc/self/exe").unwrap()), None);
+        assert_eq!(Module::release(b"\x7fELF"), None);
     }
 }

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::path::PathBuf;
 
 /// The modules that the lab's machines need; what these depend on comes along.
-const MODULES: [&str; 2] = ["kvm-amd", "kvm-intel"];
+pub(super) const MODULES: [&str; 2] = ["kvm-amd", "kvm-intel"];
 
 /// The shelf's list.
 #[derive(Debug, Deserialize)]
@@ -22,6 +22,14 @@ pub struct Shelf {
     pub default: String,
     #[serde(rename = "kernel")]
     kernels: Vec<Kernel>,
+}
+
+impl Shelf {
+    /// All kernels, from the oldest to the newest.
+    #[must_use]
+    pub fn kernels(&self) -> &[Kernel] {
+        &self.kernels
+    }
 }
 
 /// A kernel on the shelf.
@@ -46,7 +54,9 @@ pub struct Kernel {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No such kernel.
-    #[error("kernel {name}: not on the shelf; there are {known} (umbra kernels list)")]
+    #[error(
+        "kernel {name}: not on the shelf; there are {known} (umbra kernels list), or a bzImage of your own by its path"
+    )]
     Unknown {
         /// The name.
         name: String,
@@ -168,10 +178,14 @@ impl Kernel {
         progress.step(&format!("kernel {}: reading the archive's index", self.name));
         let apt = Apt::new(&cache.join("apt"), &self.suites)?;
         let package = apt.find((&self.package, &self.version), &self.series)?;
-        progress.step(&format!("kernel {}: downloading {} {}", self.name, package.name, package.version));
-        let deb = apt.download(&package)?;
+        let mut packages = Vec::new();
+        for package in [Some(package.clone()), apt.find_modules(&package)?].into_iter().flatten() {
+            progress.step(&format!("kernel {}: downloading {} {}", self.name, package.name, package.version));
+            let deb = apt.download(&package)?;
+            packages.push((package, deb));
+        }
         progress.step(&format!("kernel {}: unpacking", self.name));
-        Entry::build(&directory, &wanted, &package, &deb, &MODULES)?;
+        Entry::build(&directory, &wanted, &packages, &MODULES)?;
         apt.forget_downloads();
         Entry::open(&directory, &wanted).map_err(|flaw| Error::Damaged { name: self.name.clone(), flaw }.into())
     }
@@ -216,7 +230,7 @@ pub fn list() -> Result<String, Failure> {
     Ok(text)
 }
 
-/// `umbra kernels fetch`: the named kernels, or the default one.
+/// `umbra kernels fetch`: the named kernels, all of them, or the default one.
 ///
 /// # Errors
 /// As [`Kernel::ensure`].
@@ -224,17 +238,37 @@ pub fn fetch(names: &[String], progress: &Progress) -> Result<String, Failure> {
     let shelf = shelf();
     let mut kernels = Vec::new();
     for name in names {
-        kernels.push(shelf.kernel(Some(name))?);
+        if name == "all" {
+            kernels.extend(&shelf.kernels);
+        } else {
+            kernels.push(shelf.kernel(Some(name))?);
+        }
     }
     if kernels.is_empty() {
         kernels.push(shelf.kernel(None)?);
     }
-    let mut text = String::new();
+    let (mut text, mut failed) = (String::new(), None);
     for kernel in kernels {
-        let entry = kernel.ensure(progress)?;
-        let _ = writeln!(text, "{}: {}", kernel.name, entry.package());
+        match kernel.ensure(progress) {
+            Ok(entry) => {
+                let _ = writeln!(text, "{}: {}", kernel.name, entry.package());
+            }
+            // One that has vanished is no reason to go without the others.
+            Err(failure @ Failure::NotHere(_)) if names.len() != 1 || names[0] == "all" => {
+                eprintln!("umbra: kernel {}: {failure}", kernel.name);
+                failed = Some(Failure::NotHere(format!("kernel {}: not fetched", kernel.name)));
+            }
+            Err(failure) => return Err(failure),
+        }
     }
-    Ok(text)
+    match failed {
+        Some(failure) if text.is_empty() => Err(failure),
+        Some(failure) => {
+            eprint!("{text}");
+            Err(failure)
+        }
+        None => Ok(text),
+    }
 }
 
 #[cfg(test)]
@@ -256,7 +290,10 @@ mod tests {
     fn an_unknown_kernel_is_bad_input() {
         let failure = Failure::from(shelf().kernel(Some("2.4")).unwrap_err());
         assert!(matches!(failure, Failure::Input(_)));
-        assert!(failure.to_string().starts_with("kernel 2.4: not on the shelf; there are 6.12, 6.1"), "{failure}");
+        assert!(
+            failure.to_string().starts_with("kernel 2.4: not on the shelf; there are 5.10, 6.1, 6.12"),
+            "{failure}"
+        );
     }
 
     #[test]

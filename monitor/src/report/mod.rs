@@ -1,7 +1,10 @@
 //! What a run leaves: the Record (JSON), and its table on the terminal.
 
+pub mod compare;
+pub mod file;
 pub mod output;
 pub mod record;
+pub mod series;
 pub mod snapshot;
 pub mod table;
 

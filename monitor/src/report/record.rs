@@ -73,6 +73,17 @@ pub enum Rows {
     Measured(Box<Row>),
 }
 
+impl Rows {
+    /// The row's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::NotHere { name, .. } => name,
+            Self::Measured(row) => &row.name,
+        }
+    }
+}
+
 /// A measured row.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Row {

@@ -54,7 +54,7 @@ fn words(record: &Record, option: &str) -> String {
     }
 }
 
-fn pages(record: &Record) -> u64 {
+pub(super) fn pages(record: &Record) -> u64 {
     number(record, "memory") / 4096
 }
 
@@ -64,7 +64,7 @@ fn pattern_pages(record: &Record) -> u64 {
 }
 
 /// Accesses of one round, which the firmware executes and the table divides by.
-fn accesses(record: &Record) -> u64 {
+pub(super) fn accesses(record: &Record) -> u64 {
     let pages = pattern_pages(record);
     if words(record, "pattern") == "empty" { 0 } else { pages * number(record, "accesses-per-page") }
 }
@@ -186,7 +186,7 @@ pub(super) fn per(value: u64, count: u64) -> String {
 
 /// Of which rounds a column is: of none, of the first, of the later ones.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Rounds {
+pub(super) enum Rounds {
     None,
     First,
     Later,
@@ -194,7 +194,7 @@ enum Rounds {
 
 /// What a column's cost is divided by.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Share {
+pub(super) enum Share {
     /// Nothing: it is the cost of one.
     One,
     /// Tracked pages.
@@ -206,7 +206,7 @@ enum Share {
 }
 
 /// The columns of the cost table: heading, phase, rounds, share.
-const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
+pub(super) const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
     ("populate", "populate", Rounds::None, Share::Pages),
     ("enter", "enter", Rounds::None, Share::One),
     ("fill", "fill", Rounds::None, Share::PatternPages),
@@ -223,7 +223,7 @@ const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
 ];
 
 /// The smallest value of a column's phases in the timed pass: the minimum over later rounds is what repeats.
-fn smallest<'a>(row: &'a Row, phase: &str, rounds: Rounds) -> Option<&'a Phase> {
+pub(super) fn smallest<'a>(row: &'a Row, phase: &str, rounds: Rounds) -> Option<&'a Phase> {
     row.phases
         .iter()
         .filter(|p| p.pass == "timed" && p.phase == phase)

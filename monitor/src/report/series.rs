@@ -1,0 +1,219 @@
+//! Many Records in one table: a matrix, the history of a figure over kernels, the noise of shifted images.
+
+use super::compare::noise;
+use super::record::{Record, Row, Rows};
+use super::table::{self, COLUMNS, Rounds, heading_cell, per, plain_table, right, smallest};
+use comfy_table::Cell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+
+/// A line for each row of each Record: what varies, then the costs per page.
+#[must_use]
+pub fn matrix(records: &[Record]) -> String {
+    let mut text = String::new();
+    let scenarios: BTreeSet<&str> = records.iter().map(|record| record.scenario.as_str()).collect();
+    for scenario in scenarios {
+        let records: Vec<&Record> = records.iter().filter(|record| record.scenario == scenario).collect();
+        text.push_str(&one_scenario(scenario, &records));
+    }
+    text
+}
+
+fn one_scenario(scenario: &str, records: &[&Record]) -> String {
+    let places: Vec<BTreeMap<String, String>> = records.iter().map(|record| place(record)).collect();
+    let names: BTreeSet<&String> = places.iter().flat_map(BTreeMap::keys).collect();
+    let (mut varying, mut fixed) = (Vec::new(), Vec::new());
+    for name in names {
+        let values: BTreeSet<Option<&String>> = places.iter().map(|place| place.get(name)).collect();
+        match values.first() {
+            Some(Some(value)) if values.len() == 1 => fixed.push(format!("{name} {value}")),
+            // Which trackers a run had, its rows say.
+            _ if name == "tracker" => {}
+            _ => varying.push(name),
+        }
+    }
+    let measured = || records.iter().flat_map(|record| record.measured());
+    let shown: Vec<_> = COLUMNS
+        .iter()
+        .filter(|(_, phase, rounds, _)| measured().any(|row| smallest(row, phase, *rounds).is_some()))
+        .collect();
+    let stalls = measured().any(|row| row.stall.is_some());
+    let mut table = plain_table();
+    let mut header: Vec<Cell> = varying.iter().map(|name| Cell::new(name.trim_start_matches("kvm."))).collect();
+    header.push(Cell::new("row"));
+    header.extend(shown.iter().map(|(title, ..)| heading_cell(title)));
+    if stalls {
+        header.extend(["stall p50", "max"].map(heading_cell));
+    }
+    table.set_header(header);
+    let (mut rest, mut unclean, mut failed) = (String::new(), false, false);
+    let mut last: Vec<String> = Vec::new();
+    for (record, place) in records.iter().zip(&places) {
+        let here: Vec<String> =
+            varying.iter().map(|name| place.get(*name).cloned().unwrap_or_else(|| "-".to_owned())).collect();
+        for row in &record.rows {
+            match row {
+                Rows::Measured(row) => {
+                    let same = here == last;
+                    let mut cells: Vec<Cell> =
+                        here.iter().map(|value| Cell::new(if same { "" } else { value })).collect();
+                    last.clone_from(&here);
+                    cells.push(Cell::new(format!("{}{}", row.name, if row.failed() { " TRUTH FAILED" } else { "" })));
+                    failed |= row.failed();
+                    for (_, phase, rounds, _) in &shown {
+                        let (cell, clean) = cost(record, row, phase, *rounds);
+                        unclean |= !clean;
+                        cells.push(right(cell));
+                    }
+                    if stalls {
+                        let value = |of: fn(&super::record::Stall) -> u64| {
+                            row.stall.as_ref().map_or_else(|| "-".to_owned(), |stall| table::scaled(of(stall)))
+                        };
+                        cells.extend([right(value(|stall| stall.p50)), right(value(|stall| stall.max))]);
+                    }
+                    table.add_row(cells);
+                }
+                Rows::NotHere { name, not_here } => {
+                    let _ = writeln!(rest, "{}: {name}: not here: {not_here}", here.join(" "));
+                }
+            }
+        }
+    }
+    let mut text = format!("{scenario}: {}\n\n{table}\n{rest}", fixed.join(", "));
+    text.push_str("Instructions (or nanoseconds, by the clock) per page, per access for dirty and retouch; 2+: the cheapest of the later rounds.\n");
+    if unclean {
+        text.push_str("* another task ran inside this window.\n");
+    }
+    if failed {
+        text.push_str("TRUTH FAILED: pages were missed, or reported without a reason.\n");
+    }
+    text
+}
+
+fn cost(record: &Record, row: &Row, phase: &str, rounds: Rounds) -> (String, bool) {
+    let count = if matches!(phase, "dirty" | "retouch") { table::accesses(record) } else { table::pages(record) };
+    match smallest(row, phase, rounds) {
+        Some(phase) => (format!("{}{}", per(phase.value, count), if phase.clean { "" } else { "*" }), phase.clean),
+        None => ("-".to_owned(), true),
+    }
+}
+
+/// Everything that a run can differ in, by name.
+fn place(record: &Record) -> BTreeMap<String, String> {
+    let host = &record.host;
+    let mut place: BTreeMap<String, String> =
+        host.params.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+    place.insert("kernel".to_owned(), host.kernel.split(['+', '-']).next().unwrap_or_default().to_owned());
+    place.insert("clock".to_owned(), host.clock.clone());
+    for (name, value) in &record.config {
+        let said = match value {
+            serde_json::Value::String(text) => text.clone(),
+            serde_json::Value::Number(bytes) if name == "memory" => {
+                bytes.as_u64().map_or_else(|| bytes.to_string(), |bytes| format!("{}M", bytes >> 20))
+            }
+            other => other.to_string(),
+        };
+        place.insert(name.clone(), said);
+    }
+    place
+}
+
+/// What shifted images make of the same work: the smallest and the largest of each figure, and whether the spread is below what
+/// [`noise`] claims.
+#[must_use]
+pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
+    let mut table = plain_table();
+    let header = ["", "", "smallest", "largest", "spread", "of it", "floor"];
+    table.set_header(header.map(heading_cell));
+    let (mut worst, mut over) = (0.0_f64, Vec::new());
+    let Some(first) = records.first() else { return (String::new(), over) };
+    for row in first.measured() {
+        let mut name = row.name.as_str();
+        for &(title, phase, rounds, _) in COLUMNS {
+            let rows = records.iter().flat_map(|record| record.measured().filter(|other| other.name == row.name));
+            let values: Vec<u64> =
+                rows.filter_map(|row| smallest(row, phase, rounds)).filter(|it| it.clean).map(|it| it.value).collect();
+            let (Some(&least), Some(&most)) = (values.iter().min(), values.iter().max()) else { continue };
+            #[allow(clippy::cast_precision_loss)] // Three digits are shown.
+            let share = (most - least) as f64 / most.max(1) as f64 * 100.0;
+            let floor = noise(most);
+            if most - least > floor {
+                over.push(format!(
+                    "{}: {title} varies by {} instructions, and the floor is {floor}",
+                    row.name,
+                    most - least
+                ));
+            }
+            if most - least > super::compare::NOISE_INSTRUCTIONS {
+                worst = worst.max(share);
+            }
+            let cells = [
+                title.to_owned(),
+                least.to_string(),
+                most.to_string(),
+                (most - least).to_string(),
+                format!("{share:.3}%"),
+                floor.to_string(),
+            ];
+            let mut line = vec![Cell::new(std::mem::take(&mut name))];
+            line.extend(cells.map(right));
+            table.add_row(line);
+        }
+    }
+    let text = format!(
+        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread above {} instructions is {worst:.3}%.\n",
+        first.scenario,
+        records.len(),
+        first.host.kernel,
+        super::compare::NOISE_INSTRUCTIONS,
+    );
+    (text, over)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::Host;
+    use crate::report::record::{Phase, SCHEMA};
+
+    fn record(kernel: &str, enable: u64) -> Record {
+        let phase = Phase {
+            phase: "enable".into(),
+            round: 0,
+            pass: "timed".into(),
+            value: enable,
+            unit: "instructions".into(),
+            clean: true,
+        };
+        Record {
+            schema: SCHEMA,
+            scenario: "dirty-log".into(),
+            host: Host { kernel: kernel.into(), clock: "instructions".into(), ..Host::default() },
+            config: [("memory".to_owned(), 409_600.into()), ("backing".to_owned(), "thp".into())].into(),
+            rows: vec![Rows::Measured(Box::new(Row { name: "clear".into(), phases: vec![phase], ..Row::default() }))],
+        }
+    }
+
+    #[test]
+    fn what_varies_is_a_column_and_what_does_not_stands_above() {
+        let mut missing = record("5.10.0-46", 0);
+        missing.rows = vec![Rows::NotHere { name: "all".into(), not_here: "gone".into() }];
+        let text = matrix(&[missing, record("6.1.0-56", 100_000), record("6.12.111+deb12", 200_000)]);
+        let first = text.lines().next().unwrap();
+        assert!(first.contains("backing thp") && !first.contains("kernel"), "{text}");
+        let words: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert!(
+            words.contains(&vec!["6.1.0", "clear", "1000"]) && words.contains(&vec!["6.12.111", "clear", "2000"]),
+            "{text}"
+        );
+        assert!(text.contains("5.10.0: all: not here: gone"), "{text}");
+    }
+
+    #[test]
+    fn a_spread_above_the_floor_is_told() {
+        let (text, over) = noise_of(&[record("k", 10_000_000), record("k", 10_001_000)]);
+        assert!(over.is_empty() && text.contains("0.010%"), "{text}");
+        let (_, over) = noise_of(&[record("k", 10_000_000), record("k", 10_010_000)]);
+        assert_eq!(over, ["clear: enable varies by 10000 instructions, and the floor is 3003"]);
+    }
+}
