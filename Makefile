@@ -195,7 +195,16 @@ packages packages-vmx:
 	        exit 1
 	    fi
 	fi
+	# Nothing of this machine is removed to make room (an older Rust from Debian, say). A package of a newer release that is in the way
+	# (qemu-utils from backports refuses the QEMU of its own Debian) is replaced by the one that this machine's sources have.
+	options=(install --no-install-recommends)
+	in_the_way=$$("$${as_root[@]}" apt-get -s "$${options[@]}" "$${missing[@]}" | awk '/^Remv / { print $$2 }')
+	for package in $$in_the_way; do
+	    version=$$(apt-cache madison "$$package" | awk -F' *[|] *' 'NR == 1 { print $$2 }')
+	    echo "$$package is in the way: its $$(dpkg-query -W -f '$${Version}' "$$package") gives place to $${version:-nothing, which this machine\'s apt has}"
+	    missing+=("$$package$${version:+=$$version}")
+	    options+=(--allow-downgrades)
+	done
 	echo "installing $${missing[*]}"
-	# Nothing of this machine is removed to make room (an older Rust from Debian, say): then apt says what is in the way.
-	apt install -y --no-install-recommends --no-remove "$${missing[@]}" >/dev/null
+	apt "$${options[@]}" -y --no-remove "$${missing[@]}" >/dev/null
 	rust
