@@ -1,7 +1,7 @@
 //! The first Rust code of each vCPU, at ring 3: checks the boot page, builds the final page tables, starts the payload.
 
 use crate::arch::{idt, space, vcpu};
-use crate::nested::npt;
+use crate::nested::ept12;
 use crate::{abi, console, selftest, workload};
 use core::fmt;
 use core::sync::atomic::Ordering::Relaxed;
@@ -149,7 +149,7 @@ pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
         let (tables, bytes) = (setup.page.tables, setup.page.table_bytes);
         let created = match setup.nested {
             Some(Nested { way: Way::Plain, map, .. }) => {
-                space::create(tables, bytes, npt::as_slots(map, setup.slots(), setup.leaf), setup.leaf)
+                space::create(tables, bytes, ept12::as_slots(map, setup.slots(), setup.leaf), setup.leaf)
             }
             _ => space::create(tables, bytes, setup.slots(), setup.leaf),
         };
@@ -170,7 +170,7 @@ pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use umbra_shared::nested::{AliasKind, Map};
+    use umbra_shared::nested::{AliasKind, Flags, Format, Map};
     use umbra_shared::pattern::Kind;
 
     fn page() -> BootPage {
@@ -220,7 +220,7 @@ mod tests {
     fn an_l2_has_as_many_pages_as_its_pattern() {
         let nested = |pages, aliases| {
             let map = Map::new(pages, Level::K4, aliases, AliasKind::Contiguous, 1).unwrap();
-            Nested { way: Way::Svm, map, preset: false, fill_batch: 0 }.encode()
+            Nested { way: Way::Svm, map, format: Format::Npt, flags: Flags::Clear, fill_batch: 0 }.encode()
         };
         let pattern = |pages| {
             Pattern { kind: Kind::Sequential, seed: 1, pages, write_percent: 100, accesses_per_page: 1 }.encode()

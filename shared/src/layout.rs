@@ -54,6 +54,8 @@ pub mod vcpu_area {
     pub const NESTED_REPORT: u64 = 0x9000;
     /// The VMCB of this vCPU's L2.
     pub const VMCB: u64 = 0xa000;
+    /// The control page of this vCPU's L2 where the monitor runs it ([`crate::control::ControlPage`]): a vCPU has this or a VMCB.
+    pub const CONTROL: u64 = VMCB;
     /// Where VMRUN saves L1's own state.
     pub const HOST_SAVE: u64 = 0xb000;
     /// The I/O permission map of L2: three pages.

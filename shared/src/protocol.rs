@@ -33,6 +33,12 @@ pub enum Doorbell {
     Panic = 5,
     /// This vCPU lacks what the firmware was asked for: `Mailbox::text` says what.
     NotHere = 6,
+    /// L1 wants its L2 to run, as the control page says ([`crate::control`]); the next instruction is executed when L2 was left.
+    EnterL2 = 7,
+    /// L1 changed entries of its table that were present: translations of it are void.
+    Invalidate = 8,
+    /// L2 has done its work: it is left, and L1 goes on.
+    Yield = 9,
 }
 
 impl Doorbell {
@@ -46,8 +52,19 @@ impl Doorbell {
             4 => Some(Self::Exception),
             5 => Some(Self::Panic),
             6 => Some(Self::NotHere),
+            7 => Some(Self::EnterL2),
+            8 => Some(Self::Invalidate),
+            9 => Some(Self::Yield),
             _ => None,
         }
+    }
+}
+
+impl Doorbell {
+    /// Whether an L2 may ring it for itself, as any guest may: all but those by which L1 speaks about its L2, and the end of a command.
+    #[must_use]
+    pub const fn is_of_any_guest(self) -> bool {
+        matches!(self, Self::Print | Self::Exit | Self::Exception | Self::Panic | Self::NotHere)
     }
 }
 
@@ -76,7 +93,7 @@ pub struct BootPage {
     /// The pattern, encoded.
     pub pattern: [u64; 8],
     /// What the pages of the pattern are, if not the tracked pages themselves ([`crate::nested::Nested`], encoded); else zeroes.
-    pub nested: [u64; 8],
+    pub nested: [u64; crate::nested::WORDS],
     /// Physical address of the tables that an L2 needs, L2's own and L1's.
     pub nested_tables: u64,
     /// Bytes of them.

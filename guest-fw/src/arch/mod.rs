@@ -10,6 +10,7 @@ mod lang;
 pub mod lock;
 pub mod mailbox;
 pub mod paging;
+pub mod paravirtual;
 pub mod port;
 pub mod provoke;
 #[cfg(not(test))]

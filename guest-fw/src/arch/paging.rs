@@ -6,6 +6,8 @@
 
 use core::fmt;
 use umbra_shared::layout::{SYSTEM_LIMIT, Slot, TRACKED_BASE};
+use umbra_shared::nested::{Flags, Format};
+use umbra_shared::paging::ept;
 use umbra_shared::{Level, PAGE_SIZE};
 use x86_64::structures::paging::{PageTable, PageTableFlags};
 use x86_64::{PhysAddr, VirtAddr};
@@ -39,6 +41,44 @@ impl fmt::Display for Error {
     }
 }
 
+/// The bits of entries that permit everything: of links to tables, and of leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entries {
+    table: PageTableFlags,
+    leaf: PageTableFlags,
+}
+
+impl Entries {
+    /// The firmware's own: A and D are set, so that the CPU never writes to the tables.
+    pub const OWN: Self = Self { table: TABLE, leaf: LEAF };
+
+    /// Those of a nested page table. PAE and 32-bit tables have those of NPT.
+    #[must_use]
+    pub const fn of(format: Format, flags: Flags) -> Self {
+        let preset = matches!(flags, Flags::Preset);
+        if !matches!(format, Format::Ept) {
+            let both = PageTableFlags::ACCESSED.union(PageTableFlags::DIRTY);
+            return if preset {
+                Self::OWN
+            } else {
+                Self { table: TABLE.difference(both), leaf: LEAF.difference(both) }
+            };
+        }
+        // Bit 7 says "leaf" in both formats, and the address has the same place (SDM 3C, tables 29-1 to 29-7).
+        let (accessed, dirty) = if preset { (ept::ACCESSED, ept::DIRTY) } else { (0, 0) };
+        Self {
+            table: PageTableFlags::from_bits_retain(ept::RIGHTS | accessed),
+            leaf: PageTableFlags::from_bits_retain(ept::RIGHTS | ept::WRITE_BACK | accessed | dirty),
+        }
+    }
+
+    /// The bits of a leaf, huge or not.
+    #[must_use]
+    pub const fn leaf(self, huge: bool) -> PageTableFlags {
+        if huge { self.leaf.union(PageTableFlags::HUGE_PAGE) } else { self.leaf }
+    }
+}
+
 /// Entries of a table.
 pub const ENTRIES: usize = 512;
 
@@ -54,27 +94,23 @@ pub struct Pool<'a> {
     tables: &'a mut [PageTable],
     base: u64,
     used: usize,
-    table_flags: PageTableFlags,
-    leaf_flags: PageTableFlags,
+    entries: Entries,
 }
 
 impl<'a> Pool<'a> {
-    /// One empty table, the root, in `tables`, which lie at the physical address `base`. A and D are set in every entry.
+    /// One empty table, the root, in `tables`, which lie at the physical address `base`.
     ///
     /// # Errors
     /// [`Error::PoolExhausted`] if there is no room for it.
-    pub fn new(tables: &'a mut [PageTable], base: u64) -> Result<Self, Error> {
-        let mut pool = Self { tables, base, used: 0, table_flags: TABLE, leaf_flags: LEAF };
+    pub fn new(tables: &'a mut [PageTable], base: u64, entries: Entries) -> Result<Self, Error> {
+        let mut pool = Self { tables, base, used: 0, entries };
         pool.take()?;
         Ok(pool)
     }
 
-    /// From now on entries are made without A and D, or with both.
-    pub fn preset(&mut self, accessed_dirty: bool) {
-        let both = PageTableFlags::ACCESSED.union(PageTableFlags::DIRTY);
-        let without = TABLE.difference(PageTableFlags::ACCESSED);
-        (self.table_flags, self.leaf_flags) =
-            if accessed_dirty { (TABLE, LEAF) } else { (without, LEAF.difference(both)) };
+    /// From now on entries have these bits.
+    pub const fn make(&mut self, entries: Entries) {
+        self.entries = entries;
     }
 
     /// The physical address of the root.
@@ -112,7 +148,7 @@ impl<'a> Pool<'a> {
         if present.is_unused() {
             let new = self.take()?;
             let address = PhysAddr::new(self.address_of(new));
-            self.tables[table][entry].set_addr(address, self.table_flags);
+            self.tables[table][entry].set_addr(address, self.entries.table);
             Ok(new)
         } else {
             Ok(((present.addr().as_u64() - self.base) / PAGE_SIZE) as usize)
@@ -141,11 +177,11 @@ impl<'a> Pool<'a> {
 
     /// Maps the leaf at `linear`, which `table` holds, to `physical`. Says whether it was not mapped before. Both are aligned to the leaf.
     pub fn set(&mut self, table: Table, linear: u64, physical: u64) -> bool {
-        let huge = if table.level == Level::M2 { PageTableFlags::HUGE_PAGE } else { PageTableFlags::empty() };
+        let flags = self.entries.leaf(table.level == Level::M2);
         let entry = &mut self.tables[table.index][(linear >> table.level.shift()) as usize % ENTRIES];
         let new = entry.is_unused();
         if new || entry.addr().as_u64() != physical {
-            entry.set_addr(PhysAddr::new(physical), self.leaf_flags.union(huge));
+            entry.set_addr(PhysAddr::new(physical), flags);
         }
         new
     }
@@ -172,7 +208,7 @@ impl<'a> Pool<'a> {
         let entry = &mut self.tables[directory][address.p2_index()];
         let new = entry.is_unused();
         if new {
-            entry.set_addr(shared, self.table_flags);
+            entry.set_addr(shared, self.entries.table);
         }
         Ok(new)
     }
@@ -196,7 +232,7 @@ impl<'a> Pool<'a> {
 /// # Errors
 /// Says what does not fit. The pool is then half filled.
 pub fn build(pool: &mut [PageTable], base: u64, slots: impl Iterator<Item = Slot>, leaf: Level) -> Result<u64, Error> {
-    let mut pool = Pool::new(pool, base)?;
+    let mut pool = Pool::new(pool, base, Entries::OWN)?;
     pool.map_system()?;
     for slot in slots {
         let linear = TRACKED_BASE + slot.first_page * PAGE_SIZE;

@@ -123,7 +123,7 @@ impl Worker {
 /// Executes the monitor's commands, for ever: here, or in an L2 if the monitor wants one.
 pub fn serve(tracked: Tracked, conduct: Conduct) -> ! {
     let setup = Setup::given();
-    if let Some(nested @ Nested { way: Way::Svm, .. }) = setup.nested {
+    if let Some(nested @ Nested { way: Way::Svm | Way::Umbra, .. }) = setup.nested {
         serve_nested(&setup, &nested, conduct)
     }
     let mut worker = Worker::new(&setup, tracked, conduct);

@@ -272,10 +272,12 @@ impl Mmu {
 
     /// Sets A/D flags in EPT12. The monitor writes L1's memory here, so those pages are dirty too.
     fn set_guest_flags(&mut self, env: &mut Env<'_>, format: Format, walk: &mut Walk, write: bool) -> bool {
-        let (track, stats) = (&mut self.track, &mut self.stats);
+        let (track, stats, first_tracked) = (&mut self.track, &mut self.stats, self.config.first_tracked);
         guest::set_accessed_dirty(env.memory, format, walk, write, |frame| {
             stats.guest_flags += 1;
-            if let Some(track) = track {
+            if let Some(track) = track
+                && frame >= first_tracked
+            {
                 track.dirty.insert(frame);
             }
         })
@@ -290,6 +292,7 @@ impl Mmu {
         let mut level = self.slots.max_level(target.gfn, limit, self.defect(Defect::CollapseAcrossSlot));
         if let Some(track) = &self.track
             && target.write
+            && target.frame >= self.config.first_tracked
         {
             while level > Level::K4 {
                 let base = base_frame(target, level);
@@ -455,6 +458,9 @@ impl Mmu {
     /// Whether tracking lets a leaf be mapped open, outside a trap.
     pub(crate) fn admits(&self, frame: Frame, level: Level, at: SpteRef) -> bool {
         let Some(track) = &self.track else { return true };
+        if frame < self.config.first_tracked {
+            return true;
+        }
         let touched = self.arena.header(at.page()).touched >> (at.index() >> 6) & 1 != 0;
         track.strategy.admit(track, frame, level, touched)
     }

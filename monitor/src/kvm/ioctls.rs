@@ -11,13 +11,42 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_ptr, ioctl_with_ref};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
+ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, PreFaultMemory);
+
+/// `struct kvm_pre_fault_memory`.
+#[repr(C)]
+struct PreFaultMemory {
+    gpa: u64,
+    size: u64,
+    flags: u64,
+    padding: [u64; 5],
+}
+
+/// `KVM_PRE_FAULT_MEMORY` (api.rst, 4.143): maps `size` bytes from `gpa` on as the guest's reads would.
+///
+/// # Errors
+/// The system's.
+pub fn pre_fault_memory(vcpu: &impl AsRawFd, gpa: u64, size: u64) -> io::Result<()> {
+    let mut range = PreFaultMemory { gpa, size, flags: 0, padding: [0; 5] };
+    while range.size > 0 {
+        // SAFETY: the structure has the layout that the call reads and writes; what it maps is what a fault of the guest would map.
+        let result = check(unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) });
+        match result {
+            // It did a part, and says which is left.
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
 
 /// 64-bit words of a bitmap that KVM may write for a slot of `pages`.
 #[allow(clippy::cast_possible_truncation)] // usize has 64 bits on the one target there is.

@@ -3,9 +3,10 @@
 pub mod capabilities;
 pub mod clock;
 pub mod exits;
-mod ioctls;
+pub(crate) mod ioctls;
 pub mod log;
 pub mod memory;
+pub mod registers;
 pub mod ring;
 pub mod stats;
 pub mod vcpu;

@@ -65,6 +65,20 @@ pub struct Vcpu {
     pub timer: Timer,
     /// Where a full ring is emptied.
     pub rings: Option<Arc<Mutex<Rings>>>,
+    /// Who runs this vCPU's L2, if the monitor does.
+    pub below: Option<Box<dyn Below>>,
+}
+
+/// An L2 that the monitor runs on the thread of the L1 vCPU that owns it.
+pub trait Below: Send {
+    /// L1 rang a doorbell that is about its L2.
+    ///
+    /// # Errors
+    /// Those that end the order.
+    fn answer(&mut self, doorbell: Doorbell) -> Result<(), Error>;
+
+    /// Runs L2 until L1 goes on: at once, if it is L1's turn. Else says what ends the order.
+    fn run(&mut self, kicked: &AtomicBool) -> Option<Exit>;
 }
 
 extern "C" fn interrupt_only(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -149,10 +163,19 @@ fn serve(mut vcpu: Vcpu, kicked: &AtomicBool, orders: &Receiver<()>, stops: &Sen
 /// Runs the guest until it rings, breaks or is kicked.
 fn run(vcpu: &mut Vcpu, kicked: &AtomicBool) -> Exit {
     let what = loop {
+        if let Some(exit) = vcpu.below.as_mut().and_then(|below| below.run(kicked)) {
+            return exit;
+        }
         match vcpu.fd.run() {
             Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => {
                 let number = data.try_into().map_or(0, u32::from_le_bytes);
                 match Doorbell::from_number(number) {
+                    Some(doorbell @ (Doorbell::EnterL2 | Doorbell::Invalidate | Doorbell::Yield)) => {
+                        let Some(below) = &mut vcpu.below else { break format!("it rang {doorbell:?}, and has no L2") };
+                        if let Err(error) = below.answer(doorbell) {
+                            break error.to_string();
+                        }
+                    }
                     Some(doorbell) => return Exit::Doorbell(doorbell),
                     None => break format!("it rang an unknown doorbell, {number:#x}"),
                 }

@@ -15,7 +15,7 @@ use crate::kvm::exits::{self, Exits};
 use crate::kvm::witness::Witness;
 use crate::pages::PageSet;
 use crate::progress::Progress;
-use crate::report::record::{Counter, Phase, Row, Stall};
+use crate::report::record::{Bytes, Counter, Phase, Row, Stall};
 use crate::track::{Kind, Tracker};
 use std::collections::BTreeMap;
 use umbra_shared::histogram::Histogram;
@@ -101,6 +101,7 @@ pub fn row(case: &Case, progress: &Progress) -> Result<Row, Failure> {
     row.phases.extend(observed.phases);
     row.counters.extend(observed.counters);
     row.stall = observed.stall;
+    row.memory = observed.memory;
     row.truth.pages += observed.truth.pages;
     row.truth.rounds.extend(observed.truth.rounds);
     row.truth.faults.extend(observed.truth.faults);
@@ -293,10 +294,19 @@ impl<'a> Run<'a> {
                 own.extend([
                     ("l2_entries", report.entries),
                     ("l2_violations", report.violations),
-                    ("npt12_entries", report.filled),
-                    ("npt12_pages", report.table_pages),
+                    ("ept12_entries", report.filled),
+                    ("ept12_pages", report.table_pages),
                 ]);
             }
+        }
+        if let Some(l2) = self.machine.l2() {
+            let memory = l2.shadow()?.memory();
+            self.row.memory = Some(Bytes {
+                table_bytes: memory.table_bytes,
+                rmap_bytes: memory.rmap_bytes,
+                cache_bytes: memory.cache_bytes,
+                track_bytes: memory.track_bytes,
+            });
         }
         let own = own.into_iter().map(|(name, value)| (name, Some(value), "umbra"));
         let traced = statistics.of_exits().into_iter().map(|(name, value)| (name, value, "tracepoint"));

@@ -236,6 +236,7 @@ impl Setup {
             backing,
             guest_page: options.guest_page,
             nested: None,
+            shadow: None,
             image: options.image,
             timer: Timer::new(ground.clock()),
         };

@@ -8,6 +8,7 @@ mod vmcb;
 mod world;
 
 use super::{gdt, idt, port, ring0};
+use crate::nested::Run;
 use core::arch::x86_64::__cpuid;
 use core::fmt;
 use umbra_shared::layout::{vcpu_area, vcpu_area as area};
@@ -52,15 +53,6 @@ impl fmt::Display for Absent {
             Self::SwitchedOff => "SVM is switched off on this vCPU (VM_CR.SVMDIS)",
         })
     }
-}
-
-/// What one run of L2 came to.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Run {
-    /// Times that L2 was entered.
-    pub entries: u64,
-    /// TSC ticks from before the last VMRUN to after it.
-    pub ticks: u64,
 }
 
 /// The L2 of one vCPU.

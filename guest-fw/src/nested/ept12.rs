@@ -1,13 +1,14 @@
-//! NPT12: L1's table from L2's physical addresses to its own.
+//! EPT12: L1's table from L2's physical addresses to its own.
 //!
-//! NPT has the format of the hypervisor's own long-mode tables (AMD APM 2, 15.25.3), four levels here; the nested walk counts as a user's,
-//! so U is set in every entry (15.25.5). L1 maps the system slot at its own addresses for good, with A and D set, and L2's pages as
-//! [`Map`](umbra_shared::nested::Map) says: all at once, or in batches when L2 runs into a violation.
+//! As NPT it has the format of the hypervisor's own long-mode tables (AMD APM 2, 15.25.3), four levels here; the nested walk counts as a
+//! user's, so U is set in every entry (15.25.5). As EPT (Intel SDM 3C, 29.3.2) it differs in the bits that are set in entries, and in nothing
+//! else. L1 maps the system slot at its own addresses for good, with A and D set, and L2's pages as [`Map`](umbra_shared::nested::Map) says:
+//! all at once, or in batches when L2 runs into a violation.
 
-use crate::arch::paging::{ENTRIES, Error, Pool};
+use crate::arch::paging::{ENTRIES, Entries, Error, Pool};
 use core::fmt;
 use umbra_shared::layout::{MAX_SLOTS, Slot, frame_of};
-use umbra_shared::nested::{AliasKind, L2_BASE, Map, Nested};
+use umbra_shared::nested::{AliasKind, Flags, L2_BASE, Map, Nested};
 use umbra_shared::{L2Gfn, Level};
 use x86_64::structures::paging::PageTable;
 
@@ -42,7 +43,7 @@ struct Made {
 }
 
 /// The table under construction.
-pub struct Npt<'a> {
+pub struct Ept12<'a> {
     pool: Pool<'a>,
     map: Map,
     fill_batch: u64,
@@ -50,7 +51,7 @@ pub struct Npt<'a> {
     slot_count: usize,
 }
 
-impl<'a> Npt<'a> {
+impl<'a> Ept12<'a> {
     /// A table that holds the system slot and none of L2's pages, in `tables` at the physical address `base`. `slots` are L1's.
     ///
     /// # Errors
@@ -61,24 +62,24 @@ impl<'a> Npt<'a> {
         nested: &Nested,
         slots: impl Iterator<Item = Slot>,
     ) -> Result<Self, Error> {
-        let mut pool = Pool::new(tables, base)?;
+        let mut pool = Pool::new(tables, base, Entries::of(nested.format, Flags::Preset))?;
         pool.map_system()?;
-        pool.preset(nested.preset);
-        let mut npt = Self {
+        pool.make(Entries::of(nested.format, nested.flags));
+        let mut ept12 = Self {
             pool,
             map: nested.map,
             fill_batch: nested.fill_batch,
             slots: [Slot::default(); MAX_SLOTS],
             slot_count: 0,
         };
-        for (place, slot) in npt.slots.iter_mut().zip(slots) {
+        for (place, slot) in ept12.slots.iter_mut().zip(slots) {
             *place = slot;
-            npt.slot_count += 1;
+            ept12.slot_count += 1;
         }
-        Ok(npt)
+        Ok(ept12)
     }
 
-    /// The physical address of its root: nCR3.
+    /// The physical address of its root.
     #[must_use]
     pub const fn root(&self) -> u64 {
         self.pool.root()
@@ -165,14 +166,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use umbra_shared::layout;
-    use umbra_shared::nested::Way;
+    use umbra_shared::nested::{Format, Way};
     use x86_64::structures::paging::PageTableFlags;
 
     const BASE: u64 = 0x90_0000;
 
-    fn nested(map: Map, preset: bool, fill_batch: u64) -> Nested {
-        Nested { way: Way::Svm, map, preset, fill_batch }
+    fn nested(map: Map, (format, flags): (Format, Flags), fill_batch: u64) -> Nested {
+        Nested { way: Way::Svm, map, format, flags, fill_batch }
     }
+
+    const NPT: (Format, Flags) = (Format::Npt, Flags::Clear);
 
     fn tables(map: Map) -> Vec<PageTable> {
         let bytes = layout::table_bytes(map.l2_pages(), map.leaf());
@@ -212,6 +215,16 @@ mod tests {
         )
     }
 
+    fn kinds() -> impl Strategy<Value = (Format, Flags)> {
+        prop::sample::select(vec![
+            (Format::Npt, Flags::Clear),
+            (Format::Npt, Flags::Preset),
+            (Format::Ept, Flags::Unused),
+            (Format::Ept, Flags::Clear),
+            (Format::Ept, Flags::Preset),
+        ])
+    }
+
     fn slots(map: &Map, count: usize) -> Option<impl Iterator<Item = Slot> + Clone> {
         layout::slots(map.l1_pages(), count, map.leaf())
     }
@@ -219,25 +232,25 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn a_full_table_is_the_map((map, count) in cases(), preset: bool) {
+        fn a_full_table_is_the_map((map, count) in cases(), kind in kinds()) {
             let Some(slots) = slots(&map, count) else { return Ok(()) };
             let mut pool = tables(map);
-            let mut npt = Npt::new(&mut pool, BASE, &nested(map, preset, 0), slots.clone()).unwrap();
-            npt.fill().unwrap();
-            prop_assert_eq!(npt.fill(), Ok(0));
-            prop_assert_eq!(npt.root(), BASE);
+            let mut ept12 = Ept12::new(&mut pool, BASE, &nested(map, kind, 0), slots.clone()).unwrap();
+            ept12.fill().unwrap();
+            prop_assert_eq!(ept12.fill(), Ok(0));
+            prop_assert_eq!(ept12.root(), BASE);
             for page in 0..map.l2_pages() {
                 let (address, level, flags, _) = walk(&pool, L2_BASE.plus(page)).unwrap();
                 prop_assert_eq!(address, frame_of(slots.clone(), map.l1_page(page)).unwrap().address(), "page {}", page);
                 prop_assert_eq!(level, map.leaf().number());
-                prop_assert_eq!(flags.contains(PageTableFlags::ACCESSED), preset);
-                prop_assert_eq!(flags.contains(PageTableFlags::DIRTY), preset);
+                let expected = Entries::of(kind.0, kind.1).leaf(level == 2);
+                prop_assert_eq!(flags, expected);
             }
             prop_assert!(walk(&pool, L2_BASE.plus(map.l2_pages().next_multiple_of(512))).is_none());
             for address in [0, layout::BOOT_PAGE, layout::SYSTEM_LIMIT - 4096] {
                 let (to, level, flags, _) = walk(&pool, L2Gfn::containing(address)).unwrap();
                 prop_assert_eq!((to, level), (address, 2));
-                prop_assert!(flags.contains(PageTableFlags::ACCESSED | PageTableFlags::DIRTY));
+                prop_assert_eq!(flags, Entries::of(kind.0, Flags::Preset).leaf(true));
             }
         }
 
@@ -245,16 +258,16 @@ mod tests {
         fn violations_fill_their_batch_and_no_more((map, count) in cases(), batch in 1_u64..600, at: u64) {
             let Some(slots) = slots(&map, count) else { return Ok(()) };
             let mut pool = tables(map);
-            let mut npt = Npt::new(&mut pool, BASE, &nested(map, false, batch), slots).unwrap();
+            let mut ept12 = Ept12::new(&mut pool, BASE, &nested(map, NPT, batch), slots).unwrap();
             let page = at % map.l2_pages();
-            let made = npt.violation(L2_BASE.plus(page)).unwrap();
+            let made = ept12.violation(L2_BASE.plus(page)).unwrap();
             let frames = map.leaf().frames();
             let batch = batch.next_multiple_of(frames);
             let first = page - page % batch;
             let pages = batch.min(map.l2_pages() - first);
             prop_assert_eq!(made, pages / frames);
-            prop_assert_eq!(npt.violation(L2_BASE.plus(page)), Err(Refusal::Present(L2_BASE.plus(page))));
-            prop_assert_eq!(npt.violation(L2_BASE.plus(map.l2_pages())), Err(Refusal::Beyond(L2_BASE.plus(map.l2_pages()))));
+            prop_assert_eq!(ept12.violation(L2_BASE.plus(page)), Err(Refusal::Present(L2_BASE.plus(page))));
+            prop_assert_eq!(ept12.violation(L2_BASE.plus(map.l2_pages())), Err(Refusal::Beyond(L2_BASE.plus(map.l2_pages()))));
             if map.kind() != AliasKind::SharedTables {
                 for page in 0..map.l2_pages() {
                     prop_assert_eq!(walk(&pool, L2_BASE.plus(page)).is_some(), (first..first + pages).contains(&page));
@@ -280,9 +293,9 @@ mod tests {
         let leaf_tables = |map: Map| {
             let mut pool = tables(map);
             let slots = slots(&map, 1).unwrap();
-            let mut npt = Npt::new(&mut pool, BASE, &nested(map, false, 0), slots).unwrap();
-            npt.fill().unwrap();
-            let used = npt.table_pages();
+            let mut ept12 = Ept12::new(&mut pool, BASE, &nested(map, NPT, 0), slots).unwrap();
+            ept12.fill().unwrap();
+            let used = ept12.table_pages();
             let at = |page| walk(&pool, L2_BASE.plus(page)).unwrap().3;
             (used, (0..3).map(|copy| at(copy * 1024)).collect::<Vec<_>>())
         };
@@ -299,9 +312,9 @@ mod tests {
         let mut pool = tables(map);
         let short = pool.len() - 1;
         let slots = slots(&map, 1).unwrap();
-        let mut npt = Npt::new(&mut pool[..short], BASE, &nested(map, false, 0), slots).unwrap();
+        let mut ept12 = Ept12::new(&mut pool[..short], BASE, &nested(map, NPT, 0), slots).unwrap();
         // One directory pointer table serves both the system slot and L2's pages, so the pool has a page to spare.
-        assert_eq!(npt.fill(), Ok(1024));
-        assert_eq!(npt.table_pages(), short as u64);
+        assert_eq!(ept12.fill(), Ok(1024));
+        assert_eq!(ept12.table_pages(), short as u64);
     }
 }

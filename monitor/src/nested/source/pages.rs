@@ -1,0 +1,51 @@
+//! The calls that change what a window's pages are. All of them replace what was there, and only there.
+
+use crate::hostmm::Stretch;
+use crate::nested::memory::InFile;
+use rustix::mm::{self, MapFlags, MprotectFlags, ProtFlags};
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::OwnedFd;
+
+fn at(stretch: Stretch) -> (*mut c_void, usize) {
+    let length = usize::try_from(stretch.bytes()).unwrap_or(usize::MAX);
+    (std::ptr::with_exposed_provenance_mut(usize::try_from(stretch.start.0).unwrap_or(usize::MAX)), length)
+}
+
+/// The stretch is `file` from `offset` on.
+pub fn map(stretch: Stretch, file: &OwnedFd, offset: u64, writable: bool, populate: bool) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    let rights = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+    let mut flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+    if populate {
+        flags |= MapFlags::POPULATE;
+    }
+    // SAFETY: a stretch of a window: addresses that were reserved for it, which no reference leads to (reserve.rs).
+    unsafe { mm::mmap(address, length, rights, flags, file, offset) }?;
+    Ok(())
+}
+
+/// The stretch is as a part of L1's memory.
+pub fn map_part(stretch: Stretch, part: InFile<'_>, writable: bool, populate: bool) -> io::Result<()> {
+    if part.pages < stretch.pages {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    map(stretch, part.file, part.offset, writable, populate)
+}
+
+/// What is mapped in the stretch may be read and written, or not be touched at all.
+pub fn admit(stretch: Stretch, admit: bool) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    let rights = if admit { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::empty() };
+    // SAFETY: as above.
+    unsafe { mm::mprotect(address, length, rights) }?;
+    Ok(())
+}
+
+/// Nothing is there.
+pub fn unmap(stretch: Stretch) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    // SAFETY: as above.
+    unsafe { mm::munmap(address, length) }?;
+    Ok(())
+}
