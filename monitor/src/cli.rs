@@ -182,10 +182,10 @@ pub struct NestedArgs {
     /// L2 pages whose entries L1 makes at a violation; 0 for all before L2 starts (0).
     #[arg(long)]
     pub fill_batch: Option<u64>,
-    /// What makes the strategies of umbra effective, separated by commas: uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
+    /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub mechanism: Vec<String>,
-    /// How umbra learns where L2 faulted: userfaultfd, auto (auto).
+    /// How umbra learns where L2 faulted: tracepoint, userfaultfd, auto (auto).
     #[arg(long)]
     pub fault_source: Option<String>,
 }

@@ -151,6 +151,46 @@ pub fn tracepoint_counter(number: u64, thread: Pid, filter: Option<&str>) -> io:
     Ok(file)
 }
 
+/// `PERF_SAMPLE_RAW`, and the flag `disabled` of a `perf_event_attr`.
+const SAMPLE_RAW: u64 = 1 << 10;
+const FLAG_DISABLED: u64 = 1;
+ioctl_io_nr!(PERF_EVENT_IOC_ENABLE, 0x24, 0);
+ioctl_io_nr!(PERF_EVENT_IOC_DISABLE, 0x24, 1);
+
+/// An event that records each hit of a tracepoint on the calling thread, once it is enabled (`perf_event_open(2)`).
+///
+/// # Errors
+/// The system's: the user may not.
+pub fn tracepoint_sampler(number: u64) -> io::Result<File> {
+    let attr = PerfEventAttr {
+        kind: PERF_TYPE_TRACEPOINT,
+        size: 64,
+        config: number,
+        sample_period: 1,
+        sample_type: SAMPLE_RAW,
+        flags: FLAG_DISABLED,
+        ..PerfEventAttr::default()
+    };
+    let (this_thread, any_cpu, no_group) = (0_i64, -1_i64, -1_i64);
+    // SAFETY: `attr` has the size that it says; the kernel only reads it.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_perf_event_open, &raw const attr, this_thread, any_cpu, no_group, PERF_FLAG_FD_CLOEXEC)
+    };
+    let fd = check(fd.try_into().map_err(io::Error::other)?)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Lets an event record, or not.
+///
+/// # Errors
+/// The system's.
+pub fn enable_event(event: &File, on: bool) -> io::Result<()> {
+    // SAFETY: the calls take no argument but a flag, 0.
+    check(unsafe { ioctl(event, if on { PERF_EVENT_IOC_ENABLE() } else { PERF_EVENT_IOC_DISABLE() }) })?;
+    Ok(())
+}
+
 /// `KVM_GET_STATS_FD` of a VM or vCPU.
 ///
 /// # Errors

@@ -67,7 +67,7 @@ impl Host {
     pub fn new(kvm: &Kvm, vm: &Vm, options: &Options) -> Result<Arc<Self>, Error> {
         let memory = Arc::new(L1Pages::of(vm)?);
         let l2 = Arc::new(kvm::vm::create(kvm)?);
-        options.means.mechanism.prepare(&l2)?;
+        options.means.mechanism.prepare(&l2, options.source)?;
         let source = options.source.open()?;
         let shadow = Shadow::new(Arc::clone(&l2), Arc::clone(&memory), source, options)?;
         let pre_faults = kvm::vm::offered(&l2, CAP_PRE_FAULT_MEMORY) > 0;

@@ -73,11 +73,12 @@ impl Shadow {
         Ok(Self { mmu, windows, view, means, loaded: None, running: 0, found, faults: 0 })
     }
 
-    /// Takes a vCPU into L2. `Err` is a refusal in words.
+    /// Takes a vCPU into L2. False: what L1 wants cannot be, because L2 has other windows, another vCPU is in L2 with another EPT12, or the root
+    /// is none.
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn enter(&mut self, entry: &Entry) -> Result<Result<(), String>, Error> {
+    pub(super) fn enter(&mut self, entry: &Entry) -> Result<bool, Error> {
         let role = RootRole::new(match entry.format {
             nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: entry.accessed_dirty },
             nested::Format::Npt => Format::Npt { five_levels: false, nx: true },
@@ -92,20 +93,15 @@ impl Shadow {
             .map(|window| (window.first, window.pages.len() as u64))
             .eq(entry.windows().iter().map(|window| (window.first, window.frames)))
         {
-            return Ok(Err("L2's windows are what they were at its first entry".into()));
+            return Ok(false);
         }
         let same = self.loaded.is_some_and(|loaded| (loaded.table, loaded.role) == (entry.root, role));
-        if !same {
-            if self.running > 0 {
-                return Ok(Err("another vCPU is in L2 with another EPT12".into()));
-            }
-            if let Err(refusal) = self.load(entry.root, role) {
-                return Ok(Err(refusal.to_string()));
-            }
+        if !same && (self.running > 0 || self.load(entry.root, role).is_err()) {
+            return Ok(false);
         }
         self.map_tables()?;
         self.running += 1;
-        Ok(Ok(()))
+        Ok(true)
     }
 
     fn load(&mut self, table: u64, role: RootRole) -> Result<(), MmuError> {
@@ -170,7 +166,7 @@ impl Shadow {
                 let write = u64::from(request.kind == Kind::Write) << 1;
                 Ok(match outcome {
                     Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
-                    Outcome::Reflected(Reflection::EptMisconfiguration { .. }) => {
+                    Outcome::Reflected(Reflection::EptMisconfiguration) => {
                         Handled::ToL1(Exit::Misconfigured, address, write)
                     }
                     Outcome::Reflected(_) => Handled::ToL1(Exit::Violation, address, write),

@@ -2,7 +2,8 @@
 
 use super::Host;
 use super::shadow::Handled;
-use super::source::Told;
+use super::source::{Fault, Place, Told};
+use crate::kvm::fault_trace::{FaultTrace, Traced};
 use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::vcpu::{Below, Exit};
 use crate::kvm::{Error, ioctls, vm};
@@ -20,6 +21,8 @@ use zerocopy::FromBytes;
 /// A fault that comes back so often, and nobody else's was handled meanwhile, will always come back.
 const PATIENCE: u32 = 10_000;
 
+const UNKNOWN: &str = "KVM_RUN of L2 failed (EFAULT), and the fault source knows no address";
+
 /// A vCPU of L2.
 pub struct L2Vcpu {
     host: Arc<Host>,
@@ -29,6 +32,22 @@ pub struct L2Vcpu {
     inside: bool,
     /// Entries that failed one after the other.
     failed: u32,
+    /// Opened when it is needed, on this vCPU's thread.
+    trace: Option<FaultTrace>,
+}
+
+/// Why `KVM_RUN` of L2's VM returned.
+enum Left {
+    /// L2 rang a doorbell.
+    Rang(u32),
+    /// L2 touched what no window holds.
+    Beyond { gpa: u64, write: bool },
+    /// L2 touched a closed page.
+    Fault,
+    /// A signal.
+    Interrupted,
+    /// L2 cannot go on.
+    Broken(String),
 }
 
 /// What becomes of an exit of L2's VM.
@@ -43,7 +62,7 @@ enum Next {
 
 impl L2Vcpu {
     pub(super) const fn new(host: Arc<Host>, index: usize, fd: VcpuFd) -> Self {
-        Self { host, index, fd, inside: false, failed: 0 }
+        Self { host, index, fd, inside: false, failed: 0, trace: None }
     }
 
     /// A word of L1's control page.
@@ -69,17 +88,14 @@ impl L2Vcpu {
 
     /// L1 wants L2 to run.
     fn enter(&mut self) -> Result<(), Error> {
-        let entry = match self.read_control()?.check() {
-            Ok(entry) => entry,
-            Err(_) => return self.tell(control::Exit::Refused, 0, 0),
-        };
+        let Ok(entry) = self.read_control()?.check() else { return self.tell(control::Exit::Refused, 0, 0) };
         if let Some(state) = &entry.start
             && load(&self.fd, state).is_err()
         {
             // KVM knows which states a processor cannot be in.
             return self.tell(control::Exit::Refused, 0, 1);
         }
-        if self.host.shadow()?.enter(&entry)?.is_err() {
+        if !self.host.shadow()?.enter(&entry)? {
             return self.tell(control::Exit::Refused, 0, 2);
         }
         (self.inside, self.failed) = (true, 0);
@@ -90,7 +106,8 @@ impl L2Vcpu {
     fn run_l2(&mut self, kicked: &AtomicBool) -> Result<Option<Exit>, Error> {
         while self.inside {
             self.pre_fault()?;
-            match self.step()? {
+            let left = self.run_once();
+            match self.next(left)? {
                 Next::L2 => {}
                 Next::L1(exit, address, qualification) => {
                     self.inside = false;
@@ -107,58 +124,87 @@ impl L2Vcpu {
     }
 
     /// One `KVM_RUN`.
-    fn step(&mut self) -> Result<Next, Error> {
-        let what = match self.fd.run() {
-            Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => {
-                let number = data.try_into().map_or(0, u32::from_le_bytes);
-                match Doorbell::from_number(number) {
-                    Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),
-                    Some(doorbell) if doorbell.is_of_any_guest() => return Ok(Next::Stop(Exit::Doorbell(doorbell))),
-                    _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
-                }
-            }
-            // Beyond all windows.
+    fn run_once(&mut self) -> Left {
+        match self.fd.run() {
+            Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => Left::Rang(data.try_into().map_or(0, u32::from_le_bytes)),
             Ok(VcpuExit::MmioRead(gpa, data)) => {
                 data.fill(0);
-                return Ok(Next::L1(control::Exit::Violation, gpa, 0));
+                Left::Beyond { gpa, write: false }
             }
-            Ok(VcpuExit::MmioWrite(gpa, _)) => return Ok(Next::L1(control::Exit::Violation, gpa, 2)),
-            Ok(VcpuExit::Shutdown) => "L2 triple-faulted (KVM_EXIT_SHUTDOWN)".to_owned(),
-            Ok(VcpuExit::Hlt) => "L2 halted (KVM_EXIT_HLT), and nothing would wake it".to_owned(),
-            Ok(VcpuExit::InternalError) => "KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned(),
-            Ok(VcpuExit::Intr) => return Ok(Next::L2),
-            Ok(other) => format!("unexpected exit {other:?} of L2"),
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return Ok(Next::L2),
-            Err(error) if error.errno() == libc::EFAULT => return self.fault(),
-            Err(error) => vm::failed("KVM_RUN of L2")(error).to_string(),
+            Ok(VcpuExit::MmioWrite(gpa, _)) => Left::Beyond { gpa, write: true },
+            Ok(VcpuExit::Shutdown) => Left::Broken("L2 triple-faulted (KVM_EXIT_SHUTDOWN)".to_owned()),
+            Ok(VcpuExit::Hlt) => Left::Broken("L2 halted (KVM_EXIT_HLT), and nothing would wake it".to_owned()),
+            Ok(VcpuExit::InternalError) => {
+                Left::Broken("KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned())
+            }
+            Ok(VcpuExit::Intr) => Left::Interrupted,
+            Ok(other) => Left::Broken(format!("unexpected exit {other:?} of L2")),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
+            Err(error) if error.errno() == libc::EFAULT => Left::Fault,
+            Err(error) => Left::Broken(vm::failed("KVM_RUN of L2")(error).to_string()),
+        }
+    }
+
+    /// What becomes of it.
+    fn next(&mut self, left: Left) -> Result<Next, Error> {
+        let what = match left {
+            Left::Interrupted => return Ok(Next::L2),
+            Left::Fault => return self.fault(),
+            Left::Beyond { gpa, write } => return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1)),
+            Left::Rang(number) => match Doorbell::from_number(number) {
+                Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),
+                Some(doorbell) if doorbell.is_of_any_guest() => return Ok(Next::Stop(Exit::Doorbell(doorbell))),
+                _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
+            },
+            Left::Broken(what) => what,
         };
         Ok(Next::Stop(Exit::Broken { what, rip: self.rip() }))
     }
 
     /// `KVM_RUN` failed: L2 touched a page that it may not, or not yet.
     fn fault(&mut self) -> Result<Next, Error> {
-        let mut shadow = self.host.shadow()?;
-        let what = match shadow.windows.source().told() {
-            Told::At(fault) => match shadow.handle(&fault)? {
-                Some(Handled::Resume) => {
-                    self.failed = 0;
-                    return Ok(Next::L2);
-                }
-                Some(Handled::ToL1(exit, address, qualification)) => return Ok(Next::L1(exit, address, qualification)),
-                None => format!("L2 touched {:?}, which is in no window", fault.place),
-            },
+        let told = self.host.shadow()?.windows.source().told();
+        match told {
+            Told::At(fault) => self.handle(&fault),
+            Told::Trace => self.traced(),
             Told::Again if self.failed < PATIENCE => {
-                drop(shadow);
                 self.failed += 1;
                 std::thread::yield_now();
-                return Ok(Next::L2);
+                Ok(Next::L2)
             }
-            Told::Again | Told::Nothing => {
-                "KVM_RUN of L2 failed (EFAULT), and the fault source knows no address".to_owned()
-            }
+            Told::Again | Told::Nothing => self.next(Left::Broken(UNKNOWN.to_owned())),
+        }
+    }
+
+    /// Tries again, with KVM's tracepoint armed.
+    fn traced(&mut self) -> Result<Next, Error> {
+        let failed = |error| Error::call("tracing a fault of L2", error);
+        let trace = match self.trace.take() {
+            Some(trace) => trace,
+            None => FaultTrace::open()?,
         };
-        drop(shadow);
-        Ok(Next::Stop(Exit::Broken { what, rip: self.rip() }))
+        trace.arm().map_err(failed)?;
+        let left = self.run_once();
+        let traced = trace.disarm().map_err(failed)?;
+        self.trace = Some(trace);
+        match (left, traced) {
+            (Left::Fault, Some(Traced { address, write, table_walk })) => {
+                self.handle(&Fault { place: Place::Gpa(address), write, table_walk })
+            }
+            (Left::Fault, None) => self.next(Left::Broken(UNKNOWN.to_owned())),
+            // Another vCPU has settled the same fault meanwhile.
+            (left, _) => self.next(left),
+        }
+    }
+
+    fn handle(&mut self, fault: &Fault) -> Result<Next, Error> {
+        let handled = self.host.shadow()?.handle(fault)?;
+        self.failed = 0;
+        match handled {
+            Some(Handled::Resume) => Ok(Next::L2),
+            Some(Handled::ToL1(exit, address, qualification)) => Ok(Next::L1(exit, address, qualification)),
+            None => self.next(Left::Broken(format!("L2 touched {:?}, which is in no window", fault.place))),
+        }
     }
 
     /// Lets KVM map what was mapped lately, rather than have L2 fault on each page. Not while it logs: all would count as written.

@@ -118,7 +118,7 @@ pub struct Windows {
     memory: Arc<L1Pages>,
     /// Before the windows' addresses: its thread may look at them.
     source: Box<dyn Source>,
-    windows: Vec<Window>,
+    all: Vec<Window>,
     /// The root that L2 runs on; changes of others concern nobody.
     root: Option<RootId>,
     /// KVM's log of L2's VM.
@@ -146,7 +146,7 @@ impl Windows {
             vm,
             memory,
             source,
-            windows: Vec::new(),
+            all: Vec::new(),
             root: None,
             log: None,
             tables: 0..0,
@@ -172,7 +172,7 @@ impl Windows {
             // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
             unsafe { self.vm.set_user_memory_region(window.region(0)) }
                 .map_err(vm::failed("KVM_SET_USER_MEMORY_REGION"))?;
-            self.windows.push(window);
+            self.all.push(window);
         }
         self.tables = tables.first.0..tables.first.0.saturating_add(tables.frames);
         self.tables_mapped = self.tables.is_empty();
@@ -182,7 +182,7 @@ impl Windows {
     /// The windows.
     #[must_use]
     pub fn windows(&self) -> &[Window] {
-        &self.windows
+        &self.all
     }
 
     /// The fault source.
@@ -200,7 +200,7 @@ impl Windows {
     /// What a frame of L2 maps; `None` outside of all windows.
     #[must_use]
     pub fn page(&self, gfn: L2Gfn) -> Option<Page> {
-        self.windows.iter().find_map(|window| {
+        self.all.iter().find_map(|window| {
             let page = usize::try_from(gfn.0.checked_sub(window.first.0)?).ok()?;
             window.pages.get(page).copied()
         })
@@ -209,13 +209,13 @@ impl Windows {
     /// The frame of L2 at an address of a window.
     #[must_use]
     pub fn gfn_at(&self, at: Hva) -> Option<L2Gfn> {
-        self.windows.iter().find_map(|window| Some(window.first.plus(window.place.stretch().page(at)?)))
+        self.all.iter().find_map(|window| Some(window.first.plus(window.place.stretch().page(at)?)))
     }
 
     /// Where L2's frame lies in this process; `None` outside of all windows.
     #[must_use]
     pub fn hva_of(&self, gfn: L2Gfn) -> Option<Hva> {
-        self.windows.iter().find_map(|window| {
+        self.all.iter().find_map(|window| {
             let page = gfn.0.checked_sub(window.first.0).filter(|page| *page < window.pages.len() as u64)?;
             Some(window.place.stretch().start.plus(page))
         })
@@ -239,7 +239,7 @@ impl Windows {
 
     /// Switches KVM's log of a window on or off.
     fn set_logged(&mut self, index: usize, on: bool) -> Result<(), Error> {
-        let Some(window) = self.windows.get_mut(index) else { return Ok(()) };
+        let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         if window.logged == on {
             return Ok(());
         }
@@ -258,9 +258,9 @@ impl Windows {
     pub fn start_log(&mut self, log: Log) -> Result<(), Error> {
         self.log = Some(log);
         let first = self.memory.first_tracked();
-        for index in 0..self.windows.len() {
+        for index in 0..self.all.len() {
             let tracked = |page: &Page| page.frame().is_some_and(|frame| frame >= first);
-            if self.windows.get(index).is_some_and(|window| window.pages.iter().any(tracked)) {
+            if self.all.get(index).is_some_and(|window| window.pages.iter().any(tracked)) {
                 self.set_logged(index, true)?;
             }
         }
@@ -272,7 +272,7 @@ impl Windows {
     /// # Errors
     /// The system's.
     pub fn stop_log(&mut self) -> Result<Option<Log>, Error> {
-        (0..self.windows.len()).try_for_each(|index| self.set_logged(index, false))?;
+        (0..self.all.len()).try_for_each(|index| self.set_logged(index, false))?;
         Ok(self.log.take())
     }
 
@@ -281,7 +281,7 @@ impl Windows {
     /// # Errors
     /// The system's.
     pub fn harvest_log(&mut self) -> Result<(), Error> {
-        self.log.as_mut().map_or(Ok(()), |log| log.harvest(&self.vm, &self.windows))
+        self.log.as_mut().map_or(Ok(()), |log| log.harvest(&self.vm, &self.all))
     }
 
     /// Clears what was fetched.
@@ -289,7 +289,7 @@ impl Windows {
     /// # Errors
     /// The system's.
     pub fn clear_log(&mut self) -> Result<(), Error> {
-        self.log.as_mut().map_or(Ok(()), |log| log.clear(&self.vm, &self.windows))
+        self.log.as_mut().map_or(Ok(()), |log| log.clear(&self.vm, &self.all))
     }
 
     fn fail(&mut self, failed: Failed) {
@@ -299,7 +299,7 @@ impl Windows {
     /// Maps pages `pages` of window `index` to `frame` and those after it.
     fn map_run(&mut self, index: usize, pages: Range<usize>, frame: Frame, writable: bool) -> io::Result<()> {
         let (source, memory) = (&*self.source, &*self.memory);
-        let Some(window) = self.windows.get_mut(index) else { return Ok(()) };
+        let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         let mut at = pages.start;
         while at < pages.end {
             let first = frame.plus((at - pages.start) as u64);
@@ -318,7 +318,7 @@ impl Windows {
 
     /// Closes the mapped pages of `pages` in window `index`. Marks that KVM's log still holds for them stay with what they mapped.
     fn close_run(&mut self, index: usize, pages: Range<usize>) -> io::Result<()> {
-        let Some(window) = self.windows.get_mut(index) else { return Ok(()) };
+        let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         self.source.close(window.stretch(&pages))?;
         self.counts.closes += 1;
         if let Some(log) = self.log.as_mut().filter(|_| window.logged) {
@@ -349,7 +349,7 @@ impl Windows {
     /// Closes some pages, each time others. False if nothing is mapped any more.
     fn evict(&mut self) -> io::Result<bool> {
         let chunks: Vec<(usize, Range<usize>)> = self
-            .windows
+            .all
             .iter()
             .enumerate()
             .flat_map(|(index, window)| {
@@ -360,7 +360,7 @@ impl Windows {
         for _ in 0..chunks.len() {
             self.hand = (self.hand + 1) % chunks.len();
             let Some((index, pages)) = chunks.get(self.hand).cloned() else { break };
-            let Some(window) = self.windows.get(index) else { break };
+            let Some(window) = self.all.get(index) else { break };
             let mapped =
                 window.pages.get(pages.clone()).unwrap_or_default().iter().filter(|page| **page != Page::CLOSED);
             let mapped = mapped.count() as u64;
@@ -369,7 +369,7 @@ impl Windows {
             }
             // A piece of a mapping cannot be closed when there is no room for one more: then the whole window.
             if let Err(error) = self.close_run(index, pages) {
-                let whole = self.windows.get(index).map_or(0, |window| window.pages.len());
+                let whole = self.all.get(index).map_or(0, |window| window.pages.len());
                 if error.raw_os_error() != Some(libc::ENOMEM) {
                     return Err(error);
                 }
@@ -389,7 +389,7 @@ impl Windows {
         frame: Frame,
     ) -> Vec<(usize, Range<usize>, T)> {
         let mut runs: Vec<(usize, Range<usize>, T)> = Vec::new();
-        for (index, window) in self.windows.iter().enumerate() {
+        for (index, window) in self.all.iter().enumerate() {
             let clipped = window.clip(extent);
             for at in clipped {
                 let target = frame.plus((window.first.0 + at as u64).wrapping_sub(extent.start.0));
@@ -414,17 +414,17 @@ impl Windows {
                 self.protect_run(index, run, writable)?;
                 continue;
             }
-            let Some(window) = self.windows.get(index) else { continue };
+            let Some(window) = self.all.get(index) else { continue };
             let start = window.first.plus(run.start as u64);
             let first = frame.plus(start.0.wrapping_sub(extent.start.0));
             let logs =
                 self.log.is_some() && !window.logged && first.plus(run.len() as u64) > self.memory.first_tracked();
             if logs {
-                self.set_logged(index, true).map_err(call)?;
+                self.set_logged(index, true).map_err(|error| call(&error))?;
             }
             if let Some(log) = &mut self.log {
                 // What was closed here was written by another page's name.
-                log.remapping(&self.vm, &self.windows, index, &run).map_err(call)?;
+                log.remapping(&self.vm, &self.all, index, &run).map_err(|error| call(&error))?;
             }
             self.with_room(|windows| windows.map_run(index, run.clone(), first, writable)).map_err(Failed::Call)?;
             self.fresh.push(Extent { start, frames: run.len() as u64, ..extent });
@@ -434,7 +434,7 @@ impl Windows {
 
     fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> Result<(), Failed> {
         self.with_room(|windows| {
-            let Some(window) = windows.windows.get_mut(index) else { return Ok(()) };
+            let Some(window) = windows.all.get_mut(index) else { return Ok(()) };
             if window.pages.get(run.clone()).unwrap_or_default().contains(&Page::CLOSED) {
                 // An eviction, on the way here: what is closed is opened by its next fault.
                 return Ok(());
@@ -454,7 +454,7 @@ impl Windows {
     }
 }
 
-fn call(error: Error) -> Failed {
+fn call(error: &Error) -> Failed {
     Failed::Call(io::Error::other(error.to_string()))
 }
 

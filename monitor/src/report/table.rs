@@ -109,13 +109,16 @@ fn about_l2(record: &Record) -> String {
         0 => "all before it starts".to_owned(),
         batch => format!("{batch} at a violation"),
     };
+    let flags = match words(record, "accessed-dirty").as_str() {
+        "" => String::new(),
+        given => format!(" with A and D {given}"),
+    };
     format!(
-        "L2: {} pages, {} of them for each of L1's ({}); L1 maps them by {} leaves with A and D {}, {filled}\n",
+        "L2: {} pages, {} of them for each of L1's ({}); L1 maps them by {} leaves{flags}, {filled}\n",
         pattern_pages(record),
         aliases(record),
         words(record, "alias-kind"),
         words(record, "leaf"),
-        words(record, "accessed-dirty"),
     )
 }
 
@@ -353,7 +356,7 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
     }
     if record.scenario == "nested" {
-        text.push_str("enter: one VMRUN and the VMMCALL that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
+        text.push_str("enter: into L2 and back, by the guest's clock (svm: VMRUN and VMMCALL; umbra: a doorbell each way). fill (L1's table) and first touch: per page of L2.\n");
     }
     if rows.iter().any(|row| row.stall.is_some()) {
         text.push_str(

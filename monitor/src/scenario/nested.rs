@@ -88,7 +88,7 @@ fn fault_source(l2: &L2Options, progress: &Progress) -> Result<source::Kind, Fai
         kind.open()?;
         return Ok(kind);
     }
-    let (kind, _, missing) = source::cheapest()?;
+    let (kind, missing) = source::cheapest()?;
     let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
     progress.step(&format!("umbra: fault source {kind}{missing}"));
     Ok(kind)

@@ -4,6 +4,7 @@
 //! is that nothing may reach, and how a page is made read-only: its way to learn addresses depends on both.
 
 mod pages;
+pub mod tracepoint;
 pub mod userfault;
 
 use super::memory::InFile;
@@ -16,19 +17,31 @@ use std::str::FromStr;
 /// The sources there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// Closed pages are holes. KVM's tracepoint tells the address, when the access is tried again.
+    Tracepoint,
     /// Closed pages belong to a userfaultfd: the vCPU thread sleeps, a second thread notes the address and makes the access fail.
     Userfault,
 }
 
 impl Kind {
     /// All of them, the cheapest first.
-    pub const ALL: [Self; 1] = [Self::Userfault];
+    pub const ALL: [Self; 2] = [Self::Tracepoint, Self::Userfault];
 
     /// The name on the command line.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Tracepoint => "tracepoint",
             Self::Userfault => "userfaultfd",
+        }
+    }
+
+    /// What it is, where it is missed.
+    #[must_use]
+    pub const fn capability(self) -> &'static str {
+        match self {
+            Self::Tracepoint => "the fault source tracepoint",
+            Self::Userfault => "the fault source userfaultfd",
         }
     }
 
@@ -38,6 +51,7 @@ impl Kind {
     /// [`Error::Capability`] if this host has it not.
     pub fn open(self) -> Result<Box<dyn Source>, Error> {
         match self {
+            Self::Tracepoint => Ok(Box::new(tracepoint::Tracepoint::open()?)),
             Self::Userfault => Ok(Box::new(userfault::Userfaults::open()?)),
         }
     }
@@ -61,11 +75,11 @@ impl FromStr for Kind {
 ///
 /// # Errors
 /// [`Error::Capability`] if it has none.
-pub fn cheapest() -> Result<(Kind, Box<dyn Source>, Vec<String>), Error> {
+pub fn cheapest() -> Result<(Kind, Vec<String>), Error> {
     let mut missing = Vec::new();
     for kind in Kind::ALL {
         match kind.open() {
-            Ok(source) => return Ok((kind, source, missing)),
+            Ok(_) => return Ok((kind, missing)),
             Err(error) => missing.push(format!("{kind}: {error}")),
         }
     }
@@ -97,6 +111,8 @@ pub enum Place {
 pub enum Told {
     /// Where.
     At(Fault),
+    /// Try once more, and let KVM's tracepoint ([`crate::kvm::fault_trace`]) tell.
+    Trace,
     /// Another vCPU's fault is being handled there: try again.
     Again,
     /// Nothing: this was no fault of L2's.
@@ -136,5 +152,7 @@ pub trait Source: Send + Sync {
     ///
     /// # Errors
     /// The system's.
-    fn settled(&self, fault: &Fault) -> io::Result<()>;
+    fn settled(&self, _fault: &Fault) -> io::Result<()> {
+        Ok(())
+    }
 }

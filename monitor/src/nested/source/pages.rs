@@ -42,6 +42,15 @@ pub fn admit(stretch: Stretch, admit: bool) -> io::Result<()> {
     Ok(())
 }
 
+/// What is mapped in the stretch may be read, and written or not.
+pub fn allow_writes(stretch: Stretch, writable: bool) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    let rights = if writable { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::READ };
+    // SAFETY: as above.
+    unsafe { mm::mprotect(address, length, rights) }?;
+    Ok(())
+}
+
 /// Nothing is there.
 pub fn unmap(stretch: Stretch) -> io::Result<()> {
     let (address, length) = at(stretch);
