@@ -15,6 +15,7 @@
 //!    v  KVM_RUN of L2's VM again
 //! ```
 
+mod audit;
 pub mod log;
 pub mod means;
 pub mod memory;

@@ -73,6 +73,16 @@ impl Shadow {
         Ok(Self { mmu, windows, view, means, loaded: None, running: 0, found, faults: 0 })
     }
 
+    /// The root that L2 runs on.
+    pub(super) fn root(&self) -> Option<RootId> {
+        self.loaded.map(|loaded| loaded.root)
+    }
+
+    /// L1's memory.
+    pub(super) fn memory_map(&self) -> &L1Pages {
+        &self.view.0
+    }
+
     /// Takes a vCPU into L2. False: what L1 wants cannot be, because L2 has other windows, another vCPU is in L2 with another EPT12, or the root
     /// is none.
     ///

@@ -63,6 +63,12 @@ pub struct Window {
 }
 
 impl Window {
+    /// Where it lies in this process.
+    #[must_use]
+    pub const fn place(&self) -> Stretch {
+        self.place.stretch()
+    }
+
     fn stretch(&self, pages: &Range<usize>) -> Stretch {
         self.place.stretch().part(pages.start as u64, pages.len() as u64)
     }

@@ -78,6 +78,8 @@ pub struct L2Options {
     fill_batch: u64,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
+    /// Whether mechanisms were asked for by name.
+    pub means_by_name: bool,
     /// The fault source, if one was asked for.
     pub source: Option<source::Kind>,
     /// Pages that one fault may map, if it was asked for.
@@ -132,7 +134,18 @@ impl L2Options {
             config.insert(name.to_owned(), value);
         }
         let ways = if by_name { ways } else { Nesting::DEFAULT.to_vec() };
-        Ok(Self { ways, by_name, map, format, flags, fill_batch, means, source, extent: table.extent })
+        Ok(Self {
+            ways,
+            by_name,
+            map,
+            format,
+            flags,
+            fill_batch,
+            means,
+            means_by_name: !given.mechanism.is_empty(),
+            source,
+            extent: table.extent,
+        })
     }
 
     /// What the firmware is told to be one of those ways.

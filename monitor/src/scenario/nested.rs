@@ -14,7 +14,7 @@ use crate::kvm::{self, capabilities};
 use crate::nested::source;
 use crate::progress::Progress;
 use crate::report::Record;
-use crate::report::record::Row;
+use crate::report::record::{Row, Rows};
 use crate::track::Kind;
 use umbra_shared::nested::{Flags, Format, Way};
 use umbra_shared::protocol::Command;
@@ -43,8 +43,13 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
             rows.push(Setup::or_not_here(&name, row)?);
         }
     }
-    // A way that nobody asked for may be missing; the trackers that were asked for are there.
-    setup.record_of(rows, |name| l2.by_name && l2.ways.iter().any(|way| name.starts_with(&format!("{way}:"))))
+    // A way that nobody asked for may be missing; the trackers that were asked for are there. Of umbra's means a host may have some alone.
+    let has_umbra = rows.iter().any(|row| matches!(row, Rows::Measured(row) if row.name.starts_with("umbra:")));
+    setup.record_of(rows, |name| {
+        let asked = l2.by_name && l2.ways.iter().any(|way| name.starts_with(&format!("{way}:")));
+        let spared = name.starts_with("umbra:") && has_umbra && !l2.means_by_name;
+        (asked || name.starts_with("umbra:") && l2.means_by_name) && !spared
+    })
 }
 
 /// The machine of a way to run L2, if the firmware and this host can. Umbra's rows differ in their means.

@@ -182,6 +182,11 @@ impl<'a> Run<'a> {
         self.check.executed(rounds + 1);
         let end = self.counters()?;
         self.count(&Statistics { booted, before, after, stopped, end })?;
+        if let Some(l2) = self.machine.l2()
+            && let Err(difference) = l2.shadow()?.audit()
+        {
+            self.check.fault(&format!("at the end: {difference}"));
+        }
         self.row.truth = self.check.finish(&self.machine);
         Ok(self.row)
     }

@@ -119,8 +119,25 @@ pub enum Told {
     Nothing,
 }
 
+/// What a closed page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    /// Nothing is mapped there; read-only pages are mapped without the right to write.
+    Hole,
+    /// A page of a file that has none; read-only pages are write-protected by userfaultfd.
+    Empty,
+}
+
+impl Closed {
+    /// The name of the file without pages.
+    pub const NAME: &'static str = "umbra-closed";
+}
+
 /// A source, for all vCPUs of an L2. Stretches lie in windows, and the caller serialises the calls that change pages.
 pub trait Source: Send + Sync {
+    /// What its closed pages are.
+    fn closed(&self) -> Closed;
+
     /// Takes a window into care: all its pages are closed from now on.
     ///
     /// # Errors

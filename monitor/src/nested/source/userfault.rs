@@ -5,7 +5,7 @@
 //! sleeper: the access is tried again, fails, and `KVM_RUN` returns EFAULT with L2 as it was before the instruction. When the monitor has dealt
 //! with the fault, the rights come back.
 
-use super::{Fault, Place, Source, Told, pages};
+use super::{Closed, Fault, Place, Source, Told, pages};
 use crate::hostmm::userfault::{Event, Mode, Userfault};
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::Error;
@@ -162,9 +162,13 @@ impl Drop for Userfaults {
 }
 
 impl Source for Userfaults {
+    fn closed(&self) -> Closed {
+        Closed::Empty
+    }
+
     fn adopt(&self, window: Stretch) -> Result<(), Error> {
         let failed = |error: rustix::io::Errno| Error::call("making a memfd without pages", error);
-        let hole = memfd_create("umbra-closed", MemfdFlags::CLOEXEC).map_err(failed)?;
+        let hole = memfd_create(Closed::NAME, MemfdFlags::CLOEXEC).map_err(failed)?;
         ftruncate(&hole, window.bytes()).map_err(failed)?;
         let pages = usize::try_from(window.pages).unwrap_or(usize::MAX);
         self.shared.state().windows.push(Window { stretch: window, pages: vec![Page::Closed; pages], hole });
