@@ -47,7 +47,7 @@ help: ## this list
 run: lab-dirty-log ## what a page costs under each dirty-tracking interface: a real kernel's KVM in the lab, 64 MiB
 
 .PHONY: test
-test: build shelf packages-vmx ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
+test: build shelf packages-vmx packages-bench ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
 	@if cargo fmt --version >/dev/null 2>&1; then
 	    echo 'format'
 	    cargo fmt --all --check
@@ -75,6 +75,7 @@ test: build shelf packages-vmx ## every check: format, lints, unit, property and
 	    cargo test --locked --package umbra-guest-fw --lib --no-fail-fast || held=$$?
 	    cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast || held=$$?
 	    $(mmu) fuzz -- SEED=$(SEED) N=1000000 || held=$$?
+	    $(mmu) bench_mmu -- MIB=64,1024 ROOM=10 || held=$$?
 	    exit $$held
 	} 2>&1 | tee target/test.log
 
@@ -131,8 +132,12 @@ fuzz-tables: packages ## hostile guest tables against the shadow MMU, for SECOND
 	@timeout $$(($(SECONDS) + 120)) $(mmu) fuzz_tables -- SEED=$(SEED) SECONDS=$(SECONDS)
 
 .PHONY: bench-mmu
-bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind)
-	@$(mmu) bench_mmu
+bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind), with 64 MiB to 1 TiB of L2
+	@$(mmu) bench_mmu -- MIB=64,1024,16384,1048576 ROOM=0
+
+.PHONY: bench-caches
+bench-caches: packages ## the shadow MMU's split caches: minimum and capacity against refills and bytes
+	@$(mmu) bench_caches
 
 .PHONY: test-fresh
 test-fresh: ## `make run` and `make test` in minimal chroots of Debian 12 and 13 (SUITES); root, mmdebstrap; some GB, some minutes
