@@ -152,30 +152,29 @@ clean: ## remove what was built; fetched kernels stay in the cache
 shelf: build
 	@$(UMBRA) kernels fetch
 
-.PHONY: packages-bench
-packages-bench: packages
-	@command -v valgrind >/dev/null || $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get -qq install -y --no-install-recommends valgrind >/dev/null
-
-# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this. The machine vmx
-# needs more than the rest, and gets it where it is asked for.
-.PHONY: packages packages-vmx
-packages packages-vmx:
+# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this. What the machine
+# vmx and counting instructions need besides is installed where they are asked for.
+.PHONY: packages packages-vmx packages-bench
+packages packages-vmx packages-bench:
 	@missing=()
 	needs() { "$${@:2}" >/dev/null 2>&1 || missing+=("$$1"); }
 	needs gcc             command -v cc
 	needs libc6-dev       eval 'test -e "$$(cc -print-file-name=libc.a)"'
 	needs ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
 	needs xz-utils        command -v xz
-	if [ $@ = packages-vmx ]; then
+	case $@ in
+	packages)
+	    needs qemu-system-x86 command -v qemu-system-x86_64 ;;
+	packages-vmx)
 	    needs bochs           command -v bochs
 	    needs bochs-term      eval 'ls /usr/lib/*/bochs/plugins/libbx_term_gui.so*'
 	    needs seabios         test -e /usr/share/seabios/vgabios-stdvga.bin
 	    needs isolinux        test -e /usr/lib/ISOLINUX/isolinux.bin
 	    needs syslinux-common test -e /usr/lib/syslinux/modules/bios/ldlinux.c32
-	    needs xorriso         command -v xorriso
-	else
-	    needs qemu-system-x86 command -v qemu-system-x86_64
-	fi
+	    needs xorriso         command -v xorriso ;;
+	packages-bench)
+	    needs valgrind        command -v valgrind ;;
+	esac
 	rust() { ($(new_enough)); }
 	if [ $${#missing[@]} = 0 ] && rust; then exit; fi
 
