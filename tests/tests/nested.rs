@@ -146,7 +146,7 @@ fn figures_are_those_of_the_findings() {
     let (few, many) = (timed(row(good(6), "svm:bitmap"), "fill") / 64, timed(row(good(7), "svm:bitmap"), "fill") / 512);
     assert!(many > 2 * few && many > 80_000, "{few} with up to 64 entries, {many} with up to 512");
     let counters = &row(good(7), "svm:bitmap").counters;
-    assert_eq!((counters["l2_violations"].value, counters["npt12_entries"].value), (512, 512));
+    assert_eq!((counters["l2_violations"].value, counters["ept12_entries"].value), (512, 512));
 }
 
 #[test]
