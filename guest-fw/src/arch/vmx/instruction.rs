@@ -14,9 +14,9 @@ pub struct Failed {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Why {
-    /// CF: VMfailInvalid. There is no current VMCS that could hold an error number.
+    /// CF: `VMfailInvalid`. There is no current VMCS that could hold an error number.
     Invalid,
-    /// ZF: VMfailValid, with the VM-instruction error.
+    /// ZF: `VMfailValid`, with the VM-instruction error.
     Valid(u64),
 }
 

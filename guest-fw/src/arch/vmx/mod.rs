@@ -110,7 +110,7 @@ fn switch_on(vcpu: usize) -> Result<Controls, Absent> {
             for offset in [area::HOST_REGION, area::CONTROL_BLOCK] {
                 let region = page(vcpu, offset);
                 region.write_bytes(0, PAGE_SIZE as usize);
-                region.cast::<u32>().write(revision);
+                region.cast::<[u8; 4]>().write(revision.to_le_bytes());
             }
             vmxon(vcpu_area(vcpu) + area::HOST_REGION)?;
             vmclear(vcpu_area(vcpu) + area::CONTROL_BLOCK)?;

@@ -180,6 +180,7 @@ pub mod reason {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use x86_64::structures::gdt::DescriptorFlags;
 
     /// Appendix B: bits 11:10 are the type (0 control, 1 exit information, 2 guest, 3 host), 14:13 the width (0: 16 bits, 1: 64, 2: 32, 3:
     /// natural), 9:1 the index.
@@ -246,11 +247,14 @@ mod tests {
         }
     }
 
+    /// Bits 47:40 and 55:52 of a descriptor.
+    fn of_descriptor(descriptor: DescriptorFlags) -> u32 {
+        u32::try_from(descriptor.bits() >> 40 & 0xf0ff).unwrap()
+    }
+
     #[test]
     fn rights_are_those_of_the_descriptors() {
-        let of_descriptor = |descriptor: u64| (descriptor >> 40 & 0xf0ff) as u32;
-        use x86_64::structures::gdt::DescriptorFlags;
-        assert_eq!(of_descriptor(DescriptorFlags::USER_CODE64.bits()), rights::CODE);
-        assert_eq!(of_descriptor(DescriptorFlags::USER_DATA.bits()), rights::DATA);
+        assert_eq!(of_descriptor(DescriptorFlags::USER_CODE64), rights::CODE);
+        assert_eq!(of_descriptor(DescriptorFlags::USER_DATA), rights::DATA);
     }
 }
