@@ -209,17 +209,11 @@ impl Arena {
         }
     }
 
-    /// The entries of `page`, to change them without counting; `None` for a page that is not in use.
-    #[inline]
-    pub fn table_mut(&mut self, page: u32) -> Option<&mut Table> {
-        self.pages.get_mut(page as usize)?.table.as_deref_mut()
-    }
-
     /// One entry, to change it without changing whether it is present, and its page's header.
     #[inline]
     pub fn entry_mut(&mut self, at: SpteRef) -> Option<(&mut Spte, &Header)> {
         let Page { header, table } = self.pages.get_mut(at.page() as usize)?;
-        Some((&mut table.as_deref_mut()?[at.index()], header))
+        Some((table.as_deref_mut()?.get_mut(at.index())?, header))
     }
 
     /// The entries and header of `page`.
@@ -232,7 +226,7 @@ impl Arena {
     #[inline]
     #[must_use]
     pub fn spte(&self, at: SpteRef) -> Spte {
-        self.table(at.page())[at.index()]
+        self.table(at.page()).get(at.index()).copied().unwrap_or_default()
     }
 
     /// The present entries of `page`, in order. Any of them may change on the way; what has gone is passed over.
@@ -246,8 +240,10 @@ impl Arena {
     /// Replaces one entry; presence is counted.
     #[inline]
     pub fn set(&mut self, at: SpteRef, new: Spte) {
-        if let Some((table, header)) = self.page_mut(at.page()) {
-            let old = std::mem::replace(&mut table[at.index()], new);
+        if let Some((table, header)) = self.page_mut(at.page())
+            && let Some(entry) = table.get_mut(at.index())
+        {
+            let old = std::mem::replace(entry, new);
             if old.present() != new.present() {
                 header.present = if new.present() { header.present + 1 } else { header.present.saturating_sub(1) };
             }
@@ -261,7 +257,7 @@ impl Arena {
         for (done, (&entry, l2)) in entries.iter().zip(frames.iter_mut()).enumerate() {
             let at = SpteRef(entry);
             let Some(Page { header, table: Some(table) }) = self.pages.get_mut(at.page() as usize) else { return done };
-            let spte = &mut table[at.index()];
+            let Some(spte) = table.get_mut(at.index()) else { return done };
             if *spte != like || header.path != root {
                 return done;
             }
@@ -319,11 +315,12 @@ impl Arena {
     fn remove(&mut self, page: u32) {
         let (gfn, role, next) = (self.header(page).gfn, self.header(page).role, self.header(page).next);
         let bucket = self.bucket(gfn, role);
-        let mut at = self.buckets.get(bucket).copied().unwrap_or(0);
-        if at == page {
-            self.buckets[bucket] = next;
+        let Some(first) = self.buckets.get_mut(bucket) else { return };
+        if *first == page {
+            *first = next;
             return;
         }
+        let mut at = *first;
         while at != 0 {
             let after = self.header(at).next;
             if after == page {

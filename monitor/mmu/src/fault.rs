@@ -323,8 +323,8 @@ impl Mmu {
             let index = Format::shadow_index(level, target.l2);
             let at = SpteRef::new(page, index);
             if level > target.walk.level {
-                let spte = self.arena.table(page)[index];
-                let step = &target.walk.steps[level as usize - 1];
+                let spte = self.arena.spte(at);
+                let step = target.walk.steps.at(level);
                 let child = self.arena.header(spte.child());
                 let fits = !spte.ends_walk()
                     && child.gfn == step.next
@@ -356,7 +356,7 @@ impl Mmu {
     fn child_identity(&self, at: SpteRef, role: Role, target: &Target<'_>) -> (Gfn, Role) {
         let level = role.level();
         if level > target.walk.level {
-            let step = target.walk.steps.get(usize::from(level.number()) - 1).copied().unwrap_or_default();
+            let step = target.walk.steps.at(level);
             let mut quadrant = guest::child_quadrant(role, at.index());
             if level == Level::M2 && self.defect(Defect::WrongQuadrantTable)
                 || level == Level::G1 && self.defect(Defect::WrongQuadrantDirectory)

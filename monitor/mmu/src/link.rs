@@ -425,10 +425,9 @@ impl Mmu {
     /// A leaf is open for writes from now on. Posted for `path` alone: other paths find out by a fault.
     #[inline]
     pub(crate) fn open(&mut self, env: &mut Env<'_>, at: SpteRef, path: Option<(RootId, u64)>) {
-        let spte = self.arena.spte(at).opened();
-        if let Some(table) = self.arena.table_mut(at.page()) {
-            table[at.index()] = spte;
-        }
+        let Some((spte, _)) = self.arena.entry_mut(at) else { return };
+        *spte = spte.opened();
+        let spte = *spte;
         let frames = self.arena.header(at.page()).role.level().frames();
         let extent = if let Some((root, start)) = path {
             Some(extent(root, start, frames))

@@ -278,7 +278,7 @@ impl Mmu {
         let mut shift = 9 * (self.arena.header(page).role.level() as u32 - 1);
         loop {
             let index = (l2.0 >> shift & 511) as usize;
-            let spte = self.arena.table(page)[index];
+            let spte = self.arena.spte(SpteRef::new(page, index));
             if shift == 0 || spte.ends_walk() {
                 return Found { at: SpteRef::new(page, index), level: level_of(shift / 9 + 1), spte };
             }
@@ -291,7 +291,7 @@ impl Mmu {
     #[inline]
     fn hint(&self, root: RootId, l2: L2Gfn) -> Option<u32> {
         let region = l2.0 >> 9;
-        let hint = &self.hints[Hint::place(region)];
+        let hint = self.hints.get(Hint::place(region))?;
         (hint.region == region && hint.root == root).then_some(hint.page)
     }
 
@@ -299,7 +299,7 @@ impl Mmu {
     #[inline]
     pub(crate) fn hinted_leaf(&self, root: RootId, l2: L2Gfn) -> Option<(SpteRef, Spte)> {
         let (page, index) = (self.hint(root, l2)?, (l2.0 & 511) as usize);
-        Some((SpteRef::new(page, index), self.arena.table(page)[index]))
+        Some((SpteRef::new(page, index), self.arena.table(page).get(index).copied()?))
     }
 
     /// [`Self::lookup`] under `root`, by the hints where they reach.
@@ -311,7 +311,9 @@ impl Mmu {
         let found = self.lookup(page, l2);
         if found.level == Level::K4 {
             let region = l2.0 >> 9;
-            self.hints[Hint::place(region)] = Hint { region, root, page: found.at.page() };
+            if let Some(hint) = self.hints.get_mut(Hint::place(region)) {
+                *hint = Hint { region, root, page: found.at.page() };
+            }
         }
         found
     }

@@ -81,7 +81,7 @@ impl Rmaps {
     pub fn head(&self, frame: Frame, level: Level) -> Head {
         match level {
             Level::K4 => match self.chunks.get(self.chunk_index(frame)) {
-                Some(Some(chunk)) => chunk.heads[(frame.0 & 511) as usize],
+                Some(Some(chunk)) => chunk.heads.get((frame.0 & 511) as usize).copied().unwrap_or_default(),
                 _ => Head::default(),
             },
             Level::M2 => self.large.get(Self::region(frame)).copied().unwrap_or_default(),
@@ -106,13 +106,13 @@ impl Rmaps {
     }
 
     fn add_chunk(&mut self, frame: Frame) -> Result<usize, NoMemory> {
-        if Self::region(frame) >= self.regions.len() {
-            return Err(NoMemory);
-        }
+        let region = self.regions.get_mut(Self::region(frame)).ok_or(NoMemory)?;
         self.allowance.take()?;
         let chunk = Some(Chunk { heads: new_heads()?, used: 0 });
         let index = if let Some(index) = self.free.pop() {
-            self.chunks[index as usize] = chunk;
+            if let Some(place) = self.chunks.get_mut(index as usize) {
+                *place = chunk;
+            }
             index
         } else {
             if self.chunks.len() == self.chunks.capacity() {
@@ -122,7 +122,7 @@ impl Rmaps {
             self.chunks.push(chunk);
             narrow(self.chunks.len() - 1)
         };
-        self.regions[Self::region(frame)] = index + 1;
+        *region = index + 1;
         self.live += 1;
         Ok(index as usize)
     }
@@ -135,7 +135,9 @@ impl Rmaps {
         {
             *place = None;
             self.free.push(narrow(index));
-            self.regions[Self::region(frame)] = 0;
+            if let Some(region) = self.regions.get_mut(Self::region(frame)) {
+                *region = 0;
+            }
             self.live -= 1;
             if self.live == 0 {
                 (self.chunks, self.free) = (Vec::new(), Vec::new());
@@ -148,7 +150,7 @@ impl Rmaps {
             Level::K4 => {
                 let index = self.chunk_index(frame);
                 match self.chunks.get_mut(index) {
-                    Some(Some(chunk)) => Some(&mut chunk.heads[(frame.0 & 511) as usize]),
+                    Some(Some(chunk)) => chunk.heads.get_mut((frame.0 & 511) as usize),
                     _ => None,
                 }
             }
@@ -167,7 +169,7 @@ impl Rmaps {
             return self.add_alias(lists, frame, level, entry);
         }
         let (heads, used) = self.chunk(frame)?;
-        let head = &mut heads[(frame.0 & 511) as usize];
+        let head = heads.get_mut((frame.0 & 511) as usize).ok_or(NoMemory)?;
         if !head.is_empty() {
             return self.add_alias(lists, frame, level, entry);
         }
