@@ -1,4 +1,4 @@
-//! The firmware's own long-mode tables, built in a pool of pages by the `x86_64` crate's types.
+//! The firmware's own long-mode tables, and the nested tables of its L2, built in a pool of pages by the `x86_64` crate's types.
 //!
 //! The system slot at its own addresses by 2 MiB leaves, the tracked slots one after the other from [`TRACKED_BASE`] by leaves of
 //! 4 KiB or 2 MiB. Everything is writable, open to ring 3, and has A and D set, so that the CPU never writes to the tables.
@@ -6,17 +6,38 @@
 
 use core::fmt;
 use umbra_shared::layout::{SYSTEM_LIMIT, Slot, TRACKED_BASE};
-use umbra_shared::nested::{Flags, Format};
 use umbra_shared::paging::ept;
 use umbra_shared::{Level, PAGE_SIZE};
 use x86_64::structures::paging::{PageTable, PageTableFlags};
 use x86_64::{PhysAddr, VirtAddr};
 
-const TABLE: PageTableFlags = PageTableFlags::PRESENT
-    .union(PageTableFlags::WRITABLE)
-    .union(PageTableFlags::USER_ACCESSIBLE)
-    .union(PageTableFlags::ACCESSED);
-const LEAF: PageTableFlags = TABLE.union(PageTableFlags::DIRTY);
+/// How a format of 8-byte entries spells what a [`Pool`] says. Bit 7 makes a large leaf in all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// Of an entry that leads to a table: everything is allowed.
+    pub table: PageTableFlags,
+    /// Of a leaf: everything is allowed.
+    pub leaf: PageTableFlags,
+    /// The accessed flag, of both.
+    pub accessed: PageTableFlags,
+    /// The dirty flag, of a leaf.
+    pub dirty: PageTableFlags,
+}
+
+impl Format {
+    /// Long mode, and so NPT, whose walk counts as a user's (APM 2, 15.25.5).
+    pub const LONG: Self = {
+        let all = PageTableFlags::PRESENT.union(PageTableFlags::WRITABLE).union(PageTableFlags::USER_ACCESSIBLE);
+        Self { table: all, leaf: all, accessed: PageTableFlags::ACCESSED, dirty: PageTableFlags::DIRTY }
+    };
+    /// Intel's extended page tables, of write-back memory (SDM 3C, 29.3.2).
+    pub const EPT: Self = Self {
+        table: PageTableFlags::from_bits_retain(ept::RIGHTS),
+        leaf: PageTableFlags::from_bits_retain(ept::RIGHTS | ept::WRITE_BACK),
+        accessed: PageTableFlags::from_bits_retain(ept::ACCESSED),
+        dirty: PageTableFlags::from_bits_retain(ept::DIRTY),
+    };
+}
 
 /// Why tables could not be built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,44 +62,6 @@ impl fmt::Display for Error {
     }
 }
 
-/// The bits of entries that permit everything: of links to tables, and of leaves.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entries {
-    table: PageTableFlags,
-    leaf: PageTableFlags,
-}
-
-impl Entries {
-    /// The firmware's own: A and D are set, so that the CPU never writes to the tables.
-    pub const OWN: Self = Self { table: TABLE, leaf: LEAF };
-
-    /// Those of a nested page table. PAE and 32-bit tables have those of NPT.
-    #[must_use]
-    pub const fn of(format: Format, flags: Flags) -> Self {
-        let preset = matches!(flags, Flags::Preset);
-        if !matches!(format, Format::Ept) {
-            let both = PageTableFlags::ACCESSED.union(PageTableFlags::DIRTY);
-            return if preset {
-                Self::OWN
-            } else {
-                Self { table: TABLE.difference(both), leaf: LEAF.difference(both) }
-            };
-        }
-        // Bit 7 says "leaf" in both formats, and the address has the same place (SDM 3C, tables 29-1 to 29-7).
-        let (accessed, dirty) = if preset { (ept::ACCESSED, ept::DIRTY) } else { (0, 0) };
-        Self {
-            table: PageTableFlags::from_bits_retain(ept::RIGHTS | accessed),
-            leaf: PageTableFlags::from_bits_retain(ept::RIGHTS | ept::WRITE_BACK | accessed | dirty),
-        }
-    }
-
-    /// The bits of a leaf, huge or not.
-    #[must_use]
-    pub const fn leaf(self, huge: bool) -> PageTableFlags {
-        if huge { self.leaf.union(PageTableFlags::HUGE_PAGE) } else { self.leaf }
-    }
-}
-
 /// Entries of a table.
 pub const ENTRIES: usize = 512;
 
@@ -94,23 +77,29 @@ pub struct Pool<'a> {
     tables: &'a mut [PageTable],
     base: u64,
     used: usize,
-    entries: Entries,
+    format: Format,
+    table_flags: PageTableFlags,
+    leaf_flags: PageTableFlags,
 }
 
 impl<'a> Pool<'a> {
-    /// One empty table, the root, in `tables`, which lie at the physical address `base`.
+    /// One empty table, the root, in `tables`, which lie at the physical address `base`. A and D are set in every entry.
     ///
     /// # Errors
     /// [`Error::PoolExhausted`] if there is no room for it.
-    pub fn new(tables: &'a mut [PageTable], base: u64, entries: Entries) -> Result<Self, Error> {
-        let mut pool = Self { tables, base, used: 0, entries };
+    pub fn new(tables: &'a mut [PageTable], base: u64, format: Format) -> Result<Self, Error> {
+        let none = PageTableFlags::empty();
+        let mut pool = Self { tables, base, used: 0, format, table_flags: none, leaf_flags: none };
+        pool.preset(true);
         pool.take()?;
         Ok(pool)
     }
 
-    /// From now on entries have these bits.
-    pub const fn make(&mut self, entries: Entries) {
-        self.entries = entries;
+    /// From now on entries are made without A and D, or with both.
+    pub fn preset(&mut self, accessed_dirty: bool) {
+        let Format { table, leaf, accessed, dirty } = self.format;
+        (self.table_flags, self.leaf_flags) =
+            if accessed_dirty { (table | accessed, leaf | accessed | dirty) } else { (table, leaf) };
     }
 
     /// The physical address of the root.
@@ -130,6 +119,7 @@ impl<'a> Pool<'a> {
     pub const fn bytes(&self) -> u64 {
         self.used as u64 * PAGE_SIZE
     }
+
     /// Takes an empty table out of the pool.
     fn take(&mut self) -> Result<usize, Error> {
         let index = self.used;
@@ -148,7 +138,7 @@ impl<'a> Pool<'a> {
         if present.is_unused() {
             let new = self.take()?;
             let address = PhysAddr::new(self.address_of(new));
-            self.tables[table][entry].set_addr(address, self.entries.table);
+            self.tables[table][entry].set_addr(address, self.table_flags);
             Ok(new)
         } else {
             Ok(((present.addr().as_u64() - self.base) / PAGE_SIZE) as usize)
@@ -177,11 +167,11 @@ impl<'a> Pool<'a> {
 
     /// Maps the leaf at `linear`, which `table` holds, to `physical`. Says whether it was not mapped before. Both are aligned to the leaf.
     pub fn set(&mut self, table: Table, linear: u64, physical: u64) -> bool {
-        let flags = self.entries.leaf(table.level == Level::M2);
+        let huge = if table.level == Level::M2 { PageTableFlags::HUGE_PAGE } else { PageTableFlags::empty() };
         let entry = &mut self.tables[table.index][(linear >> table.level.shift()) as usize % ENTRIES];
         let new = entry.is_unused();
         if new || entry.addr().as_u64() != physical {
-            entry.set_addr(PhysAddr::new(physical), flags);
+            entry.set_addr(PhysAddr::new(physical), self.leaf_flags.union(huge));
         }
         new
     }
@@ -208,7 +198,7 @@ impl<'a> Pool<'a> {
         let entry = &mut self.tables[directory][address.p2_index()];
         let new = entry.is_unused();
         if new {
-            entry.set_addr(shared, self.entries.table);
+            entry.set_addr(shared, self.table_flags);
         }
         Ok(new)
     }
@@ -232,7 +222,7 @@ impl<'a> Pool<'a> {
 /// # Errors
 /// Says what does not fit. The pool is then half filled.
 pub fn build(pool: &mut [PageTable], base: u64, slots: impl Iterator<Item = Slot>, leaf: Level) -> Result<u64, Error> {
-    let mut pool = Pool::new(pool, base, Entries::OWN)?;
+    let mut pool = Pool::new(pool, base, Format::LONG)?;
     pool.map_system()?;
     for slot in slots {
         let linear = TRACKED_BASE + slot.first_page * PAGE_SIZE;
@@ -266,7 +256,7 @@ mod tests {
             let shift = 12 + 9 * (u32::from(level) - 1);
             let entry = &pool[table][usize::try_from(linear >> shift & 511).unwrap()];
             let flags = entry.flags();
-            if !flags.contains(TABLE) {
+            if !flags.contains(Format::LONG.table | Format::LONG.accessed) {
                 return None;
             }
             if level == 1 || flags.contains(PageTableFlags::HUGE_PAGE) {
@@ -300,6 +290,22 @@ mod tests {
             }
             prop_assert_eq!(walk(&pool, SYSTEM_LIMIT), None);
         }
+    }
+
+    /// SDM 3C, tables 29-1 to 29-7: rights 2:0, memory type 5:3 (6 is write-back), A 8, D 9; a table's bits 6:3 are 0.
+    #[test]
+    fn extended_page_tables_are_laid_out_as_the_manual_says() {
+        let mut tables = [const { PageTable::new() }; 4];
+        let mut pool = Pool::new(&mut tables, BASE, Format::EPT).unwrap();
+        pool.map(0x20_0000, 0x40_0000, Level::M2).unwrap();
+        pool.preset(false);
+        pool.map(0x5000, 0x1_2345_6000, Level::K4).unwrap();
+        let entry =
+            |table: usize, index: usize| tables[table][index].addr().as_u64() | tables[table][index].flags().bits();
+        assert_eq!(entry(0, 0), (BASE + 0x1000) | 0x107);
+        assert_eq!(entry(2, 1), 0x40_0000 | 0x3b7);
+        assert_eq!(entry(2, 0), (BASE + 0x3000) | 0x7);
+        assert_eq!(entry(3, 5), 0x1_2345_6000 | 0x37);
     }
 
     #[test]

@@ -67,7 +67,7 @@ impl L2Vcpu {
 
     /// A word of L1's control page.
     fn control(&self, offset: usize) -> Result<&std::sync::atomic::AtomicU64, Error> {
-        let address = vcpu_area(self.index) + vcpu_area::CONTROL + offset as u64;
+        let address = vcpu_area(self.index) + vcpu_area::CONTROL_BLOCK + offset as u64;
         self.host.memory().word(address).ok_or_else(|| Error::Memory(format!("L1 has no memory at {address:#x}")))
     }
 

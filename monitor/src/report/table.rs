@@ -356,7 +356,7 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
     }
     if record.scenario == "nested" {
-        text.push_str("enter: into L2 and back, by the guest's clock (svm: VMRUN and VMMCALL; umbra: a doorbell each way). fill (L1's table) and first touch: per page of L2.\n");
+        text.push_str("enter: one entry into L2 and the hypercall that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
     }
     if rows.iter().any(|row| row.stall.is_some()) {
         text.push_str(

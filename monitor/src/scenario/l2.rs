@@ -27,8 +27,6 @@ pub enum Nesting {
 
 impl Nesting {
     const ALL: [Self; 4] = [Self::Plain, Self::Svm, Self::Vmx, Self::Umbra];
-    /// The ways that run without `--nesting`.
-    const DEFAULT: [Self; 3] = [Self::Plain, Self::Svm, Self::Umbra];
 
     const fn name(self) -> &'static str {
         match self {
@@ -65,10 +63,8 @@ fn named<T: Copy>(name: &str, text: &str, choices: &[(&str, T)]) -> Result<T, Fa
 /// What L2 is, and the ways to run it.
 #[derive(Clone, Debug)]
 pub struct L2Options {
-    /// A row for each of them and each tracker.
-    pub ways: Vec<Nesting>,
-    /// Whether the ways were asked for by name, so that a missing one is a failure.
-    pub by_name: bool,
+    /// What `--nesting` names; empty for all that the host has.
+    ways: Vec<Nesting>,
     /// What L2's pages are.
     pub map: Map,
     /// The table's format, if it was asked for.
@@ -94,7 +90,6 @@ impl L2Options {
     pub fn new(args: &RunArgs, guest_page: Level, config: &mut BTreeMap<String, Value>) -> Result<Self, Failure> {
         let (given, table) = (&args.nested, &args.shadow);
         let ways = given.nesting.iter().map(|name| name.parse()).collect::<Result<Vec<Nesting>, _>>()?;
-        let by_name = !ways.is_empty();
         let text = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.to_owned());
         let (leaf, kind) = (text(&table.leaf, "4k"), text(&table.alias_kind, AliasKind::Contiguous.name()));
         let (aliases, fill_batch) = (table.alias.unwrap_or(1), given.fill_batch.unwrap_or(0));
@@ -133,26 +128,38 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
-        let ways = if by_name { ways } else { Nesting::DEFAULT.to_vec() };
-        Ok(Self {
-            ways,
-            by_name,
-            map,
-            format,
-            flags,
-            fill_batch,
-            means,
-            means_by_name: !given.mechanism.is_empty(),
-            source,
-            extent: table.extent,
-        })
+        let means_by_name = !given.mechanism.is_empty();
+        let extent = table.extent;
+        Ok(Self { ways, map, format, flags, fill_batch, means, means_by_name, source, extent })
+    }
+
+    /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
+    /// so for both.
+    #[must_use]
+    pub fn ways_here(&self, vendor: &str) -> Vec<Nesting> {
+        match vendor {
+            _ if !self.ways.is_empty() => self.ways.clone(),
+            "amd" => vec![Nesting::Plain, Nesting::Svm, Nesting::Umbra],
+            "intel" => vec![Nesting::Plain, Nesting::Vmx, Nesting::Umbra],
+            _ => vec![Nesting::Plain, Nesting::Svm, Nesting::Vmx, Nesting::Umbra],
+        }
+    }
+
+    /// Whether the row of this name was asked for by its way, so that it is a failure when it is missing.
+    #[must_use]
+    pub fn by_name(&self, row: &str) -> bool {
+        self.ways.iter().any(|way| row.split_once(':').is_some_and(|(name, _)| name == way.name()))
     }
 
     /// What the firmware is told to be one of those ways.
     #[must_use]
     pub fn nested(&self, way: Way) -> Nested {
-        let format = self.format.unwrap_or(if way == Way::Umbra { Format::Ept } else { Format::Npt });
-        let flags = self.flags.unwrap_or(if format == Format::Ept { Flags::Unused } else { Flags::Clear });
+        let format = self.format.unwrap_or(match way {
+            Way::Umbra | Way::Vmx => Format::Ept,
+            Way::Svm | Way::Plain => Format::Npt,
+        });
+        let unused = way == Way::Umbra && format == Format::Ept;
+        let flags = self.flags.unwrap_or(if unused { Flags::Unused } else { Flags::Clear });
         Nested { way, map: self.map, format, flags, fill_batch: self.fill_batch }
     }
 

@@ -1,5 +1,5 @@
-//! What a guest's guest costs: the same pattern over the same pages, executed by L1 itself (`plain`), by an L2 on KVM's own nesting (`svm`) and by
-//! one on Umbra's shadow MMU (`umbra`).
+//! What a guest's guest costs: the same pattern over the same pages, executed by L1 itself (`plain`), by an L2 on KVM's own nesting (`svm`,
+//! `vmx`) and by one on Umbra's shadow MMU (`umbra`).
 //! A row for each way and tracker. The rounds are those of `dirty-log`; before them come the monitor's populating of L1's memory (so that a first
 //! touch is KVM's work alone), an entry into L2 and back, L1's filling of its table, and L2's first touch of every page.
 //!
@@ -10,6 +10,7 @@ use super::l2::{L2Options, Nesting};
 use super::pass::{self, Case, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
+use crate::host;
 use crate::kvm::{self, capabilities};
 use crate::nested::source;
 use crate::progress::Progress;
@@ -27,7 +28,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("nested: its options are missing".into())) };
     setup.check_named()?;
     let mut rows = Vec::new();
-    for &nesting in &l2.ways {
+    for nesting in l2.ways_here(host::vendor()) {
         let kinds: Vec<Kind> = match nesting {
             Nesting::Umbra => l2.means.iter().copied().map(Kind::Shadow).collect(),
             _ => setup.trackers().to_vec(),
@@ -46,9 +47,8 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     // A way that nobody asked for may be missing; the trackers that were asked for are there. Of umbra's means a host may have some alone.
     let has_umbra = rows.iter().any(|row| matches!(row, Rows::Measured(row) if row.name.starts_with("umbra:")));
     setup.record_of(rows, |name| {
-        let asked = l2.by_name && l2.ways.iter().any(|way| name.starts_with(&format!("{way}:")));
-        let spared = name.starts_with("umbra:") && has_umbra && !l2.means_by_name;
-        (asked || name.starts_with("umbra:") && l2.means_by_name) && !spared
+        let umbra = name.starts_with("umbra:");
+        if umbra && has_umbra { l2.means_by_name } else { l2.by_name(name) || umbra && l2.means_by_name }
     })
 }
 
@@ -57,7 +57,7 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) ->
     let way = match nesting {
         Nesting::Plain => Way::Plain,
         Nesting::Svm => Way::Svm,
-        Nesting::Vmx => return Err(not_here("VMX", "the firmware is a hypervisor by SVM alone")),
+        Nesting::Vmx => Way::Vmx,
         Nesting::Umbra => Way::Umbra,
     };
     let nested = l2.nested(way);
@@ -72,6 +72,8 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) ->
         (Nesting::Svm, _) => {
             return Err(not_here("NPT", "it follows L1's own mode, which is 64-bit: svm has the format npt alone"));
         }
+        (Nesting::Vmx, Format::Ept) => capabilities::nested_vmx()?,
+        (Nesting::Vmx, _) => return Err(not_here("EPT", "it is the one format that vmx has")),
         (Nesting::Umbra, Format::Pae | Format::ThirtyTwoBit) => {
             return Err(not_here("an L2 below 4 GiB", "pae and 32bit cannot name its pages, which begin there"));
         }
@@ -110,7 +112,7 @@ fn row(setup: &Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) 
             plan.shadow = plan.shadow.map(|options| crate::nested::Options { means, ..options });
             (begin_nested, ExplainedBy::L1)
         }
-        (Some(Way::Svm), _) => (begin_nested, ExplainedBy::L2),
+        (Some(Way::Svm | Way::Vmx), _) => (begin_nested, ExplainedBy::L2),
         _ => (begin_plain, ExplainedBy::L1),
     };
     pass::row(&Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin }, progress)
