@@ -182,6 +182,9 @@ pub struct NestedArgs {
     /// L2 pages whose entries L1 makes at a violation; 0 for all before L2 starts (0).
     #[arg(long)]
     pub fill_batch: Option<u64>,
+    /// Pairs of leaves that L1 exchanges in each round, between L2's writes and the harvest (0).
+    #[arg(long)]
+    pub remaps: Option<u64>,
     /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub mechanism: Vec<String>,
@@ -198,7 +201,8 @@ impl NestedArgs {
         let fill_batch = self.fill_batch.map(|number| ("fill-batch", number.into()));
         let mechanism = (!self.mechanism.is_empty()).then(|| ("mechanism", self.mechanism.join(",").into()));
         let fault_source = self.fault_source.clone().map(|text| ("fault-source", text.into()));
-        [nesting, accessed_dirty, fill_batch, mechanism, fault_source]
+        let remaps = self.remaps.map(|number| ("remaps", number.into()));
+        [nesting, accessed_dirty, fill_batch, remaps, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))

@@ -24,7 +24,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub const L2_BASE: L2Gfn = L2Gfn::containing(TRACKED_GPA);
 
 /// Words of the boot page that a [`Nested`] takes.
-pub const WORDS: usize = 9;
+pub const WORDS: usize = 10;
 
 /// Who executes the pattern over L2's pages, and by whose means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -284,6 +284,15 @@ impl Map {
         if page < self.l2_pages() { Some(page) } else { None }
     }
 
+    /// The first pages of the two leaves that L1 exchanges in round `round` as its edit number `index`. They may be the same.
+    #[must_use]
+    pub const fn exchanged(&self, round: u64, index: u64) -> (u64, u64) {
+        let frames = self.leaf.frames();
+        let leaves = self.l2_pages() / frames;
+        let one = mix(self.seed ^ mix(round ^ mix(index)));
+        (one % leaves * frames, mix(one) % leaves * frames)
+    }
+
     /// The page of copy 0 whose leaf table serves `l2_page`: itself, unless the copies share tables.
     #[must_use]
     pub const fn table_owner(&self, l2_page: u64) -> u64 {
@@ -307,22 +316,24 @@ pub struct Nested {
     pub flags: Flags,
     /// L2 pages whose entries L1 makes at a violation; 0 for all before L2 starts.
     pub fill_batch: u64,
+    /// Pairs of leaves that L1 exchanges in each round, after L2 has written ([`Map::exchanged`]).
+    pub remaps: u64,
 }
 
 impl Nested {
     /// As words for the boot page.
     #[must_use]
     pub const fn encode(&self) -> [u64; WORDS] {
-        let Self { way, map, format, flags, fill_batch } = *self;
+        let Self { way, map, format, flags, fill_batch, remaps } = *self;
         let Map { pages, leaf, aliases, kind, seed } = map;
-        [way as u64, pages, leaf as u64, aliases, kind as u64, seed, flags as u64, fill_batch, format as u64]
+        [way as u64, pages, leaf as u64, aliases, kind as u64, seed, flags as u64, fill_batch, format as u64, remaps]
     }
 
     /// What such words mean: `Some(None)` is no L2 (all zeroes), `None` nothing at all.
     #[must_use]
     #[allow(clippy::option_option)] // Three answers.
     pub const fn decode(words: &[u64; WORDS]) -> Option<Option<Self>> {
-        let &[way, pages, leaf, aliases, kind, seed, flags, fill_batch, format] = words;
+        let &[way, pages, leaf, aliases, kind, seed, flags, fill_batch, format, remaps] = words;
         if way == 0 {
             return Some(None);
         }
@@ -343,7 +354,7 @@ impl Nested {
             _ => return None,
         };
         match Map::new(pages, leaf, aliases, kind, seed) {
-            Ok(map) => Some(Some(Self { way, map, format, flags, fill_batch })),
+            Ok(map) => Some(Some(Self { way, map, format, flags, fill_batch, remaps })),
             Err(_) => None,
         }
     }
@@ -426,6 +437,15 @@ mod tests {
         }
 
         #[test]
+        fn what_is_exchanged_are_leaves(map in maps(), round: u64, index: u64) {
+            let (one, other) = map.exchanged(round, index);
+            for page in [one, other] {
+                prop_assert!(page < map.l2_pages() && page.is_multiple_of(map.leaf().frames()));
+            }
+            prop_assert_eq!(map.exchanged(round, index), (one, other));
+        }
+
+        #[test]
         fn l2_pages_and_frames_are_each_others_inverse(map in maps()) {
             for page in 0..map.l2_pages() {
                 prop_assert_eq!(map.l2_page(L2_BASE.plus(page)), Some(page));
@@ -439,7 +459,7 @@ mod tests {
         fn options_survive_the_boot_page(map in maps(), which in 0_usize..48, fill_batch: u64) {
             let way = [Way::Plain, Way::Svm, Way::Vmx, Way::Umbra][which % 4];
             let (flags, format) = (Flags::ALL[which / 4 % 3], Format::ALL[which / 12]);
-            let nested = Nested { way, map, format, flags, fill_batch };
+            let nested = Nested { way, map, format, flags, fill_batch, remaps: fill_batch / 3 };
             prop_assert_eq!(Nested::decode(&nested.encode()), Some(Some(nested)));
         }
     }
@@ -466,10 +486,10 @@ mod tests {
         assert_eq!(refused(100, Level::K4, 2, AliasKind::SharedTables), MapError::Shared(100));
         assert_eq!(refused(512, Level::M2, 2, AliasKind::SharedTables), MapError::Shared(512));
         assert_eq!(Nested::decode(&[0; WORDS]), Some(None));
-        assert_eq!(Nested::decode(&[9, 512, 1, 1, 0, 0, 0, 0, 1]), None);
-        assert_eq!(Nested::decode(&[2, 512, 3, 1, 0, 0, 0, 0, 1]), None);
-        assert_eq!(Nested::decode(&[2, 512, 1, 0, 0, 0, 0, 0, 1]), None);
-        assert_eq!(Nested::decode(&[2, 512, 1, 1, 0, 0, 3, 0, 1]), None);
-        assert_eq!(Nested::decode(&[2, 512, 1, 1, 0, 0, 0, 0, 5]), None);
+        assert_eq!(Nested::decode(&[9, 512, 1, 1, 0, 0, 0, 0, 1, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 3, 1, 0, 0, 0, 0, 1, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 1, 0, 0, 0, 0, 0, 1, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 1, 1, 0, 0, 3, 0, 1, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 1, 1, 0, 0, 0, 0, 5, 0]), None);
     }
 }

@@ -124,6 +124,8 @@ pub enum Command {
     Enter = 7,
     /// L1 alone: make all entries of its table for L2's pages that are not there yet.
     Fill = 8,
+    /// L1 alone: exchange leaves of its table as round `argument` demands, and say so where that is due.
+    Edit = 9,
 }
 
 impl Command {
@@ -139,6 +141,7 @@ impl Command {
             6 => Some(Self::ClearHistogram),
             7 => Some(Self::Enter),
             8 => Some(Self::Fill),
+            9 => Some(Self::Edit),
             _ => None,
         }
     }

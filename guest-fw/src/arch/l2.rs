@@ -125,6 +125,11 @@ impl<E: Extension> L2<E> {
         Ok(l2)
     }
 
+    /// Forgets translations by L1's table: [`Extension::forget`].
+    pub fn forget(&mut self) {
+        self.0.forget();
+    }
+
     /// Lets L2 do `work`. `violation` is called for each access that L1's table does not permit; L2 then tries again.
     ///
     /// Panics if L2 is left for another reason.

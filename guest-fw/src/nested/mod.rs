@@ -104,6 +104,23 @@ impl<E: Extension> Hypervisor<E> {
         Executed { writes: 0, ticks }
     }
 
+    /// Exchanges leaves as `round` demands, once for all vCPUs. Each forgets what it had translated.
+    pub fn edit(&mut self, nested: &Nested, round: u64) -> Executed {
+        let begin = crate::arch::tsc::now();
+        if vcpu::current() == 0 {
+            for index in 0..nested.remaps {
+                let (one, other) = nested.map.exchanged(round, index);
+                let edited =
+                    SHARED.with(|shared| shared.as_mut().map_or(Ok(()), |shared| shared.table.exchange(one, other)));
+                if let Err(refusal) = edited {
+                    panic!("{refusal}");
+                }
+            }
+        }
+        self.l2.forget();
+        Executed { writes: 0, ticks: crate::arch::tsc::now().wrapping_sub(begin) }
+    }
+
     fn report_tables(&self) {
         let pages = SHARED.with(|shared| shared.as_ref().map_or(0, |shared| shared.table.table_pages()));
         self.report.table_pages.store(pages, Relaxed);

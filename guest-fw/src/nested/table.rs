@@ -113,6 +113,23 @@ impl<'a> Table12<'a> {
         }
     }
 
+    /// Exchanges where the leaves at L2's pages `one` and `other` lead to. Does nothing if one of them is not mapped.
+    ///
+    /// # Errors
+    /// [`Refusal::Tables`].
+    pub fn exchange(&mut self, one: u64, other: u64) -> Result<(), Refusal> {
+        let leaf = self.map.leaf();
+        let address = |page: u64| L2_BASE.plus(page).address();
+        let mut table = |page| self.pool.table_of(address(page), leaf).map_err(Refusal::Tables);
+        let tables = (table(one)?, table(other)?);
+        let leads = (self.pool.get(tables.0, address(one)), self.pool.get(tables.1, address(other)));
+        if let (Some(first), Some(second)) = leads {
+            self.pool.set(tables.0, address(one), second);
+            self.pool.set(tables.1, address(other), first);
+        }
+        Ok(())
+    }
+
     /// Maps L2's pages `first..end`, table by table; `first` begins a leaf.
     fn fill_pages(&mut self, first: u64, end: u64) -> Result<Made, Refusal> {
         let pages_of_table = self.map.leaf().frames() * ENTRIES as u64;
@@ -173,7 +190,7 @@ mod tests {
 
     fn nested(map: Map, preset: bool, fill_batch: u64) -> Nested {
         let flags = if preset { Flags::Preset } else { Flags::Clear };
-        Nested { way: Way::Svm, map, format: nested::Format::Npt, flags, fill_batch }
+        Nested { way: Way::Svm, map, format: nested::Format::Npt, flags, fill_batch, remaps: 0 }
     }
 
     fn tables(map: Map) -> Vec<PageTable> {
@@ -265,6 +282,23 @@ mod tests {
                     prop_assert_eq!(walk(&pool, format, L2_BASE.plus(page)).is_some(), (first..first + pages).contains(&page));
                 }
             }
+        }
+
+        #[test]
+        fn exchanged_leaves_lead_to_each_others_pages((map, count) in cases(), format in formats(), round: u64) {
+            let Some(slots) = slots(&map, count) else { return Ok(()) };
+            if map.kind() == AliasKind::SharedTables {
+                return Ok(());
+            }
+            let mut pool = tables(map);
+            let mut table12 = Table12::new(&mut pool, BASE, format, &nested(map, false, 0), slots).unwrap();
+            table12.fill().unwrap();
+            let (one, other) = map.exchanged(round, 3);
+            table12.exchange(one, other).unwrap();
+            let leads = |page| walk(&pool, format, L2_BASE.plus(page)).unwrap().0;
+            let slots = layout::slots(map.l1_pages(), count, map.leaf()).unwrap();
+            let frame = |page| frame_of(slots.clone(), map.l1_page(page)).unwrap().address();
+            prop_assert_eq!((leads(one), leads(other)), (frame(other), frame(one)));
         }
 
         #[test]

@@ -95,7 +95,7 @@ impl Worker {
                 Executed::default()
             }
             // What only a hypervisor does.
-            Command::Enter | Command::Fill => Executed::default(),
+            Command::Enter | Command::Fill | Command::Edit => Executed::default(),
         }
     }
 
@@ -146,6 +146,7 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
     commands(worker.mailbox, |command, argument| match command {
         Command::Enter => hypervisor.enter(argument),
         Command::Fill => hypervisor.fill(),
+        Command::Edit => hypervisor.edit(nested, argument),
         _ => {
             let mut executed = Executed::default();
             hypervisor.run(&mut || executed = worker.execute(command, argument));

@@ -529,6 +529,7 @@ const fn name(command: Command) -> &'static str {
         Command::ClearHistogram => "clearing the histogram",
         Command::Enter => "entering L2",
         Command::Fill => "filling L1's table",
+        Command::Edit => "editing L1's table",
     }
 }
 

@@ -119,9 +119,10 @@ impl Log {
         self.fetch(vm, windows)?;
         std::mem::swap(&mut self.found, &mut self.dirty);
         self.dirty.clear();
-        if self.clearing == Clearing::ByGet {
-            self.closed.clear();
-        }
+        // A closed page is written no more: without a bit it is of no interest, and a GET that clears has taken the bit.
+        let (bitmaps, manual) = (&self.bitmaps, self.clearing == Clearing::Manual);
+        self.closed
+            .retain(|&(index, page), _| manual && bitmaps.get(index).is_some_and(|bitmap| bitmap.is_set(page as u64)));
         Ok(())
     }
 

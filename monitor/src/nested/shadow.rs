@@ -17,6 +17,9 @@ use umbra_mmu::{
 use umbra_shared::control::{Entry, Exit};
 use umbra_shared::{L2Gfn, nested};
 
+/// Pages that an invalidation maps again at most: the cost of a doorbell is bounded.
+const AHEAD: usize = 512;
+
 /// The root that L2 runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Loaded {
@@ -196,14 +199,22 @@ impl Shadow {
         }
     }
 
-    /// L1 invalidates what was translated by EPT12.
+    /// L1 invalidates what was translated by EPT12. What that closed is mapped again at once, if EPT12 has it elsewhere now: a fault costs more.
     ///
     /// # Errors
     /// The system's.
     pub(super) fn invalidate(&mut self) -> Result<(), Error> {
+        // To follow an entry that is not used yet would set its accessed flag.
+        let ahead = self.loaded.is_some_and(|loaded| !loaded.role.format.has_accessed_dirty());
+        self.windows.invalidated = Vec::with_capacity(if ahead { AHEAD } else { 0 });
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.invalidate(&mut env, Invalidation::All);
-        self.check_windows().map(|_| ())
+        self.check_windows()?;
+        for gfn in std::mem::take(&mut self.windows.invalidated) {
+            // What EPT12 does not permit any more L2 has to ask for.
+            self.resolve(gfn.address(), Request::READ)?;
+        }
+        Ok(())
     }
 
     /// Begins to track.

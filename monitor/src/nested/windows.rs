@@ -6,7 +6,7 @@
 use super::log::Log;
 use super::memory::L1Pages;
 use super::reserve::Reserved;
-use super::source::Source;
+use super::source::{Mapped, Source};
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::{Error, vm};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
@@ -59,6 +59,8 @@ pub struct Window {
     pub slot: u32,
     /// Whether KVM logs it.
     pub logged: bool,
+    /// Whether it has ever mapped tracked memory.
+    tracked: bool,
     place: Reserved,
 }
 
@@ -133,8 +135,8 @@ pub struct Windows {
     tables: Range<u64>,
     /// Whether all of those are mapped.
     pub tables_mapped: bool,
-    /// Fill the host's page tables with each mapping.
-    pub populate: bool,
+    /// While L1 invalidates: the pages that this closed, as far as there is room.
+    pub invalidated: Vec<L2Gfn>,
     /// What was mapped since it was last looked at, for KVM to fault in beforehand.
     pub fresh: Vec<Extent>,
     /// What went wrong first.
@@ -157,7 +159,7 @@ impl Windows {
             log: None,
             tables: 0..0,
             tables_mapped: true,
-            populate: true,
+            invalidated: Vec::new(),
             fresh: Vec::new(),
             failed: None,
             counts: Counts::default(),
@@ -174,7 +176,7 @@ impl Windows {
             let place = Reserved::new(window.frames, window.first.0)?;
             self.source.adopt(place.stretch())?;
             let pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
-            let window = Window { first: window.first, pages, slot, logged: false, place };
+            let window = Window { first: window.first, pages, slot, logged: false, tracked: false, place };
             // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
             unsafe { self.vm.set_user_memory_region(window.region(0)) }
                 .map_err(vm::failed("KVM_SET_USER_MEMORY_REGION"))?;
@@ -263,10 +265,8 @@ impl Windows {
     /// The system's.
     pub fn start_log(&mut self, log: Log) -> Result<(), Error> {
         self.log = Some(log);
-        let first = self.memory.first_tracked();
         for index in 0..self.all.len() {
-            let tracked = |page: &Page| page.frame().is_some_and(|frame| frame >= first);
-            if self.all.get(index).is_some_and(|window| window.pages.iter().any(tracked)) {
+            if self.all.get(index).is_some_and(|window| window.tracked) {
                 self.set_logged(index, true)?;
             }
         }
@@ -311,7 +311,7 @@ impl Windows {
             let first = frame.plus((at - pages.start) as u64);
             let Some(part) = memory.in_file(first) else { return Err(io::ErrorKind::NotFound.into()) };
             let end = pages.end.min(at.saturating_add(usize::try_from(part.pages).unwrap_or(usize::MAX)));
-            source.map(window.stretch(&(at..end)), part, writable, self.populate)?;
+            source.map(window.stretch(&(at..end)), part, Mapped { writable, told_apart: self.log.is_some() })?;
             self.counts.maps += 1;
             self.counts.mapped_pages += (end - at) as u64;
             for (offset, page) in (0..).zip(window.pages.get_mut(at..end).into_iter().flatten()) {
@@ -331,6 +331,8 @@ impl Windows {
             log.closed(index, pages.start, window.pages.get(pages.clone()).unwrap_or_default());
         }
         let first = window.first.0 + pages.start as u64;
+        let room = self.invalidated.capacity() - self.invalidated.len();
+        self.invalidated.extend((first..first + pages.len() as u64).take(room).map(L2Gfn));
         if self.tables.start < first + pages.len() as u64 && first < self.tables.end {
             self.tables_mapped = false;
         }
@@ -436,6 +438,14 @@ impl Windows {
             self.fresh.push(Extent { start, frames: run.len() as u64, ..extent });
         }
         Ok(())
+    }
+
+    /// Window `index` is about to map tracked memory for the first time.
+    fn begin_tracked(&mut self, index: usize) -> Result<(), Error> {
+        if let Some(window) = self.all.get_mut(index) {
+            window.tracked = true;
+        }
+        if self.log.is_some() { self.set_logged(index, true) } else { Ok(()) }
     }
 
     fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> Result<(), Failed> {

@@ -12,6 +12,9 @@ use umbra_mmu::track::STRATEGIES;
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, MapError, Nested, Way};
 use umbra_shared::{Level, PAGE_SIZE};
 
+/// Edits of L1's table in a round that anybody waits for.
+const MAX_REMAPS: u64 = 1 << 20;
+
 /// A way to run L2, as `--nesting` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nesting {
@@ -72,6 +75,7 @@ pub struct L2Options {
     /// A and D, if they were asked for.
     flags: Option<Flags>,
     fill_batch: u64,
+    remaps: u64,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
     /// Whether mechanisms were asked for by name.
@@ -103,6 +107,15 @@ impl L2Options {
         let sources: Vec<_> = sources.into_iter().chain([("auto", None)]).collect();
         let source = given.fault_source.as_deref().map_or(Ok(None), |text| named("fault-source", text, &sources))?;
         let means = means(&table.strategy, &given.mechanism)?;
+        let remaps = given.remaps.unwrap_or(0);
+        if remaps > MAX_REMAPS {
+            return Err(Failure::Input(format!("--remaps {remaps}: there can be {MAX_REMAPS}")));
+        }
+        if remaps > 0 && (alias_kind == AliasKind::SharedTables || args.vcpus > 1 && aliases > 1) {
+            return Err(Failure::Input(format!(
+                "--remaps {remaps}: which page an L2 page is then must be known, so no --alias-kind shared-tables, and no --alias with several --vcpus"
+            )));
+        }
         if let Some(extent) = table.extent.filter(|extent| !extent.is_power_of_two() || *extent > 512) {
             return Err(Failure::Input(format!("--extent {extent}: it is a power of two up to 512")));
         }
@@ -125,12 +138,13 @@ impl L2Options {
             ("alias", aliases.into()),
             ("alias-kind", kind.into()),
             ("fill-batch", fill_batch.into()),
+            ("remaps", remaps.into()),
         ] {
             config.insert(name.to_owned(), value);
         }
         let means_by_name = !given.mechanism.is_empty();
         let extent = table.extent;
-        Ok(Self { ways, map, format, flags, fill_batch, means, means_by_name, source, extent })
+        Ok(Self { ways, map, format, flags, fill_batch, remaps, means, means_by_name, source, extent })
     }
 
     /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
@@ -160,7 +174,7 @@ impl L2Options {
         });
         let unused = way == Way::Umbra && format == Format::Ept;
         let flags = self.flags.unwrap_or(if unused { Flags::Unused } else { Flags::Clear });
-        Nested { way, map: self.map, format, flags, fill_batch: self.fill_batch }
+        Nested { way, map: self.map, format, flags, fill_batch: self.fill_batch, remaps: self.remaps }
     }
 
     /// How the monitor runs L2 by `means`, with faults told by `source`. On huge pages one fault maps a whole one.

@@ -117,7 +117,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let has_l2 = name == setup::NESTED;
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
-            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --mechanism and --fault-source mean nothing (nested does)"
+            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --mechanism and --fault-source mean nothing (nested does)"
         )));
     }
     let ShadowArgs { split, collapse, roots, cache, .. } = args.shadow.clone();

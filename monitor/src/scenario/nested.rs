@@ -63,6 +63,9 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) ->
     let nested = l2.nested(way);
     let mut plan = Plan { nested: Some(nested), ..setup.plan.clone() };
     match (nesting, nested.format) {
+        (Nesting::Plain, _) if nested.remaps > 0 => {
+            return Err(not_here("L1's table", "plain has none that --remaps could edit"));
+        }
         (Nesting::Svm, Format::Npt) => {
             capabilities::nested_svm()?;
             if nested.flags == Flags::Unused {

@@ -197,6 +197,12 @@ impl<'a> Run<'a> {
         let window = self.machine.command(self.pass.command(), 0)?;
         self.phase("dirty", round, window.length(), window.clean);
         let writes = self.machine.writes()?;
+        let edits = self.nested().is_some_and(|nested| nested.remaps > 0);
+        if edits {
+            self.step("edit", round);
+            let window = self.machine.command(Command::Edit, round)?;
+            self.phase("edit", round, window.length(), window.clean);
+        }
         self.window("get", round, |tracker, machine| tracker.harvest(machine))?;
         if self.tracker.clears() {
             self.window("clear", round, |tracker, machine| tracker.clear(machine))?;
@@ -204,6 +210,9 @@ impl<'a> Run<'a> {
         reported.clear();
         self.tracker.report(&self.machine, reported);
         self.check.reported(round, writes, reported, &self.machine);
+        if edits {
+            self.check.edited(round);
+        }
         Ok(())
     }
 

@@ -119,6 +119,16 @@ pub enum Told {
     Nothing,
 }
 
+/// How pages are mapped. The host's page tables are filled at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// L2 may write them.
+    pub writable: bool,
+    /// L2's first write to each is told from a read before it. KVM asks the host for a page with the right to write even if L2 reads, and counts
+    /// the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
+    pub told_apart: bool,
+}
+
 /// What a closed page is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Closed {
@@ -150,11 +160,11 @@ pub trait Source: Send + Sync {
     /// The system's; ENOMEM when the process has too many mappings.
     fn close(&self, stretch: Stretch) -> io::Result<()>;
 
-    /// The pages are `file`'s from now on; `populate` fills the host's page tables as well.
+    /// The pages are `file`'s from now on.
     ///
     /// # Errors
     /// As [`Source::close`].
-    fn map(&self, stretch: Stretch, file: InFile<'_>, writable: bool, populate: bool) -> io::Result<()>;
+    fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()>;
 
     /// Mapped pages become read-only, or writable again.
     ///

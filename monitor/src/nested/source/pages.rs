@@ -2,7 +2,7 @@
 
 use crate::hostmm::Stretch;
 use crate::nested::memory::InFile;
-use rustix::mm::{self, MapFlags, MprotectFlags, ProtFlags};
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -12,25 +12,44 @@ fn at(stretch: Stretch) -> (*mut c_void, usize) {
     (std::ptr::with_exposed_provenance_mut(usize::try_from(stretch.start.0).unwrap_or(usize::MAX)), length)
 }
 
+/// What a mapping may be used for, and whether the host's page tables are filled with it.
+#[derive(Clone, Copy, Debug)]
+pub struct Rights {
+    pub write: bool,
+    pub populate: bool,
+}
+
 /// The stretch is `file` from `offset` on.
-pub fn map(stretch: Stretch, file: &OwnedFd, offset: u64, writable: bool, populate: bool) -> io::Result<()> {
+pub fn map(stretch: Stretch, file: &OwnedFd, offset: u64, rights: Rights) -> io::Result<()> {
     let (address, length) = at(stretch);
-    let rights = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+    let protection = if rights.write { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
     let mut flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
-    if populate {
+    if rights.populate {
         flags |= MapFlags::POPULATE;
     }
     // SAFETY: a stretch of a window: addresses that were reserved for it, which no reference leads to (reserve.rs).
-    unsafe { mm::mmap(address, length, rights, flags, file, offset) }?;
+    unsafe { mm::mmap(address, length, protection, flags, file, offset) }?;
     Ok(())
 }
 
-/// The stretch is as a part of L1's memory.
-pub fn map_part(stretch: Stretch, part: InFile<'_>, writable: bool, populate: bool) -> io::Result<()> {
+/// The stretch is a part of L1's memory. With `register` that is done before the host's page tables are filled.
+pub fn map_part(
+    stretch: Stretch,
+    part: InFile<'_>,
+    write: bool,
+    register: Option<&dyn Fn(Stretch) -> io::Result<()>>,
+) -> io::Result<()> {
     if part.pages < stretch.pages {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    map(stretch, part.file, part.offset, writable, populate)
+    let rights = Rights { write, populate: register.is_none() };
+    map(stretch, part.file, part.offset, rights)?;
+    let Some(register) = register else { return Ok(()) };
+    register(stretch)?;
+    let (address, length) = at(stretch);
+    // SAFETY: as above. It reads, and a hint is all that it is.
+    let _ = unsafe { mm::madvise(address, length, Advice::LinuxPopulateRead) };
+    Ok(())
 }
 
 /// What is mapped in the stretch may be read and written, or not be touched at all.

@@ -1,17 +1,20 @@
 //! The source tracepoint: closed pages are holes, read-only ones are mapped without the right to write. KVM's tracepoint `kvm_page_fault` names
 //! the address; it is armed only to try a `KVM_RUN` again that has failed, so that no other fault pays for it.
 
-use super::{Closed, Source, Told, pages};
+use super::{Closed, Mapped, Source, Told, pages};
 use crate::host;
 use crate::hostmm::Stretch;
+use crate::hostmm::userfault::{Mode, Userfault};
 use crate::kvm::{Error, fault_trace};
 use crate::nested::memory::InFile;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// The source.
 pub struct Tracepoint {
     windows: Mutex<Vec<Stretch>>,
+    /// Registers memory, and never protects any.
+    userfault: OnceLock<Userfault>,
 }
 
 impl Tracepoint {
@@ -27,7 +30,7 @@ impl Tracepoint {
             });
         }
         fault_trace::check()?;
-        Ok(Self { windows: Mutex::default() })
+        Ok(Self { windows: Mutex::default(), userfault: OnceLock::new() })
     }
 }
 
@@ -54,8 +57,18 @@ impl Source for Tracepoint {
         pages::unmap(stretch)
     }
 
-    fn map(&self, stretch: Stretch, file: InFile<'_>, writable: bool, populate: bool) -> io::Result<()> {
-        pages::map_part(stretch, file, writable, populate)
+    fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
+        if !how.told_apart {
+            return pages::map_part(stretch, file, how.writable, None);
+        }
+        if self.userfault.get().is_none() {
+            let opened = Userfault::open(Mode::Synchronous).map_err(io::Error::other)?;
+            self.userfault.get_or_init(|| opened);
+        }
+        let register = |stretch| {
+            self.userfault.get().map_or(Ok(()), |userfault| userfault.register(stretch).map_err(io::Error::other))
+        };
+        pages::map_part(stretch, file, how.writable, Some(&register))
     }
 
     fn protect(&self, stretch: Stretch, writable: bool) -> io::Result<()> {

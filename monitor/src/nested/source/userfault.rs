@@ -5,7 +5,7 @@
 //! sleeper: the access is tried again, fails, and `KVM_RUN` returns EFAULT with L2 as it was before the instruction. When the monitor has dealt
 //! with the fault, the rights come back.
 
-use super::{Closed, Fault, Place, Source, Told, pages};
+use super::{Closed, Fault, Mapped, Place, Source, Told, pages};
 use crate::hostmm::userfault::{Event, Mode, Userfault};
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::Error;
@@ -178,19 +178,21 @@ impl Source for Userfaults {
     fn close(&self, stretch: Stretch) -> io::Result<()> {
         let mut state = self.shared.state();
         let (window, first) = state.window(stretch)?;
-        pages::map(stretch, &window.hole, first * PAGE_SIZE, true, false)?;
+        let rights = pages::Rights { write: true, populate: false };
+        pages::map(stretch, &window.hole, first * PAGE_SIZE, rights)?;
         self.shared.userfault.register_missing(stretch).map_err(|error| io::Error::other(error.to_string()))?;
         set(window, first, stretch.pages, Page::Closed);
         state.blocked.retain(|page| stretch.page(*page).is_none());
         Ok(())
     }
 
-    fn map(&self, stretch: Stretch, file: InFile<'_>, writable: bool, populate: bool) -> io::Result<()> {
+    fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
         let mut state = self.shared.state();
         let (window, first) = state.window(stretch)?;
+        let register = |stretch| self.shared.userfault.register(stretch).map_err(io::Error::other);
         // What is read-only here is so by the userfaultfd: its mapping has all rights.
-        pages::map_part(stretch, file, true, populate)?;
-        let page = if writable {
+        pages::map_part(stretch, file, true, if how.told_apart { Some(&register) } else { None })?;
+        let page = if how.writable {
             Page::Writable
         } else {
             self.write_protect(stretch, true)?;
