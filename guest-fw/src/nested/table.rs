@@ -274,7 +274,9 @@ mod tests {
             let batch = batch.next_multiple_of(frames);
             let first = page - page % batch;
             let pages = batch.min(map.l2_pages() - first);
-            prop_assert_eq!(made, pages / frames);
+            // Copies that share tables share the entries: a batch that is longer than a copy finds some made.
+            let shared = map.kind() == AliasKind::SharedTables;
+            prop_assert_eq!(made, if shared { pages.min(map.l1_pages()) } else { pages / frames });
             prop_assert_eq!(table12.violation(L2_BASE.plus(page)), Err(Refusal::Present(L2_BASE.plus(page))));
             prop_assert_eq!(table12.violation(L2_BASE.plus(map.l2_pages())), Err(Refusal::Beyond(L2_BASE.plus(map.l2_pages()))));
             if map.kind() != AliasKind::SharedTables {

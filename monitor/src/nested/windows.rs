@@ -425,10 +425,8 @@ impl Windows {
             let Some(window) = self.all.get(index) else { continue };
             let start = window.first.plus(run.start as u64);
             let first = frame.plus(start.0.wrapping_sub(extent.start.0));
-            let logs =
-                self.log.is_some() && !window.logged && first.plus(run.len() as u64) > self.memory.first_tracked();
-            if logs {
-                self.set_logged(index, true).map_err(|error| call(&error))?;
+            if !window.tracked && first.plus(run.len() as u64) > self.memory.first_tracked() {
+                self.begin_tracked(index).map_err(|error| call(&error))?;
             }
             if let Some(log) = &mut self.log {
                 // What was closed here was written by another page's name.
