@@ -238,6 +238,8 @@ impl Mmu {
         let (role, table) = (self.arena.header(page).role, self.arena.header(page).gfn);
         let format = role.format();
         let write = format.needed(request) == Access::WRITE;
+        let table_walk = request.table_walk && !self.defect(Defect::WalkTakenForAccess);
+        let request = Request { table_walk, ..request };
         for _ in 0..WALKS {
             let mut walk = Walk::new();
             let caps = self.config.caps;

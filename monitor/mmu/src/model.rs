@@ -6,7 +6,7 @@
 
 use umbra_shared::{Gfn, L2Gfn, Level};
 
-use crate::access::{Access, Kind};
+use crate::access::{Access, Request};
 use crate::config::Config;
 use crate::dirty::PageSet;
 use crate::format::Format;
@@ -282,12 +282,12 @@ impl Model {
         let (mut done, mut worst) = (0, 0);
         for PageAccess { page, write } in accesses {
             let l2 = self.l2_gfn(page);
-            let kind = if write { Kind::Write } else { Kind::Read };
+            let request = if write { Request::WRITE } else { Request::READ };
             self.value += 1;
             hooks.begin();
-            let ended = self.walker.execute(&mut self.mmu, self.root, l2, kind, (0, self.value));
+            let ended = self.walker.execute(&mut self.mmu, self.root, l2, request, (0, self.value));
             let Ended::Done { frame, faults, .. } = ended else {
-                return Err(format!("{kind:?} of L2 page {page} ended as {ended:?}"));
+                return Err(format!("{:?} of L2 page {page} ended as {ended:?}", request.kind));
             };
             hooks.end(faults);
             worst = worst.max(faults);

@@ -6,7 +6,7 @@ use umbra_shared::{Gfn, L2Gfn, Level};
 
 use super::draw::{DATA, Episode, Rng, Setup, TABLES};
 use super::op::{Action, Op};
-use crate::access::{Access, Kind};
+use crate::access::{Access, Kind, Request};
 use crate::config::MmuError;
 use crate::defects::Defects;
 use crate::dirty::PageSet;
@@ -189,12 +189,18 @@ impl World {
         match action {
             Action::Access => {
                 let kind = [Kind::Read, Kind::Write, Kind::Write, Kind::Execute][index(c, 4)];
-                self.access(c >> 4, self.l2(a, b), kind, c)
+                let request = match c >> 12 & 15 {
+                    // The processor reads an entry of L2's own tables, or sets its flags.
+                    0 | 1 if kind != Kind::Execute => Request { kind, ..Request::TABLE_WALK },
+                    2 => Request { linear: false, ..Request::of(kind) },
+                    _ => Request::of(kind),
+                };
+                self.access(c >> 4, self.l2(a, b), request, c)
             }
             Action::Sweep => {
                 let start = self.l2(a, b);
                 for page in 0..(600 * u64::from(c.is_multiple_of(7))).max(u64::from(c) % 70) {
-                    self.access(c >> 8, start.plus(page), Kind::Write, c)?;
+                    self.access(c >> 8, start.plus(page), Request::WRITE, c)?;
                     self.read_journal();
                 }
                 Ok(())
@@ -233,7 +239,7 @@ impl World {
         }
     }
 
-    fn access(&mut self, which: u32, l2: L2Gfn, kind: Kind, c: u32) -> Result<(), String> {
+    fn access(&mut self, which: u32, l2: L2Gfn, request: Request, c: u32) -> Result<(), String> {
         if self.loaded.is_empty() {
             self.load(which, c)?;
         }
@@ -241,40 +247,41 @@ impl World {
         self.history.now += 1;
         let Some(loaded) = self.loaded.get(index(which, self.loaded.len())) else { return Ok(()) };
         let (root, number) = (loaded.id, loaded.context);
-        let expected = self.reference().verdict(&self.contexts[number].1, l2, kind);
+        let expected = self.reference().verdict(&self.contexts[number].1, l2, request);
         // Now and then L2 writes what is there already.
         self.fresh += 1;
         let value = if c.is_multiple_of(13) { u64::MAX } else { self.fresh };
-        let ended = self.walker.execute(&mut self.mmu, root, l2, kind, (u64::from(c) & 0xff8, value));
+        let right = Reference::needed(self.contexts[number].1.format, request);
+        let ended = if request.table_walk {
+            self.walker.access(&mut self.mmu, root, l2, request, right)
+        } else {
+            self.walker.execute(&mut self.mmu, root, l2, request, (u64::from(c) & 0xff8, value))
+        };
         // L2 may have written a table, even one on this walk.
         self.read_journal();
         let context = &self.contexts[number].1;
-        let right = match kind {
-            Kind::Read => Access::READ,
-            Kind::Write => Access::WRITE,
-            Kind::Execute => Access::EXECUTE,
-        };
         match ended {
             Ended::Done { frame, cached, faults } => {
                 if faults > 2 {
-                    return Err(format!("{kind:?} of L2 {l2} took {faults} faults"));
+                    return Err(format!("{request:?} of L2 {l2} took {faults} faults"));
                 }
                 if !self.reference().granted(context, l2, right, frame) {
-                    return Err(format!("{kind:?} of L2 {l2} reached {frame:?} (cached: {cached}), never granted"));
+                    return Err(format!("{request:?} of L2 {l2} reached {frame:?} (cached: {cached}), never granted"));
                 }
                 let mirror = self.walker.tlb.mirror.as_ref().and_then(|mirror| mirror.find(root, l2));
                 if let (1.., Some(mapped)) = (faults, mirror)
                     && !mapped.is_some_and(|(at, access)| at == frame && access.allows(right))
                 {
                     return Err(format!(
-                        "{kind:?} of L2 {l2} faulted and nothing was posted that allows it: {mapped:?}"
+                        "{request:?} of L2 {l2} faulted and nothing was posted that allows it: {mapped:?}"
                     ));
                 }
-                let flags = self.reference().flags_set(context, l2, kind == Kind::Write);
+                let flags = self.reference().flags_set(context, l2, right == Access::WRITE);
                 if flags == Some(false) {
-                    return Err(format!("{kind:?} of L2 {l2} left A/D flags of EPT12 clear"));
+                    return Err(format!("{request:?} of L2 {l2} left A/D flags of EPT12 clear"));
                 }
-                if kind == Kind::Write {
+                // What counts as a write is reported, whether it changes anything or not.
+                if right == Access::WRITE {
                     self.truth.insert(frame);
                     self.truth_l2.insert(l2, frame);
                     self.ever_l2.insert(l2.0 & 511);
@@ -284,7 +291,7 @@ impl World {
             Ended::Reflected(reflection) => {
                 if expected != Verdict::Reflected(reflection) {
                     return Err(format!(
-                        "{kind:?} of L2 {l2} was reflected as {reflection:x?}, expected {expected:x?}"
+                        "{request:?} of L2 {l2} was reflected as {reflection:x?}, expected {expected:x?}"
                     ));
                 }
                 let now = self.history.now;
@@ -292,10 +299,10 @@ impl World {
                 Ok(())
             }
             Ended::WantsMemory(gfn) if expected == Verdict::NoMemory(gfn) => Ok(()),
-            Ended::WantsMemory(gfn) => Err(format!("{kind:?} of L2 {l2} wants {gfn}, expected {expected:x?}")),
+            Ended::WantsMemory(gfn) => Err(format!("{request:?} of L2 {l2} wants {gfn}, expected {expected:x?}")),
             Ended::NoMemory if self.starved => Ok(()),
-            Ended::NoMemory => Err(format!("{kind:?} of L2 {l2} found no memory")),
-            Ended::Stuck => Err(format!("{kind:?} of L2 {l2} is stuck, expected {expected:x?}")),
+            Ended::NoMemory => Err(format!("{request:?} of L2 {l2} found no memory")),
+            Ended::Stuck => Err(format!("{request:?} of L2 {l2} is stuck, expected {expected:x?}")),
         }
     }
 
