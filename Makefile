@@ -115,10 +115,8 @@ bench-trackers: build shelf ## which tracker for a snapshot: a written and a cle
 	for backing in anonymous thp shmem; do $(UMBRA) run snapshot --memory 16M --rounds 10 --backing $$backing $(ARGS) || [ $$? = 3 ]; done
 
 .PHONY: bench-strategies
-bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse
-	@for how in '--split lazy' '--split shatter' '--split eager --collapse in-place' '--split eager-clear --collapse lazy'; do
-	    $(UMBRA) lab model --leaf 2m $$how $(ARGS)
-	done
+bench-strategies: build shelf ## the shadow MMU's strategies on one run, in one table: each way to split and collapse, in the lab
+	@$(UMBRA) lab matrix --spec images/specs/strategies.toml $(ARGS)
 
 # The shadow MMU's own programs (monitor/mmu/examples).
 mmu = cargo run --locked --quiet --release --package umbra-mmu --example

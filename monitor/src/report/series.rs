@@ -45,6 +45,11 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     if stalls {
         header.extend(["stall p50", "max"].map(heading_cell));
     }
+    // The shadow MMU's rows say what they took.
+    let bytes = measured().any(|row| row.memory.is_some());
+    if bytes {
+        header.extend(["faults", "bytes"].map(heading_cell));
+    }
     table.set_header(header);
     let (mut rest, mut unclean, mut failed) = (String::new(), false, false);
     let mut last: Vec<String> = Vec::new();
@@ -70,6 +75,11 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
                             row.stall.as_ref().map_or_else(|| "-".to_owned(), |stall| table::scaled(of(stall)))
                         };
                         cells.extend([right(value(|stall| stall.p50)), right(value(|stall| stall.max))]);
+                    }
+                    if bytes {
+                        let faults = row.counters.get("faults").map(|counter| counter.value);
+                        let taken = [faults, row.memory.map(|bytes| bytes.total())];
+                        cells.extend(taken.map(|value| right(value.map_or_else(|| "-".to_owned(), table::scaled))));
                     }
                     table.add_row(cells);
                 }
@@ -174,7 +184,7 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
 mod tests {
     use super::*;
     use crate::report::Host;
-    use crate::report::record::{Phase, SCHEMA};
+    use crate::report::record::{Bytes, Counter, Phase, SCHEMA};
 
     fn record(kernel: &str, enable: u64) -> Record {
         let phase = Phase {
@@ -207,6 +217,19 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("5.10.0: all: not here: gone"), "{text}");
+    }
+
+    #[test]
+    fn rows_of_the_shadow_mmu_say_their_faults_and_bytes() {
+        let mut shadow = record("6.12", 100_000);
+        let Rows::Measured(row) = &mut shadow.rows[0] else { unreachable!() };
+        row.memory = Some(Bytes { table_bytes: 4000, rmap_bytes: 300, cache_bytes: 99, track_bytes: 21 });
+        let faults = Counter { value: 777, source: "umbra-mmu".into(), pass: "timed".into() };
+        row.counters.insert("faults".into(), faults);
+        let text = matrix(&[shadow]);
+        assert!(text.contains("faults") && text.contains("bytes"), "{text}");
+        assert!(text.contains(" 777 ") && text.contains(" 4321 "), "{text}");
+        assert!(!matrix(&[record("6.12", 1)]).contains("bytes"), "a row of KVM's has none");
     }
 
     #[test]
