@@ -462,10 +462,7 @@ mod tests {
         let unclean = one(&a, &b, None);
         assert!(unclean.over.is_empty() && unclean.text.contains("another task ran"), "{}", unclean.text);
         // Nobody who set a limit may take it for kept.
-        assert_eq!(
-            one(&a, &b, Some(1.0)).over,
-            ["clear: enable cannot be judged, another task ran in its window"]
-        );
+        assert_eq!(one(&a, &b, Some(1.0)).over, ["clear: enable cannot be judged, another task ran in its window"]);
         b.rows = vec![Rows::NotHere { name: "clear".into(), not_here: "KVM_CAP_X".into() }];
         let missing = one(&a, &b, Some(1.0));
         assert!(missing.text.contains("clear: not in B: KVM_CAP_X"), "{}", missing.text);

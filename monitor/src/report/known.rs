@@ -69,10 +69,13 @@ impl Known {
     /// # Errors
     /// The figure that does not, in one line.
     pub fn check(&self) -> Result<(), String> {
-        let titles = self.figures.values().flat_map(BTreeMap::keys).chain(self.more.iter().flat_map(|more| &more.phases));
+        let titles =
+            self.figures.values().flat_map(BTreeMap::keys).chain(self.more.iter().flat_map(|more| &more.phases));
         for title in titles {
             if rounds(title).is_none() {
-                return Err(format!("known: {title}: not a phase; write enable, dirty 2, or dirty 2+ for the cheapest from round 2 on"));
+                return Err(format!(
+                    "known: {title}: not a phase; write enable, dirty 2, or dirty 2+ for the cheapest from round 2 on"
+                ));
             }
         }
         for (title, value) in self.figures.values().flatten() {
@@ -123,7 +126,14 @@ struct Line<'a> {
 }
 
 impl<'a> Line<'a> {
-    fn new(record: &Record, row: &Row, known: &'a Known, title: &str, phase: &Phase, (figure, rounded): (f64, f64)) -> Self {
+    fn new(
+        record: &Record,
+        row: &Row,
+        known: &'a Known,
+        title: &str,
+        phase: &Phase,
+        (figure, rounded): (f64, f64),
+    ) -> Self {
         #[allow(clippy::cast_precision_loss)] // Figures stay below 2^53.
         let count = |number: u64| number as f64;
         let scale = match known.per {
@@ -134,7 +144,9 @@ impl<'a> Line<'a> {
         let (figure, rounded, value) = (figure * scale, rounded * scale, count(phase.value));
         let mut line = Self { known, figure, rounded, value, accounted: 0.0, why: Vec::new() };
         for more in &known.more {
-            if !more.phases.iter().any(|phase| phase == title) || !(more.rows.is_empty() || more.rows.contains(&row.name)) {
+            if !more.phases.iter().any(|phase| phase == title)
+                || !(more.rows.is_empty() || more.rows.contains(&row.name))
+            {
                 continue;
             }
             let events = match more.counter.as_str() {
@@ -200,7 +212,11 @@ pub fn table(records: &[Record], known: &[Option<Known>], pinned: &[String]) -> 
                     over.push(format!("{}: another task ran in its window", said()));
                 } else if !line.near() && !line.closed() {
                     let away = 100.0 * (line.value / line.figure - 1.0);
-                    over.push(format!("{} is {away:+.1}% of what {} has, and nothing accounts for it", said(), known.source));
+                    over.push(format!(
+                        "{} is {away:+.1}% of what {} has, and nothing accounts for it",
+                        said(),
+                        known.source
+                    ));
                 }
             }
         }
@@ -236,7 +252,8 @@ fn place(record: &Record) -> String {
 /// The kernel's package, where it is another one than the shelf has pinned.
 fn not_pinned(record: &Record, pinned: &[String]) -> Option<String> {
     let package = record.host.kernel_package.as_deref()?;
-    (!pinned.iter().any(|version| package.contains(&format!(" {version} ")))).then(|| format!("its kernel is {}", package.split(' ').take(2).collect::<Vec<_>>().join(" ")))
+    (!pinned.iter().any(|version| package.contains(&format!(" {version} "))))
+        .then(|| format!("its kernel is {}", package.split(' ').take(2).collect::<Vec<_>>().join(" ")))
 }
 
 fn footnotes(known: &[Option<Known>]) -> String {
@@ -254,7 +271,8 @@ fn footnotes(known: &[Option<Known>]) -> String {
         }
     }
     if !said.is_empty() {
-        let _ = writeln!(text, "accounted for, where a figure differs by more (at most {OPEN}% of the gap may stay open):");
+        let _ =
+            writeln!(text, "accounted for, where a figure differs by more (at most {OPEN}% of the gap may stay open):");
     }
     for (_, line) in said {
         let _ = writeln!(text, "  {line}");
@@ -289,7 +307,8 @@ mod tests {
     }
 
     fn known(more: &str) -> Vec<Option<Known>> {
-        let text = format!("source = \"them\"\nwithin = 3\nper = \"phase\"\n[figures.bitmap]\n\"dirty 2+\" = 100\n{more}");
+        let text =
+            format!("source = \"them\"\nwithin = 3\nper = \"phase\"\n[figures.bitmap]\n\"dirty 2+\" = 100\n{more}");
         let known: Known = toml::from_str(&text).unwrap();
         known.check().unwrap();
         vec![Some(known)]
@@ -306,7 +325,9 @@ mod tests {
         );
         assert_eq!(over(record(100_000, false), ""), ["6.12.111, bitmap: dirty 2+: another task ran in its window"]);
         // 100 of the 300 faults are this round's.
-        let more = |each| format!("[[more]]\nphases = [\"dirty 2+\"]\ncounter = \"pf_taken\"\nrounds = 3\neach = {each}\nwhy = \"x\"");
+        let more = |each| {
+            format!("[[more]]\nphases = [\"dirty 2+\"]\ncounter = \"pf_taken\"\nrounds = 3\neach = {each}\nwhy = \"x\"")
+        };
         assert!(over(record(90_000, true), &more(95.0)).is_empty());
         assert_eq!(over(record(90_000, true), &more(80.0)).len(), 1);
         let text = table(&[record(90_000, true)], &known(&more(95.0)), &[]).0;

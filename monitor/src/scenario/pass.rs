@@ -12,7 +12,7 @@ use crate::guest::{Machine, Plan};
 use crate::host;
 use crate::kvm;
 use crate::kvm::exits::{self, Exits};
-use crate::kvm::witness::Witness;
+use crate::kvm::witness::{self, Witness};
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::record::{Counter, Phase, Row, Stall};
@@ -94,7 +94,11 @@ pub fn row(case: &Case, progress: &Progress) -> Result<Row, Failure> {
         if row.phases.iter().all(|phase| phase.clean) || row.failed() || tries == 1 {
             break row;
         }
-        progress.step(&format!("{}: another task ran inside a window, the row runs again", case.name));
+        let unclean =
+            row.phases.iter().filter(|phase| !phase.clean).map(|phase| format!("{} {}", phase.phase, phase.round));
+        let (phases, who) = (unclean.collect::<Vec<_>>().join(", "), witness::intruder());
+        progress
+            .step(&format!("{}: another task ran inside a window ({phases}: {who}), the row runs again", case.name));
         tries -= 1;
     };
     let observed = Run::new(case, Pass::Observed, progress)?.finish()?;

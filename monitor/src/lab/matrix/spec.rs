@@ -228,7 +228,10 @@ mod tests {
             ("[axes]\nbacking = \"floppy\"", "--backing floppy"),
             ("[axes]\nscenario = \"dirty-lag\"", "dirty-lag: there is no such scenario"),
             ("[axis]\nmemory = 1", "line 1: unknown field `axis`"),
-            ("[[run]]\n[run.known]\nsource = \"x\"\nwithin = 3\nper = \"page\"\nfigures.bitmap.\"dirty x\" = 1", "known: dirty x"),
+            (
+                "[[run]]\n[run.known]\nsource = \"x\"\nwithin = 3\nper = \"page\"\nfigures.bitmap.\"dirty x\" = 1",
+                "known: dirty x",
+            ),
             ("boot = \"never\"", "unknown variant `never`"),
             ("[axes", "line 1"),
         ] {
