@@ -178,8 +178,10 @@ impl Machine {
     /// # Errors
     /// [`Error::Broken`] and [`Error::Silent`].
     pub fn command(&self, command: Command, argument: u64) -> Result<Window, Error> {
-        std::thread::sleep(clock::SETTLE);
-        let before = Witness::beside_vcpus(self.clock).look();
+        std::thread::sleep(clock::settle(self.clock));
+        let mut before = Witness::beside_vcpus(self.clock).look();
+        clock::behind_a_tick(self.clock);
+        before.begin();
         self.begin(command, argument)?;
         let mut window = self.finish(0..self.threads.len(), name(command))?;
         window.clean = match self.clock {

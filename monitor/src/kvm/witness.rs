@@ -81,6 +81,13 @@ impl Witness {
 }
 
 impl Before {
+    /// The window begins now, some time after the look.
+    pub fn begin(&mut self) {
+        if let Self::Times(_, since) = self {
+            *since = Instant::now();
+        }
+    }
+
     /// Looks again after the window and compares.
     #[must_use]
     pub fn nobody_else_ran(&self) -> bool {
