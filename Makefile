@@ -138,9 +138,14 @@ bench-history: build ## what a page costs on every kernel of the shelf, 5.10 to 
 	@mkdir -p target/bench
 	$(UMBRA) lab matrix --spec images/specs/history.toml --out target/bench/history.json
 
+.PHONY: bench-collapse
+bench-collapse: build ## what logging leaves behind: huge mappings and speed after a stop, on every kernel and on the shadow MMU
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/collapse.toml --out target/bench/collapse.json
+
 .PHONY: noise
 noise: build ## the noise floor: one run in eight images that are merely shifted, on an old and a new kernel
-	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel --memory 16M dirty-log $(ARGS); done
+	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(ARGS); done
 
 .PHONY: bench-strategies
 bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse

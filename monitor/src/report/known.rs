@@ -1,6 +1,7 @@
 //! Figures of the same work from elsewhere: another tool on the same ground, or earlier measurements. A run is held against them, and where it differs
 //! by more than it may, the difference has to be what named counters account for.
 
+use super::compare::noise;
 use super::record::{Phase, Record, Row};
 use super::table::{accesses, heading_cell, pages, plain_table, right};
 use comfy_table::Cell;
@@ -126,6 +127,7 @@ fn figure(value: &toml::Value) -> Option<(f64, f64)> {
 struct Line<'a> {
     known: &'a Known,
     figure: f64,
+    /// What neither of the two is worth.
     rounded: f64,
     value: f64,
     accounted: f64,
@@ -163,6 +165,8 @@ impl<'a> Line<'a> {
             line.accounted += events * more.each;
             line.why.push(&more.why);
         }
+        // What one image of ours may differ from another in is no difference either.
+        line.rounded = line.rounded.max(count(noise(&phase.phase, phase.value)));
         line
     }
 
