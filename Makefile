@@ -232,11 +232,14 @@ packages packages-vmx:
 	# Nothing of this machine is removed to make room (an older Rust from Debian, say). A package of a newer release that is in the way
 	# (qemu-utils from backports refuses the QEMU of its own Debian) is replaced by the one that this machine's sources have.
 	options=(install --no-install-recommends)
-	in_the_way=$$("$${as_root[@]}" apt-get -s "$${options[@]}" "$${missing[@]}" | awk '/^Remv / { print $$2 }')
-	for package in $$in_the_way; do
+	for package in $$("$${as_root[@]}" apt-get -s "$${options[@]}" "$${missing[@]}" | awk '/^Remv / { print $$2 }'); do
 	    version=$$(apt-cache madison "$$package" | awk -F' *[|] *' 'NR == 1 { print $$2 }')
-	    echo "$$package is in the way: its $$(dpkg-query -W -f '$${Version}' "$$package") gives place to $${version:-nothing, which this machine\'s apt has}"
-	    missing+=("$$package$${version:+=$$version}")
+	    if [ -z "$$version" ]; then
+	        echo "$${missing[*]}: apt would have to remove $$package, which its sources have in no other version; remove it yourself first" >&2
+	        exit 1
+	    fi
+	    echo "$$package $$(dpkg-query -W -f '$${Version}' "$$package") is in the way; $$version takes its place"
+	    missing+=("$$package=$$version")
 	    options+=(--allow-downgrades)
 	done
 	echo "installing $${missing[*]}"
