@@ -13,7 +13,7 @@ use umbra_tests::{command, finish, record, refused, umbra};
 /// The work that both boots do.
 const WORK: &[&str] = &["dirty-log", "--memory", "4M", "--tracker", "bitmap,clear"];
 
-fn words<'a>(path: &'a Path) -> &'a str {
+fn words(path: &Path) -> &str {
     path.to_str().expect("a path of words")
 }
 
