@@ -4,6 +4,7 @@ pub mod compare;
 pub mod file;
 pub mod output;
 pub mod record;
+mod roots;
 pub mod series;
 pub mod snapshot;
 pub mod table;
