@@ -1,6 +1,6 @@
 //! The first Rust code of each vCPU, at ring 3: checks the boot page, builds the final page tables, starts the payload.
 
-use crate::arch::{idt, space, vcpu};
+use crate::arch::{idt, smm, space, vcpu};
 use crate::nested::npt;
 use crate::{abi, console, selftest, workload};
 use core::fmt;
@@ -155,6 +155,9 @@ pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
         };
         if let Err(error) = created {
             panic!("page tables: {error}");
+        }
+        if setup.page.smram != 0 {
+            (0..setup.page.vcpus as usize).for_each(smm::install);
         }
     }
     let tracked = space::enter();

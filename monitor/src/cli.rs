@@ -175,6 +175,9 @@ pub struct RunArgs {
     /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).
     #[arg(long)]
     pub chunk: Option<u64>,
+    /// What `roots` changes, there and back, separated by commas; with @all by every vCPU (default: all that this host has).
+    #[arg(long, value_delimiter = ',')]
+    pub toggle: Vec<String>,
     /// The shadow MMU, for `model`; what of it concerns L1's table also for `nested`.
     #[command(flatten)]
     pub shadow: ShadowArgs,
@@ -352,6 +355,9 @@ impl RunArgs {
         }
         if !self.tracker.is_empty() {
             config.insert("tracker".into(), self.tracker.join(",").into());
+        }
+        if !self.toggle.is_empty() {
+            config.insert("toggle".into(), self.toggle.join(",").into());
         }
         if let Some(chunk) = self.chunk {
             config.insert("chunk".into(), chunk.into());

@@ -4,6 +4,7 @@
 //! GPA
 //! 0x0000_0000  system slot: one memory slot, never tracked
 //!   0x0000_1000   boot page (BootPage)
+//!   0x0003_0000   where SMM has its SMRAM, 64 KiB for each vCPU (smm); ordinary memory to everybody else
 //!   0x0010_0000   firmware image (link address), at most 5 MiB
 //!   0x0060_0000   one area of 256 KiB for each vCPU (vcpu_area): mailbox, histogram, what its L2 needs, stacks
 //!   0x0080_0000   plans: the accesses of one round, 4 bytes each
@@ -52,6 +53,8 @@ pub mod vcpu_area {
     pub const HISTOGRAM: u64 = 0x1000;
     /// What L1 reports about its L2 ([`crate::nested::Report`]).
     pub const NESTED_REPORT: u64 = 0x9000;
+    /// What SMM's handler reports to everybody: 8 bytes, the SMIs that it has handled.
+    pub const SMM_REPORT: u64 = 0x9800;
     /// The VMCB of this vCPU's L2.
     pub const VMCB: u64 = 0xa000;
     /// Where VMRUN saves L1's own state.
@@ -165,7 +168,7 @@ mod tests {
         assert!(size_of::<Mailbox>() as u64 <= vcpu_area::HISTOGRAM);
         let histogram_end = vcpu_area::HISTOGRAM + size_of::<Histogram>() as u64;
         assert!(histogram_end <= vcpu_area::NESTED_REPORT);
-        assert!(size_of::<crate::nested::Report>() as u64 <= vcpu_area::VMCB - vcpu_area::NESTED_REPORT);
+        assert!(size_of::<crate::nested::Report>() as u64 <= vcpu_area::SMM_REPORT - vcpu_area::NESTED_REPORT);
         assert_eq!(vcpu_area::IO_MAP + 3 * PAGE_SIZE, vcpu_area::MSR_MAP);
         const {
             assert!(vcpu_area::MSR_MAP + 2 * PAGE_SIZE < vcpu_area::L2_STACK_TOP);

@@ -33,6 +33,8 @@ pub enum Doorbell {
     Panic = 5,
     /// This vCPU lacks what the firmware was asked for: `Mailbox::text` says what.
     NotHere = 6,
+    /// The chipset's SMI command: the monitor sends this vCPU an SMI and enters it again.
+    Smi = 7,
 }
 
 impl Doorbell {
@@ -46,6 +48,7 @@ impl Doorbell {
             4 => Some(Self::Exception),
             5 => Some(Self::Panic),
             6 => Some(Self::NotHere),
+            7 => Some(Self::Smi),
             _ => None,
         }
     }
@@ -81,6 +84,8 @@ pub struct BootPage {
     pub nested_tables: u64,
     /// Bytes of them.
     pub nested_table_bytes: u64,
+    /// Not 0: SMRAM is open, and the firmware shall install its handler there ([`crate::smm`]).
+    pub smram: u64,
     /// Slots in use.
     pub slot_count: u64,
     /// First frame and pages of each tracked slot.
@@ -107,6 +112,8 @@ pub enum Command {
     Enter = 7,
     /// L1 alone: make all entries of its table for L2's pages that are not there yet.
     Fill = 8,
+    /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took.
+    Toggle = 9,
 }
 
 impl Command {
@@ -122,6 +129,7 @@ impl Command {
             6 => Some(Self::ClearHistogram),
             7 => Some(Self::Enter),
             8 => Some(Self::Fill),
+            9 => Some(Self::Toggle),
             _ => None,
         }
     }

@@ -9,14 +9,17 @@ pub mod idt;
 mod lang;
 pub mod lock;
 pub mod mailbox;
+pub mod modes;
 pub mod paging;
 pub mod port;
 pub mod provoke;
 #[cfg(not(test))]
 mod pvh;
 pub mod ring0;
+pub mod smm;
 pub mod space;
 pub mod svm;
 pub mod tracked;
 pub mod tsc;
+mod unpaged;
 pub mod vcpu;

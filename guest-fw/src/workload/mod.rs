@@ -4,7 +4,7 @@ pub mod plan;
 
 use crate::arch::mailbox::LiveMailbox;
 use crate::arch::tracked::{Executed, Tracked};
-use crate::arch::{port, vcpu};
+use crate::arch::{modes, port, vcpu};
 use crate::boot::Setup;
 use crate::nested::Hypervisor;
 use crate::{console, selftest};
@@ -14,6 +14,7 @@ use umbra_shared::histogram::Histogram;
 use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{Command, Doorbell};
+use umbra_shared::toggle::Toggle;
 
 /// Whether the workload does what it is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +90,10 @@ impl Worker {
             Command::ClearHistogram => {
                 *self.histogram = Histogram::default();
                 Executed::default()
+            }
+            Command::Toggle => {
+                let Some(toggle) = Toggle::from_number(argument) else { panic!("there is no toggle {argument}") };
+                Executed { writes: 0, ticks: modes::toggle(toggle) }
             }
             // What only a hypervisor does.
             Command::Enter | Command::Fill => Executed::default(),

@@ -3,16 +3,17 @@
 use super::{Error, Image};
 use crate::ground::Clock;
 use crate::kvm::clock::{self, Timer, Window};
-use crate::kvm::exits::Exits;
+use crate::kvm::exits::{Exits, Hits};
 use crate::kvm::ring::Rings;
 use crate::kvm::stats::Stats;
-use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread};
+use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread, Work};
 use crate::kvm::witness::Witness;
 use crate::kvm::{self, Backing, Vm};
 use crossbeam::channel::Receiver;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use umbra_shared::histogram::Histogram;
@@ -178,12 +179,20 @@ impl Machine {
     /// # Errors
     /// [`Error::Broken`] and [`Error::Silent`].
     pub fn command(&self, command: Command, argument: u64) -> Result<Window, Error> {
+        self.command_of(0..self.threads.len(), command, argument)
+    }
+
+    /// The same for some of the vCPUs, while the others wait where they are.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn command_of(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<Window, Error> {
         std::thread::sleep(clock::settle(self.clock));
         let mut before = Witness::beside_vcpus(self.clock).look();
         clock::behind_a_tick(self.clock);
         before.begin();
-        self.begin(command, argument)?;
-        let mut window = self.finish(0..self.threads.len(), name(command))?;
+        self.begin_of(vcpus.clone(), command, argument)?;
+        let mut window = self.finish(vcpus, name(command))?;
         window.clean = match self.clock {
             // A vCPU thread that was never switched away had the CPU for itself; else the other tasks' time decides.
             Clock::Instructions => window.clean || before.nobody_else_ran(),
@@ -197,13 +206,26 @@ impl Machine {
     /// # Errors
     /// [`Error::Memory`] if the mailboxes are not there.
     pub fn begin(&self, command: Command, argument: u64) -> Result<(), Error> {
-        for vcpu in 0..self.threads.len() {
+        self.begin_of(0..self.threads.len(), command, argument)
+    }
+
+    fn begin_of(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<(), Error> {
+        for vcpu in vcpus.clone() {
             self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, command), command as u64)?;
             self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, argument), argument)?;
             self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, stop), 0)?;
         }
-        self.threads.iter().for_each(VcpuThread::run);
+        self.threads[vcpus].iter().for_each(VcpuThread::run);
         Ok(())
+    }
+
+    /// Lets each of `vcpus`, which wait at a doorbell, do the work that `work` makes for it on its own thread.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] with the error of the work.
+    pub fn work(&self, vcpus: Range<usize>, work: impl Fn() -> Work) -> Result<Window, Error> {
+        self.threads[vcpus.clone()].iter().for_each(|thread| thread.work(work()));
+        self.finish(vcpus, "work of the monitor's")
     }
 
     /// Waits until all vCPUs have done what [`Self::begin`] told them.
@@ -222,7 +244,7 @@ impl Machine {
         (0..self.threads.len()).try_for_each(|vcpu| self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, stop), 1))
     }
 
-    fn run(&self, vcpus: std::ops::Range<usize>, what: &'static str) -> Result<(), Error> {
+    fn run(&self, vcpus: Range<usize>, what: &'static str) -> Result<(), Error> {
         if vcpus.is_empty() {
             return Ok(());
         }
@@ -231,13 +253,13 @@ impl Machine {
     }
 
     /// Collects one stop from each of `vcpus`. Output that the guest prints on the way goes to stderr.
-    fn finish(&self, vcpus: std::ops::Range<usize>, what: &'static str) -> Result<Window, Error> {
+    fn finish(&self, vcpus: Range<usize>, what: &'static str) -> Result<Window, Error> {
         let mut windows = Vec::with_capacity(vcpus.len());
         let mut waiting: Vec<usize> = vcpus.collect();
         while let Some(&first) = waiting.first() {
             let Ok(stop) = self.stops.recv_timeout(PATIENCE) else { return Err(self.silent(first, what)) };
             match stop.exit {
-                Exit::Doorbell(Doorbell::Ready) => {
+                Exit::Doorbell(Doorbell::Ready) | Exit::Worked => {
                     windows.push(stop.window);
                     waiting.retain(|&vcpu| vcpu != stop.vcpu);
                 }
@@ -245,6 +267,7 @@ impl Machine {
                     eprint!("{}", self.text(stop.vcpu)?);
                     self.threads[stop.vcpu].run();
                 }
+                Exit::NotHere { what } => return Err(Error::NotHere(what)),
                 Exit::Doorbell(Doorbell::NotHere) => return Err(Error::NotHere(self.text(stop.vcpu)?)),
                 exit => return Err(self.broken(stop.vcpu, exit)),
             }
@@ -278,6 +301,8 @@ impl Machine {
             Exit::Doorbell(doorbell) => format!("it rang {doorbell:?} where Ready was expected"),
             Exit::Broken { what, rip } => format!("{what} at {}", self.image.place(rip)),
             Exit::Kicked { rip } => format!("it was stopped at {}", self.image.place(rip)),
+            Exit::NotHere { what } => what,
+            Exit::Worked => "it was not asked to work".to_owned(),
         };
         Error::Broken { vcpu, what }
     }
@@ -382,12 +407,12 @@ impl Machine {
         Ok(sums)
     }
 
-    /// Begins to count the vCPUs' exits by reason, which makes each of them some hundred instructions longer.
+    /// Begins to count what the vCPUs hit, which makes each hit some hundred instructions longer.
     ///
     /// # Errors
     /// As [`Exits::count`].
-    pub fn count_exits(&self, reasons: &[(&'static str, Option<u32>)]) -> Result<Exits, kvm::Error> {
-        Exits::count(&self.threads.iter().map(VcpuThread::id).collect::<Vec<_>>(), reasons)
+    pub fn count_hits(&self, what: &[Hits]) -> Result<Exits, kvm::Error> {
+        Exits::count(&self.threads.iter().map(VcpuThread::id).collect::<Vec<_>>(), what)
     }
 
     /// The VM.
@@ -539,6 +564,7 @@ const fn name(command: Command) -> &'static str {
         Command::ClearHistogram => "clearing the histogram",
         Command::Enter => "entering L2",
         Command::Fill => "filling L1's table",
+        Command::Toggle => "a toggle",
     }
 }
 

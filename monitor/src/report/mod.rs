@@ -5,6 +5,7 @@ pub mod file;
 pub mod known;
 pub mod output;
 pub mod record;
+mod roots;
 pub mod series;
 pub mod snapshot;
 pub mod table;

@@ -7,9 +7,11 @@ mod l2;
 mod model;
 mod nested;
 mod pass;
+mod roots;
 mod setup;
 mod snapshot;
 mod soak;
+mod toggles;
 
 pub use setup::{Options, Setup};
 
@@ -79,6 +81,12 @@ pub const ALL: &[Scenario] = &[
         work: Work::Kvm(nested::run),
     },
     Scenario {
+        name: setup::ROOTS,
+        description: "which changes of mode, and of memory slots, cost a VM its page-table root: touch, toggle, touch again",
+        trackers: &[],
+        work: Work::Kvm(roots::run),
+    },
+    Scenario {
         name: "soak",
         description: "the guest writes while the controller harvests: a write may be reported late, never lost",
         trackers: &track::OF_KVM,
@@ -135,6 +143,13 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
         return Err(Failure::Input(format!(
             "{name}: it runs no L2, so --nesting, --accessed-dirty and --fill-batch mean nothing (nested does)"
         )));
+    }
+    let has_toggles = name == setup::ROOTS;
+    if !has_toggles && !args.toggle.is_empty() {
+        return Err(Failure::Input(format!("{name}: it changes no mode, so --toggle means nothing (roots does)")));
+    }
+    if has_toggles && (!args.tracker.is_empty() || args.inject.is_some() || args.chunk.is_some()) {
+        return Err(Failure::Input("roots: it tracks no page, so --tracker, --chunk and --inject mean nothing".into()));
     }
     let ShadowArgs { format, leaf, alias, alias_kind, .. } = args.shadow.clone();
     let of_table = ShadowArgs { format, leaf, alias, alias_kind, ..ShadowArgs::default() };

@@ -25,7 +25,7 @@ use umbra_shared::protocol::Command;
 
 /// How often a row whose windows were not clean is run at most. In the lab the second try is mostly clean; a machine that others use as well
 /// would only take three times as long.
-const fn tries(clock: Clock) -> u32 {
+pub const fn tries(clock: Clock) -> u32 {
     match clock {
         Clock::Instructions => 3,
         Clock::Nanoseconds => 1,
@@ -153,7 +153,7 @@ impl<'a> Run<'a> {
         let machine = Machine::new(plan, kind.ring_entries(), |vm| kind.prepare(vm))?;
         let exits = if pass == Pass::Observed && host::page_modification_logging() {
             // Not every user has tracefs and perf events.
-            machine.count_exits(exits::PML).ok()
+            machine.count_hits(exits::PML).ok()
         } else {
             None
         };
@@ -410,7 +410,7 @@ impl Statistics {
     }
 
     fn of_exits(&self) -> Vec<(&'static str, Option<u64>)> {
-        exits::PML.iter().map(|&(name, _)| (name, grown(name, &self.before, &self.after))).collect()
+        exits::PML.iter().map(|&(name, ..)| (name, grown(name, &self.before, &self.after))).collect()
     }
 
     /// What the first touch and its fills came to, and what KVM did to its shadow pages in all.
@@ -435,7 +435,7 @@ fn fallen(name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>) 
 }
 
 /// Ticks of the guest's TSC in the unit of the Record, and the unit's name: in the lab a tick is an instruction.
-fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> u64) {
+pub fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> u64) {
     // Where KVM does not say how fast the TSC is, ticks stay ticks.
     let unit = if unit == "nanoseconds" && tsc_khz == 0 { "ticks" } else { unit };
     let convert = move |ticks: u64| {

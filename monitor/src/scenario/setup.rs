@@ -1,6 +1,7 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
 use super::l2::L2Options;
+use super::toggles::Toggles;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::ground::Ground;
@@ -40,6 +41,8 @@ impl Fault {
 
 /// The scenario that has an L2.
 pub const NESTED: &str = "nested";
+/// The scenario that has toggles.
+pub const ROOTS: &str = "roots";
 
 /// More than anybody waits for; the stamps have room for 2^32.
 const MAX_ROUNDS: u64 = 1 << 20;
@@ -91,6 +94,7 @@ pub struct Options {
     irqchip: bool,
     image: Arc<Image>,
     trackers: Trackers,
+    toggles: Option<Toggles>,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -126,6 +130,7 @@ impl Options {
             ))
         })?;
         let trackers = Trackers::parse(&args.tracker)?;
+        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus)).transpose()?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -145,7 +150,19 @@ impl Options {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             config.insert("firmware".into(), format!("{name} sha256:{}", image.sha256).into());
         }
-        Ok(Self { pattern, slots: slots.collect(), backing, l2, guest_page, irqchip, image, trackers, inject, config })
+        Ok(Self {
+            pattern,
+            slots: slots.collect(),
+            backing,
+            l2,
+            guest_page,
+            irqchip,
+            image,
+            trackers,
+            toggles,
+            inject,
+            config,
+        })
     }
 
     /// The backing in effect. An L2's memory must be one that others can map, a memfd; many hosts have no huge pages there, so there the default
@@ -153,6 +170,8 @@ impl Options {
     fn backing_here(&self, bytes: u64) -> Result<Backing, kvm::Error> {
         let backing = match (self.backing, &self.l2) {
             (Some(backing), None) => backing,
+            // A page is a fault there: with huge pages one would stand for 512.
+            (None, None) if self.toggles.is_some() => Backing::Anonymous,
             (None, None) => Backing::Thp,
             (Some(backing), Some(_)) => backing.shared(),
             (None, Some(_)) if Backing::Thp.shared().check(bytes).is_ok() => Backing::Thp.shared(),
@@ -211,6 +230,8 @@ pub struct Setup {
     pub inject: Option<Fault>,
     /// What L2 is, in the scenario that has one.
     pub l2: Option<L2Options>,
+    /// What changes, in the scenario that changes something.
+    pub toggles: Option<Toggles>,
     trackers: Trackers,
     scenario: String,
     host: Host,
@@ -257,6 +278,7 @@ impl Setup {
             seconds: args.seconds,
             inject: options.inject,
             l2: options.l2,
+            toggles: options.toggles,
             trackers,
             scenario: args.scenario.clone(),
             host,
@@ -332,7 +354,8 @@ impl Setup {
         })
     }
 
-    fn not_here(&self, what: &str) -> Failure {
+    /// What this host lacks, and where it would run.
+    pub fn not_here(&self, what: &str) -> Failure {
         let where_else =
             if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
         Failure::NotHere(format!("{what}{where_else}"))
