@@ -86,6 +86,14 @@ pub struct BootPage {
     pub nested_table_bytes: u64,
     /// Not 0: SMRAM is open, and the firmware shall install its handler there ([`crate::smm`]).
     pub smram: u64,
+    /// The mode in which tracked pages are touched ([`crate::paging::Mode`]).
+    pub guest_paging: u64,
+    /// Physical address of that mode's tables, if it is not long mode's.
+    pub legacy_tables: u64,
+    /// Bytes of them.
+    pub legacy_table_bytes: u64,
+    /// TSC ticks from one access of [`Command::PacedRun`] to the next, at least.
+    pub pace: u64,
     /// Slots in use.
     pub slot_count: u64,
     /// First frame and pages of each tracked slot.
@@ -114,6 +122,9 @@ pub enum Command {
     Fill = 8,
     /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took.
     Toggle = 9,
+    /// As `FreeRun`, but each access waits until [`BootPage::pace`] ticks after the one before it, and is timed into the histogram.
+    /// [`Mailbox::accesses_done`] counts them.
+    PacedRun = 10,
 }
 
 impl Command {
@@ -130,6 +141,7 @@ impl Command {
             7 => Some(Self::Enter),
             8 => Some(Self::Fill),
             9 => Some(Self::Toggle),
+            10 => Some(Self::PacedRun),
             _ => None,
         }
     }
@@ -174,6 +186,8 @@ pub struct Mailbox {
     pub ticks: u64,
     /// Rounds that [`Command::FreeRun`] has finished, counted from its argument: the number of the next round.
     pub rounds_done: u64,
+    /// Accesses that [`Command::PacedRun`] has made since it began.
+    pub accesses_done: u64,
     /// With [`Doorbell::Exit`].
     pub exit_code: u64,
     /// With [`Doorbell::Exception`].
@@ -196,7 +210,7 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree() {
-        for number in 0..10 {
+        for number in 0..12 {
             assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
             assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
         }

@@ -7,10 +7,13 @@ mod gdt;
 pub mod idt;
 #[cfg(not(test))]
 mod lang;
+#[cfg(not(test))]
+pub mod legacy;
 pub mod lock;
 pub mod mailbox;
 pub mod modes;
 pub mod paging;
+pub mod paging_legacy;
 pub mod port;
 pub mod provoke;
 #[cfg(not(test))]

@@ -6,12 +6,12 @@
 use super::gdt::{KERNEL_CODE, KERNEL_CODE_32, KERNEL_DATA};
 
 /// CR0.PG.
-const PAGING: u32 = 1 << 31;
-const CR4_PSE: u32 = 1 << 4;
-const CR4_PAE: u32 = 1 << 5;
+pub(super) const PAGING: u32 = 1 << 31;
+pub(super) const CR4_PSE: u32 = 1 << 4;
+pub(super) const CR4_PAE: u32 = 1 << 5;
 const CR4_LA57: u32 = 1 << 12;
-const EFER: u32 = 0xc000_0080;
-const EFER_LME: u32 = 1 << 8;
+pub(super) const EFER: u32 = 0xc000_0080;
+pub(super) const EFER_LME: u32 = 1 << 8;
 
 /// What is done outside of long mode.
 #[derive(Clone, Copy, Debug)]
@@ -60,12 +60,22 @@ pub unsafe fn visit(stay: Stay) -> u64 {
         Stay::Lme => lme,
     };
     // SAFETY: the caller's; the routine is one of the five below.
-    unsafe { leave_and_return(routine as *const () as u64) }
+    unsafe { call(routine as *const () as u64, 0) }
 }
 
-/// RDI is the address of the 32-bit routine to call with paging off; it keeps EBX, EBP and EDI.
+/// Leaves long mode, calls the 32-bit code at `routine` with paging off and ESI = `argument`, and comes back. The routine keeps EBX, EBP, EDI and
+/// the state that it finds. Returns the TSC ticks from before to after.
+///
+/// # Safety
+/// As [`visit`]; and what the routine does.
+pub unsafe fn call(routine: u64, argument: u64) -> u64 {
+    // SAFETY: the caller's.
+    unsafe { leave_and_return(routine, argument) }
+}
+
+/// RDI is the address of the 32-bit routine to call with paging off; it finds ESI as RSI was, and keeps EBX, EBP and EDI.
 #[unsafe(naked)]
-unsafe extern "C" fn leave_and_return(routine: u64) -> u64 {
+unsafe extern "C" fn leave_and_return(routine: u64, argument: u64) -> u64 {
     core::arch::naked_asm!(
         "push rbx",
         "push rbp",

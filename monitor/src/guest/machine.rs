@@ -19,6 +19,7 @@ use std::time::Duration;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::{self, Slot, vcpu_area};
 use umbra_shared::nested::{Map, Nested, Report};
+use umbra_shared::paging::Mode;
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage, Command, Doorbell, ENTERED_BY_MONITOR, ExceptionReport, Mailbox};
 use umbra_shared::{Level, PAGE_SIZE};
@@ -53,6 +54,10 @@ pub struct Plan {
     pub guest_page: Level,
     /// Whether KVM has the interrupt controllers.
     pub irqchip: bool,
+    /// The mode in which the firmware touches the tracked slots, which lie below 3 GiB if it is not long mode.
+    pub mode: Mode,
+    /// TSC ticks between the accesses of a paced run.
+    pub pace: u64,
     /// What the pattern's pages are, if not the tracked pages themselves.
     pub nested: Option<Nested>,
     /// The firmware.
@@ -333,7 +338,19 @@ impl Machine {
     /// # Errors
     /// [`Error::Memory`] if it is not there.
     pub fn rounds_done(&self, vcpu: usize) -> Result<u64, Error> {
-        let address = vcpu_area(vcpu) + vcpu_area::MAILBOX + std::mem::offset_of!(Mailbox, rounds_done) as u64;
+        self.load_mailbox(vcpu, std::mem::offset_of!(Mailbox, rounds_done))
+    }
+
+    /// Accesses that a vCPU's paced run has made, read while the guest runs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn accesses_done(&self, vcpu: usize) -> Result<u64, Error> {
+        self.load_mailbox(vcpu, std::mem::offset_of!(Mailbox, accesses_done))
+    }
+
+    fn load_mailbox(&self, vcpu: usize, field: usize) -> Result<u64, Error> {
+        let address = vcpu_area(vcpu) + vcpu_area::MAILBOX + field as u64;
         self.vm
             .system()
             .load(GuestAddress(address), std::sync::atomic::Ordering::Acquire)
@@ -461,6 +478,8 @@ struct SystemPlace {
     table_bytes: u64,
     nested_tables: u64,
     nested_table_bytes: u64,
+    legacy_tables: u64,
+    legacy_table_bytes: u64,
 }
 
 impl SystemPlace {
@@ -470,14 +489,25 @@ impl SystemPlace {
         let table_bytes = layout::table_bytes(pages, plan.guest_page);
         let nested_tables = tables + table_bytes;
         let nested_table_bytes = plan.nested.map_or(0, |nested| nested.table_bytes(plan.guest_page));
-        let bytes = (nested_tables + nested_table_bytes).next_multiple_of(Level::M2.bytes());
+        let legacy_tables = nested_tables + nested_table_bytes;
+        let legacy_table_bytes = layout::legacy_table_bytes(pages, plan.guest_page, plan.mode);
+        let bytes = (legacy_tables + legacy_table_bytes).next_multiple_of(Level::M2.bytes());
         if bytes > layout::SYSTEM_LIMIT {
             return Err(Error::Memory(format!(
                 "{pages} pages with {plan_entries} accesses a round need {bytes} bytes of tables and plans, and there is room for {} (ask for less memory or --guest-page 2m)",
                 layout::SYSTEM_LIMIT
             )));
         }
-        Ok(Self { bytes, plan_entries, tables, table_bytes, nested_tables, nested_table_bytes })
+        Ok(Self {
+            bytes,
+            plan_entries,
+            tables,
+            table_bytes,
+            nested_tables,
+            nested_table_bytes,
+            legacy_tables,
+            legacy_table_bytes,
+        })
     }
 }
 
@@ -496,6 +526,10 @@ fn write_boot_page(memory: &GuestMemoryMmap, plan: &Plan, place: &SystemPlace, t
         nested: plan.nested.map_or([0; 8], |nested| nested.encode()),
         nested_tables: place.nested_tables,
         nested_table_bytes: place.nested_table_bytes,
+        guest_paging: plan.mode as u64,
+        legacy_tables: place.legacy_tables,
+        legacy_table_bytes: place.legacy_table_bytes,
+        pace: plan.pace,
         slot_count: plan.slots.len() as u64,
         ..BootPage::default()
     };
@@ -561,6 +595,7 @@ const fn name(command: Command) -> &'static str {
         Command::Observed => "an observed round",
         Command::Populate => "populating",
         Command::FreeRun => "a free run",
+        Command::PacedRun => "a paced run",
         Command::ClearHistogram => "clearing the histogram",
         Command::Enter => "entering L2",
         Command::Fill => "filling L1's table",

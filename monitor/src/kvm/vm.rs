@@ -169,6 +169,15 @@ impl Vm {
     }
 }
 
+impl Vm {
+    /// A hash of what tracked page `page` holds, which the guest may be writing; `None` beyond the last.
+    #[must_use]
+    pub fn hash(&self, page: u64) -> Option<u64> {
+        let slot = self.slot_of(page)?;
+        slot.memory.hash(page - slot.place.first_page)
+    }
+}
+
 /// The system slot as vm-memory sees it.
 fn view(memory: &HostMemory) -> Result<GuestMemoryMmap, Error> {
     let refused = || Error::Memory("the system slot does not fit the guest's address space".into());

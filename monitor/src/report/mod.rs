@@ -4,6 +4,7 @@ pub mod compare;
 pub mod file;
 pub mod known;
 pub mod output;
+mod rate;
 pub mod record;
 mod roots;
 pub mod series;

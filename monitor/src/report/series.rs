@@ -45,7 +45,8 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     if stalls {
         header.extend(["stall p50", "max"].map(heading_cell));
     }
-    let counted = counters_of(scenario);
+    let counted: Vec<&str> =
+        COUNTED.iter().copied().filter(|name| measured().any(|row| row.counters.contains_key(*name))).collect();
     header.extend(counted.iter().map(|name| heading_cell(&name.replace('_', " "))));
     table.set_header(header);
     let (mut rest, mut unclean, mut failed) = (String::new(), false, false);
@@ -95,20 +96,19 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     text
 }
 
-/// The counters that a scenario is about.
-fn counters_of(scenario: &str) -> &'static [&'static str] {
-    match scenario {
-        "collapse" => &[
-            "pages_2m_before",
-            "pages_2m_logging",
-            "pages_2m_after_disable",
-            "pages_2m_after_retouch",
-            "pf_retouch",
-            "pf_settled",
-        ],
-        _ => &[],
-    }
-}
+/// Counters that a scenario is about, or that somebody asked for by the kernel's command line (kvm/footprint.rs): shown where a row has them.
+const COUNTED: &[&str] = &[
+    "pages_2m_before",
+    "pages_2m_logging",
+    "pages_2m_after_disable",
+    "pages_2m_after_retouch",
+    "pf_retouch",
+    "pf_settled",
+    "kvm_table_bytes",
+    "kvm_header_bytes",
+    "kvm_pte_list_bytes",
+    "kvm_sec_page_table_bytes",
+];
 
 fn cost(record: &Record, row: &Row, phase: &str, rounds: Rounds) -> (String, bool) {
     let count = if matches!(phase, "dirty" | "retouch" | "baseline" | "settled") {

@@ -1,7 +1,7 @@
 //! A Record as a table on the terminal.
 
 use super::record::{Pages, Phase, Record, Row, Rows};
-use super::{roots, snapshot};
+use super::{rate, roots, snapshot};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -17,6 +17,9 @@ pub fn render(record: &Record) -> String {
         text.push_str(snapshot::FOOTNOTES);
         text.push_str(&about_clock(record, &measured));
         return text;
+    }
+    if measured.iter().any(|row| row.rate.is_some()) {
+        let _ = write!(text, "\n{}\n", rate::table(&measured));
     }
     if record.scenario == "roots" {
         let _ = write!(text, "\n{}\n", roots::table(record));
@@ -365,6 +368,12 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
     let mut text = String::new();
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
+    }
+    if record.scenario == "dirty-rate" {
+        text.push_str(
+            "written: for certain between the tool's two looks, to while it looked as well. error: against the middle. The guest touches one page each `pace` at most;\n\
+             its rate while the tool ran and afterwards is against that before, and what a write took is by its own clock.\n",
+        );
     }
     if record.scenario == "collapse" {
         text.push_str("baseline, retouch, settled: a round before logging, right after it, and the one after that.\n");

@@ -3,6 +3,7 @@
 mod check;
 mod collapse;
 mod dirty_log;
+mod dirty_rate;
 mod l2;
 mod model;
 mod nested;
@@ -61,6 +62,12 @@ pub const ALL: &[Scenario] = &[
         description: "what logging leaves behind, stopped at rest or in mid-round: huge mappings and speed, when they are back",
         trackers: &[Kind::Bitmap, Kind::ClearInitSet],
         work: Work::Kvm(collapse::run),
+    },
+    Scenario {
+        name: "dirty-rate",
+        description: "how fast a guest dirties its memory, by each tracker and by sampling: the error, the guest's loss, what stays behind",
+        trackers: &track::ALL,
+        work: Work::Kvm(dirty_rate::run),
     },
     Scenario {
         name: MODEL,
@@ -132,6 +139,11 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
 /// An option that would have no effect is refused.
 fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let name = args.scenario.as_str();
+    if args.rate.is_some() && name != "dirty-rate" {
+        return Err(Failure::Input(format!(
+            "{name}: it touches as fast as it can, so --rate means nothing (dirty-rate has one)"
+        )));
+    }
     if name == COLLAPSE && args.vcpus != 1 {
         return Err(Failure::Input(format!(
             "--vcpus {}: collapse has one, since several would end in different rounds when it cancels",

@@ -12,6 +12,7 @@ use crate::guest::{Machine, Plan};
 use crate::host;
 use crate::kvm;
 use crate::kvm::exits::{self, Exits};
+use crate::kvm::footprint;
 use crate::kvm::witness::{self, Witness};
 use crate::pages::PageSet;
 use crate::progress::Progress;
@@ -21,6 +22,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::nested::{Nested, Way};
+use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::Command;
 
 /// How often a row whose windows were not clean is run at most. In the lab the second try is mostly clean; a machine that others use as well
@@ -87,8 +89,9 @@ pub enum Ending {
     Cancelled,
 }
 
-/// How far the guest is in its round when the tracker stops in the middle: a few thousand pages' worth of faults.
-const INTO_THE_ROUND: Duration = Duration::from_millis(3);
+/// How often the controller looks whether the guest is in the middle of its round, and for how long.
+const LOOK: Duration = Duration::from_micros(100);
+const LOOKS: u32 = 100_000;
 
 /// Whose mappings may be dropped, so that a read maps them again and KVM counts it as a write.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -230,7 +233,20 @@ impl<'a> Run<'a> {
     fn cancel(&mut self, first: u64) -> Result<(), Failure> {
         let (timer, machine) = (self.case.plan.timer, &self.machine);
         machine.begin(Command::FreeRun, first)?;
-        std::thread::sleep(INTO_THE_ROUND);
+        // A quarter of the round is done when the first write behind that quarter is there.
+        let pattern = self.case.plan.pattern;
+        let behind = (pattern.accesses() / 4..pattern.accesses()).map(|index| pattern.access(first, index));
+        if let Some(page) = behind.filter(|access| access.write).map(|access| access.page).next() {
+            let written = || machine.vm().first_word(page) == Some(Pattern::stamp(first, page));
+            if !(0..LOOKS).any(|_| {
+                written() || {
+                    std::thread::sleep(LOOK);
+                    false
+                }
+            }) {
+                return Err(Failure::Check(format!("{}: the guest did not get into its round", self.case.name)));
+            }
+        }
         let begin = timer.now();
         self.tracker.stop(machine)?;
         let length = timer.now() - begin;
@@ -333,6 +349,7 @@ impl<'a> Run<'a> {
         if let Some(exits) = &self.exits {
             counters.extend(exits.read()?);
         }
+        counters.extend(footprint::read());
         Ok(counters)
     }
 
@@ -357,8 +374,9 @@ impl<'a> Run<'a> {
             }
         }
         let own = own.into_iter().map(|(name, value)| (name, Some(value), "umbra"));
+        let slabs = statistics.of_memory().into_iter().map(|(name, value)| (name, value, "slabinfo"));
         let traced = statistics.of_exits().into_iter().map(|(name, value)| (name, value, "tracepoint"));
-        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(own);
+        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(slabs).chain(own);
         for (name, value, source) in all {
             if let Some(value) = value {
                 let counter = Counter { value, source: source.to_owned(), pass: self.pass.name().to_owned() };
@@ -392,6 +410,13 @@ impl Statistics {
             ("pages_2m_after_disable", stopped.get("pages_2m").copied()),
             ("remote_tlb_flush", grown("remote_tlb_flush", before, after)),
         ]
+    }
+
+    /// What KVM's MMU has taken for the tracked pages when all rounds are done, beyond what it took for the system slot.
+    fn of_memory(&self) -> Vec<(&'static str, Option<u64>)> {
+        let grown = |name: &str| Some(self.after.get(name)?.saturating_sub(*self.booted.get(name)?));
+        let names = [footprint::TABLES, footprint::HEADERS, footprint::LISTS, footprint::SECONDARY];
+        names.into_iter().map(|name| (name, grown(name))).collect()
     }
 
     /// Huge mappings from before logging to the end, and the faults of the rounds after it.
