@@ -1,10 +1,11 @@
-//! The x86-64 part, and nearly all that is unsafe: entry, descriptors, exception stubs, page tables, ports, SVM, and the pages
-//! that are shared with the monitor.
+//! The x86-64 part, and nearly all that is unsafe: entry, descriptors, exception stubs, page tables, ports, SVM and VMX, and the
+//! pages that are shared with the monitor.
 
 #[cfg(not(test))]
 mod entry;
 mod gdt;
 pub mod idt;
+pub mod l2;
 #[cfg(not(test))]
 mod lang;
 #[cfg(not(test))]
@@ -15,9 +16,11 @@ pub mod modes;
 pub mod paging;
 pub mod paging_legacy;
 pub mod port;
+mod privileged;
 pub mod provoke;
 #[cfg(not(test))]
 mod pvh;
+mod registers;
 pub mod ring0;
 pub mod smm;
 pub mod space;
@@ -26,3 +29,4 @@ pub mod tracked;
 pub mod tsc;
 mod unpaged;
 pub mod vcpu;
+pub mod vmx;

@@ -379,7 +379,7 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
         text.push_str("baseline, retouch, settled: a round before logging, right after it, and the one after that.\n");
     }
     if record.scenario == "nested" {
-        text.push_str("enter: one VMRUN and the VMMCALL that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
+        text.push_str("enter: one entry into L2 and the hypercall that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
     }
     if rows.iter().any(|row| row.stall.is_some()) {
         text.push_str(

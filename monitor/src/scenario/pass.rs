@@ -368,8 +368,8 @@ impl<'a> Run<'a> {
                 own.extend([
                     ("l2_entries", report.entries),
                     ("l2_violations", report.violations),
-                    ("npt12_entries", report.filled),
-                    ("npt12_pages", report.table_pages),
+                    ("ept12_entries", report.filled),
+                    ("ept12_pages", report.table_pages),
                 ]);
             }
         }
