@@ -20,6 +20,12 @@ pub const TABLES: &str = "kvm_table_bytes";
 /// Bytes of page tables as the kernel counts them.
 pub const SECONDARY: &str = "kvm_sec_page_table_bytes";
 
+/// Where a counter of this module comes from, as the Record says it.
+#[must_use]
+pub fn source(counter: &str) -> &'static str {
+    if counter == SECONDARY { "meminfo" } else { "slabinfo" }
+}
+
 /// What is in use now, over all VMs of this host. Empty where it cannot be known: /proc/slabinfo is root's.
 #[must_use]
 pub fn read() -> BTreeMap<String, u64> {

@@ -1,6 +1,6 @@
 //! Many Records in one table: a matrix, the history of a figure over kernels, the noise of shifted images.
 
-use super::compare::{NOISE_GRACE_PERIOD, NOISE_INSTRUCTIONS, noise};
+use super::compare::{changes_a_slot, noise};
 use super::record::{Record, Row, Rows};
 use super::table::{self, COLUMNS, Rounds, heading_cell, per, plain_table, right, smallest};
 use comfy_table::Cell;
@@ -149,7 +149,7 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
     let mut table = plain_table();
     let header = ["", "", "smallest", "largest", "spread", "of it", "floor"];
     table.set_header(header.map(heading_cell));
-    let (mut worst, mut over) = (0.0_f64, Vec::new());
+    let (mut worst, mut of_slots, mut over) = (0.0_f64, 0.0_f64, Vec::new());
     let Some(first) = records.first() else { return (String::new(), over) };
     for row in first.measured() {
         let mut name = row.name.as_str();
@@ -170,7 +170,8 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
             }
             // What a short phase may always have says nothing about shares.
             if most - least > noise(phase, 0) {
-                worst = worst.max(share);
+                let worst = if changes_a_slot(phase) { &mut of_slots } else { &mut worst };
+                *worst = worst.max(share);
             }
             let cells = [
                 title.to_owned(),
@@ -186,11 +187,13 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
         }
     }
     let text = format!(
-        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread is {worst:.3}%, beside what is below {NOISE_INSTRUCTIONS} instructions, \
-or {NOISE_GRACE_PERIOD} where a phase waits for a grace period.\n",
+        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread is {worst:.3}%, and {of_slots:.3}% in phases that change a memory slot, \
+beside {} and {} instructions that a short phase may have.\n",
         first.scenario,
         records.len(),
         first.host.kernel,
+        noise("", 0),
+        noise("enable", 0),
     );
     (text, over)
 }
@@ -203,7 +206,7 @@ mod tests {
 
     fn record(kernel: &str, enable: u64) -> Record {
         let phase = Phase {
-            phase: "enable".into(),
+            phase: "populate".into(),
             round: 0,
             pass: "timed".into(),
             value: enable,
@@ -239,6 +242,6 @@ mod tests {
         let (text, over) = noise_of(&[record("k", 10_000_000), record("k", 10_001_000)]);
         assert!(over.is_empty() && text.contains("0.010%"), "{text}");
         let (_, over) = noise_of(&[record("k", 10_000_000), record("k", 10_010_000)]);
-        assert_eq!(over, ["clear: enable varies by 10000 instructions, and the floor is 3003"]);
+        assert_eq!(over, ["clear: populate varies by 10000 instructions, and the floor is 3003"]);
     }
 }

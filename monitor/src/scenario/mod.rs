@@ -139,6 +139,9 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
 /// An option that would have no effect is refused.
 fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let name = args.scenario.as_str();
+    if name == MODEL && (args.guest_paging.is_some() || args.irqchip.is_some()) {
+        return Err(Failure::Input("model: it runs no guest, so --guest-paging and --irqchip mean nothing".to_owned()));
+    }
     if args.rate.is_some() && name != "dirty-rate" {
         return Err(Failure::Input(format!(
             "{name}: it touches as fast as it can, so --rate means nothing (dirty-rate has one)"

@@ -374,7 +374,7 @@ impl<'a> Run<'a> {
             }
         }
         let own = own.into_iter().map(|(name, value)| (name, Some(value), "umbra"));
-        let slabs = statistics.of_memory().into_iter().map(|(name, value)| (name, value, "slabinfo"));
+        let slabs = statistics.of_memory().into_iter().map(|(name, value)| (name, value, footprint::source(name)));
         let traced = statistics.of_exits().into_iter().map(|(name, value)| (name, value, "tracepoint"));
         let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(slabs).chain(own);
         for (name, value, source) in all {
