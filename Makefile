@@ -4,12 +4,17 @@
 #   SECONDS    how long soak and fuzz-tables run
 #   SEED, N    where fuzz begins and how many operations it does; a failure prints a script for REPLAY=FILE
 #   SUITES     the Debian releases that test-fresh tries
+#   A, B       two kernels for ab: names of the shelf, or files, whose modules are in A_MODULES and B_MODULES; without B it is A
+#   A_PARAMS, B_PARAMS   module parameters of both, and of B alone         make ab A=6.12 B_PARAMS=kvm.tdp_mmu=N
+#   S, OVER    the scenario with its options that ab compares by, and the percent above which it fails
 
 ARGS    ?=
 SECONDS ?= 60
 SEED    ?= 1
 N       ?= 10000000
 SUITES  ?= bookworm trixie
+S       ?= dirty-log
+OVER    ?= 1
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -114,11 +119,48 @@ bench-trackers: build shelf ## which tracker for a snapshot: a written and a cle
 	@for backing in anonymous thp shmem; do $(UMBRA) lab snapshot --memory 16M --backing $$backing $(ARGS); done
 	for backing in anonymous thp shmem; do $(UMBRA) run snapshot --memory 16M --rounds 10 --backing $$backing $(ARGS) || [ $$? = 3 ]; done
 
+# Exit code 1 over the limit, 2 for bad input, 3 for what cannot be had; make itself ends with 2 whatever failed.
+.PHONY: ab
+ab: build ## S ("dirty-log ...") on the kernels A and B, compared; fails if a phase of B costs over OVER (1) percent more
+	@if [ -z '$(A)' ]; then
+	    echo 'ab compares two kernels: make ab A=6.12 B=arch/x86/boot/bzImage B_MODULES=DIR S="dirty-log --memory 16M"' >&2
+	    exit 2
+	fi
+	$(UMBRA) lab ab --kernel '$(A)' $(if $(A_MODULES),--modules '$(A_MODULES)') $(A_PARAMS:%=--param %) $(if $(B),--b-kernel '$(B)') \
+	    $(if $(B_MODULES),--b-modules '$(B_MODULES)') $(B_PARAMS:%=--b-param %) --fail-over $(OVER) $(S) $(ARGS)
+
+.PHONY: bench-peer
+bench-peer: build ## Umbra beside the kernel's own dirty_log_perf_test, phase by phase, in the lab
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/peer.toml --out target/bench/peer.json
+
+.PHONY: bench-history
+bench-history: build ## what a page costs on every kernel of the shelf, 5.10 to 7.3-rc
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/history.toml --out target/bench/history.json
+
+.PHONY: bench-collapse
+bench-collapse: build ## what logging leaves behind: huge mappings and speed after a stop, on every kernel and on the shadow MMU
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/collapse.toml --out target/bench/collapse.json
+
+.PHONY: bench-dirty-rate
+bench-dirty-rate: build shelf ## what dirty-rate tools find, what they cost the guest and leave behind: three rates, in the lab
+	@for rate in 10 50 150; do $(UMBRA) lab dirty-rate --rate $$rate $(ARGS); done
+
+.PHONY: bench-memory
+bench-memory: build ## what KVM's own MMU takes in bytes, on four kernels, beside umbra-mmu
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/memory.toml --out target/bench/memory.json
+	for alias in 1 4; do $(UMBRA) run model --memory 16M --format npt --alias $$alias --alias-kind scattered --strategy write-protect; done
+
+.PHONY: noise
+noise: build ## the noise floor: one run in eight images that are merely shifted, on an old and a new kernel
+	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(ARGS); done
+
 .PHONY: bench-strategies
-bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse
-	@for how in '--split lazy' '--split shatter' '--split eager --collapse in-place' '--split eager-clear --collapse lazy'; do
-	    $(UMBRA) lab model --leaf 2m $$how $(ARGS)
-	done
+bench-strategies: build shelf ## the shadow MMU's strategies on one run, in one table: each way to split and collapse, in the lab
+	@$(UMBRA) lab matrix --spec images/specs/strategies.toml $(ARGS)
 
 # The shadow MMU's own programs (monitor/mmu/examples).
 mmu = cargo run --locked --quiet --release --package umbra-mmu --example

@@ -18,12 +18,12 @@ const PINNED: &str = "6.12.111-1~deb12u1";
 
 /// The jobs of the boot.
 const JOBS: [&str; 11] = [
-    "--memory 16M --tracker clear --backing anonymous --rounds 2",
+    "--memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect",
     "--memory 8M --tracker clear+init-set --leaf 2m --rounds 2 --nesting svm",
     "--memory 4M --tracker bitmap --backing anonymous --accessed-dirty preset --rounds 1 --nesting svm",
-    "--memory 4M --tracker clear,ring-1024 --alias 3 --alias-kind scattered --pattern random --write-percent 25 --slots 2 --vcpus 2",
+    "--memory 4M --tracker clear,ring-1024 --alias 3 --alias-kind scattered --pattern random --write-percent 25 --slots 2 --vcpus 2 --strategy log",
     "--memory 2M --tracker bitmap --alias 4 --alias-kind shared-tables --rounds 2 --nesting svm --backing anonymous",
-    "--memory 4M --tracker bitmap --alias 2 --leaf 2m --alias-kind scattered --guest-page 2m --rounds 2",
+    "--memory 4M --tracker bitmap --alias 2 --leaf 2m --alias-kind scattered --guest-page 2m --rounds 2 --strategy log",
     "--memory 256K --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm",
     "--memory 2M --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm --backing anonymous",
     "--memory 1M --tracker clear --inject lose-page --nesting svm",
@@ -136,6 +136,12 @@ fn figures_are_those_of_the_findings() {
         ("svm:clear", "dirty", 4096, 5298),
         ("svm:clear", "retouch", 4096, 5256),
     ] {
+        check(0, name, phase, count, expected);
+    }
+    // An L2 in a VM of its own pays for a write what plain L1 pays.
+    for (name, phase, count, expected) in
+        [("umbra:log@kvm-clear", "dirty", 4096, 1648), ("umbra:log@kvm-bitmap", "dirty", 4096, 1648)]
+    {
         check(0, name, phase, count, expected);
     }
     // KVM maps eight at a time where A and D are set beforehand.

@@ -67,8 +67,8 @@ mod tests {
     /// As the C compiler computes them from the headers.
     #[test]
     fn numbers_are_the_kernels() {
-        let numbers = [UFFDIO_API(), UFFDIO_REGISTER(), UFFDIO_UNREGISTER(), UFFDIO_WRITEPROTECT()];
-        assert_eq!(numbers, [0xc018_aa3f, 0xc020_aa00, 0x8010_aa01, 0xc018_aa06]);
-        assert_eq!((USERFAULTFD_IOC_NEW(), PAGEMAP_SCAN(), UFFDIO_WAKE()), (0xaa00, 0xc060_6610, 0x8010_aa02));
+        let numbers = [UFFDIO_API(), UFFDIO_REGISTER(), UFFDIO_UNREGISTER(), UFFDIO_WAKE(), UFFDIO_WRITEPROTECT()];
+        assert_eq!(numbers, [0xc018_aa3f, 0xc020_aa00, 0x8010_aa01, 0x8010_aa02, 0xc018_aa06]);
+        assert_eq!((USERFAULTFD_IOC_NEW(), PAGEMAP_SCAN()), (0xaa00, 0xc060_6610));
     }
 }

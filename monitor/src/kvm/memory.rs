@@ -278,15 +278,23 @@ impl HostMemory {
         Some(unsafe { AtomicU64::from_ptr(word) })
     }
 
+    /// The `count` words from byte `within` of page `index` on. `None` if they leave the page or the memory, and between words.
+    #[must_use]
+    pub fn words(&self, index: u64, within: u64, count: usize) -> Option<&[AtomicU64]> {
+        let first = self.word_in(index, within)?;
+        if within.checked_add(8 * count as u64)? > PAGE_SIZE {
+            return None;
+        }
+        self.word_in(index, within + 8 * count as u64 - 8)?;
+        // SAFETY: as in `word`; all of them lie in one page, whose last word the mapping holds. An AtomicU64 is laid out as a u64.
+        Some(unsafe { std::slice::from_raw_parts(first.cast::<AtomicU64>(), count) })
+    }
+
     /// Copies page `index` into `page`, word by word. Returns false, and changes nothing, beyond the end.
     #[must_use]
     pub fn copy_page(&self, index: u64, page: &mut [u64; 512]) -> bool {
-        if self.word_in(index, PAGE_SIZE - 8).is_none() {
-            return false;
-        }
-        for (within, word) in (0..).step_by(8).zip(page.iter_mut()) {
-            *word = self.word(index, within).map_or(0, |word| word.load(Ordering::Relaxed));
-        }
+        let Some(words) = self.words(index, 0, page.len()) else { return false };
+        page.iter_mut().zip(words).for_each(|(word, from)| *word = from.load(Ordering::Relaxed));
         true
     }
 
@@ -296,6 +304,18 @@ impl HostMemory {
         let word = self.word_at(index)?;
         // SAFETY: the eight bytes lie inside the mapping and are aligned; volatile, since the guest may write them.
         Some(unsafe { word.read_volatile() })
+    }
+
+    /// A hash of page `index`, which the guest may be writing at this moment (FNV-1a by words). `None` beyond the end.
+    #[must_use]
+    pub fn hash(&self, index: u64) -> Option<u64> {
+        let first = self.word_at(index)?;
+        let words = usize::try_from(PAGE_SIZE).unwrap_or(0) / size_of::<u64>();
+        Some((0..words).fold(0xcbf2_9ce4_8422_2325, |hash, at| {
+            // SAFETY: a whole page lies inside the mapping, and this word in that page; volatile, since the guest may write it.
+            let word = unsafe { first.add(at).read_volatile() };
+            (hash ^ word).wrapping_mul(0x0100_0000_01b3)
+        }))
     }
 
     /// Writes the first word of page `index`, as a guest would. Returns false, and changes nothing, beyond the end.

@@ -4,6 +4,7 @@ pub mod capabilities;
 pub mod clock;
 pub mod exits;
 pub mod fault_trace;
+pub mod footprint;
 pub(crate) mod ioctls;
 pub mod log;
 pub mod memory;

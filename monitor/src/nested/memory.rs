@@ -140,6 +140,14 @@ impl L1Memory for View {
         word.map_or(0, |word| word.load(Ordering::Acquire))
     }
 
+    fn read_block(&self, frame: Frame, offset: u64, words: &mut [u64; 64]) {
+        let block = self.0.part(frame).and_then(|(part, page)| part.memory.words(page, offset, words.len()));
+        match block {
+            Some(block) => words.iter_mut().zip(block).for_each(|(word, from)| *word = from.load(Ordering::Acquire)),
+            None => words.fill(0),
+        }
+    }
+
     fn exchange(&mut self, frame: Frame, offset: u64, old: u64, new: u64) -> Exchange {
         let word = self.0.part(frame).and_then(|(part, page)| part.memory.word(page, offset));
         match word.map(|word| word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)) {

@@ -35,6 +35,15 @@ impl Page {
         Self(if writable { number | Self::WRITABLE } else { number })
     }
 
+    /// Pages that map `first` and the frames after it.
+    fn fill(pages: &mut [Self], first: Frame, writable: bool) {
+        let mut next = Self::new(first, writable).0;
+        for page in pages {
+            *page = Self(next);
+            next += 1;
+        }
+    }
+
     /// The page of L1's memory.
     #[must_use]
     pub fn frame(self) -> Option<Frame> {
@@ -314,9 +323,7 @@ impl Windows {
             source.map(window.stretch(&(at..end)), part, Mapped { writable, told_apart: self.log.is_some() })?;
             self.counts.maps += 1;
             self.counts.mapped_pages += (end - at) as u64;
-            for (offset, page) in (0..).zip(window.pages.get_mut(at..end).into_iter().flatten()) {
-                *page = Page::new(first.plus(offset), writable);
-            }
+            Page::fill(window.pages.get_mut(at..end).unwrap_or_default(), first, writable);
             at = end;
         }
         Ok(())
@@ -389,6 +396,16 @@ impl Windows {
         Ok(false)
     }
 
+    /// The window that holds all of `extent`, and the pages there, if nothing is mapped in them: the usual case of a `map`, told at once.
+    fn untouched(&self, extent: Extent) -> Option<(usize, Range<usize>)> {
+        let whole = |window: &Window| window.clip(extent).len() as u64 == extent.frames;
+        let index = self.all.iter().position(whole)?;
+        let window = self.all.get(index)?;
+        let pages = window.clip(extent);
+        let closed = window.pages.get(pages.clone())?.iter().fold(0, |all, page| all | page.0) == 0;
+        closed.then_some((index, pages))
+    }
+
     /// Runs of pages of `extent` for which `kind` says the same and something, each with its window.
     fn runs<T: PartialEq>(
         &self,
@@ -417,7 +434,11 @@ impl Windows {
             _ if page.frame() == Some(target) => Some(true),
             _ => Some(false),
         };
-        for (index, run, mapped) in self.runs(extent, kind, frame) {
+        let runs = match self.untouched(extent) {
+            Some((index, pages)) => vec![(index, pages, false)],
+            None => self.runs(extent, kind, frame),
+        };
+        for (index, run, mapped) in runs {
             if mapped {
                 self.protect_run(index, run, writable)?;
                 continue;

@@ -2,8 +2,11 @@
 
 pub mod compare;
 pub mod file;
+pub mod known;
 pub mod output;
+mod rate;
 pub mod record;
+mod roots;
 pub mod series;
 pub mod snapshot;
 pub mod table;

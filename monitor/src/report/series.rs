@@ -1,6 +1,6 @@
 //! Many Records in one table: a matrix, the history of a figure over kernels, the noise of shifted images.
 
-use super::compare::noise;
+use super::compare::{changes_a_slot, noise};
 use super::record::{Record, Row, Rows};
 use super::table::{self, COLUMNS, Rounds, heading_cell, per, plain_table, right, smallest};
 use comfy_table::Cell;
@@ -45,6 +45,13 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     if stalls {
         header.extend(["stall p50", "max"].map(heading_cell));
     }
+    let counted: Vec<&str> =
+        COUNTED.iter().copied().filter(|name| measured().any(|row| row.counters.contains_key(*name))).collect();
+    header.extend(counted.iter().map(|name| heading_cell(&name.replace('_', " "))));
+    let bytes = measured().any(|row| row.memory.is_some());
+    if bytes {
+        header.push(heading_cell("bytes"));
+    }
     table.set_header(header);
     let (mut rest, mut unclean, mut failed) = (String::new(), false, false);
     let mut last: Vec<String> = Vec::new();
@@ -71,6 +78,13 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
                         };
                         cells.extend([right(value(|stall| stall.p50)), right(value(|stall| stall.max))]);
                     }
+                    let value =
+                        |name: &str| row.counters.get(name).map_or_else(|| "-".to_owned(), |it| it.value.to_string());
+                    cells.extend(counted.iter().map(|name| right(value(name))));
+                    if bytes {
+                        let bytes = row.memory.map(|bytes| table::scaled(bytes.total()));
+                        cells.push(right(bytes.unwrap_or_else(|| "-".to_owned())));
+                    }
                     table.add_row(cells);
                 }
                 Rows::NotHere { name, not_here } => {
@@ -90,8 +104,27 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     text
 }
 
+/// Counters that a scenario is about, or that somebody asked for by the kernel's command line (kvm/footprint.rs): shown where a row has them.
+const COUNTED: &[&str] = &[
+    "faults",
+    "pages_2m_before",
+    "pages_2m_logging",
+    "pages_2m_after_disable",
+    "pages_2m_after_retouch",
+    "pf_retouch",
+    "pf_settled",
+    "kvm_table_bytes",
+    "kvm_header_bytes",
+    "kvm_pte_list_bytes",
+    "kvm_sec_page_table_bytes",
+];
+
 fn cost(record: &Record, row: &Row, phase: &str, rounds: Rounds) -> (String, bool) {
-    let count = if matches!(phase, "dirty" | "retouch") { table::accesses(record) } else { table::pages(record) };
+    let count = if matches!(phase, "dirty" | "retouch" | "baseline" | "settled") {
+        table::accesses(record)
+    } else {
+        table::pages(record)
+    };
     match smallest(row, phase, rounds) {
         Some(phase) => (format!("{}{}", per(phase.value, count), if phase.clean { "" } else { "*" }), phase.clean),
         None => ("-".to_owned(), true),
@@ -125,7 +158,7 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
     let mut table = plain_table();
     let header = ["", "", "smallest", "largest", "spread", "of it", "floor"];
     table.set_header(header.map(heading_cell));
-    let (mut worst, mut over) = (0.0_f64, Vec::new());
+    let (mut worst, mut of_slots, mut over) = (0.0_f64, 0.0_f64, Vec::new());
     let Some(first) = records.first() else { return (String::new(), over) };
     for row in first.measured() {
         let mut name = row.name.as_str();
@@ -136,7 +169,7 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
             let (Some(&least), Some(&most)) = (values.iter().min(), values.iter().max()) else { continue };
             #[allow(clippy::cast_precision_loss)] // Three digits are shown.
             let share = (most - least) as f64 / most.max(1) as f64 * 100.0;
-            let floor = noise(most);
+            let floor = noise(phase, most);
             if most - least > floor {
                 over.push(format!(
                     "{}: {title} varies by {} instructions, and the floor is {floor}",
@@ -144,8 +177,10 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
                     most - least
                 ));
             }
-            if most - least > super::compare::NOISE_INSTRUCTIONS {
-                worst = worst.max(share);
+            // What a short phase may always have says nothing about shares.
+            if most - least > noise(phase, 0) {
+                let worst = if changes_a_slot(phase) { &mut of_slots } else { &mut worst };
+                *worst = worst.max(share);
             }
             let cells = [
                 title.to_owned(),
@@ -161,11 +196,13 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
         }
     }
     let text = format!(
-        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread above {} instructions is {worst:.3}%.\n",
+        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread is {worst:.3}%, and {of_slots:.3}% in phases that change a memory slot, \
+beside {} and {} instructions that a short phase may have.\n",
         first.scenario,
         records.len(),
         first.host.kernel,
-        super::compare::NOISE_INSTRUCTIONS,
+        noise("", 0),
+        noise("enable", 0),
     );
     (text, over)
 }
@@ -174,11 +211,11 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
 mod tests {
     use super::*;
     use crate::report::Host;
-    use crate::report::record::{Phase, SCHEMA};
+    use crate::report::record::{Bytes, Counter, Phase, SCHEMA};
 
     fn record(kernel: &str, enable: u64) -> Record {
         let phase = Phase {
-            phase: "enable".into(),
+            phase: "populate".into(),
             round: 0,
             pass: "timed".into(),
             value: enable,
@@ -210,10 +247,24 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_the_shadow_mmu_say_their_faults_and_bytes() {
+        let mut shadow = record("6.12", 100_000);
+        shadow.scenario = "model".into();
+        let Rows::Measured(row) = &mut shadow.rows[0] else { unreachable!() };
+        row.memory = Some(Bytes { table_bytes: 4000, rmap_bytes: 300, cache_bytes: 99, track_bytes: 21 });
+        let faults = Counter { value: 777, source: "umbra-mmu".into(), pass: "timed".into() };
+        row.counters.insert("faults".into(), faults);
+        let text = matrix(&[shadow]);
+        assert!(text.contains("faults") && text.contains("bytes"), "{text}");
+        assert!(text.contains(" 777 ") && text.contains(" 4321 "), "{text}");
+        assert!(!matrix(&[record("6.12", 1)]).contains("bytes"), "a row of KVM's has none");
+    }
+
+    #[test]
     fn a_spread_above_the_floor_is_told() {
         let (text, over) = noise_of(&[record("k", 10_000_000), record("k", 10_001_000)]);
         assert!(over.is_empty() && text.contains("0.010%"), "{text}");
         let (_, over) = noise_of(&[record("k", 10_000_000), record("k", 10_010_000)]);
-        assert_eq!(over, ["clear: enable varies by 10000 instructions, and the floor is 3003"]);
+        assert_eq!(over, ["clear: populate varies by 10000 instructions, and the floor is 3003"]);
     }
 }

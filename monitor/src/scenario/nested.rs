@@ -7,7 +7,7 @@
 
 use super::Setup;
 use super::l2::{L2Options, Nesting};
-use super::pass::{self, Case, ExplainedBy, Run};
+use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
 use crate::host;
@@ -118,7 +118,8 @@ fn row(setup: &Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) 
         (Some(Way::Svm | Way::Vmx), _) => (begin_nested, ExplainedBy::L2),
         _ => (begin_plain, ExplainedBy::L1),
     };
-    pass::row(&Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin }, progress)
+    let case = Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin, ending: Ending::Stopped };
+    pass::row(&case, progress)
 }
 
 fn begin_plain(run: &mut Run) -> Result<(), Failure> {

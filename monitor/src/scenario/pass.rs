@@ -12,19 +12,22 @@ use crate::guest::{Machine, Plan};
 use crate::host;
 use crate::kvm;
 use crate::kvm::exits::{self, Exits};
-use crate::kvm::witness::Witness;
+use crate::kvm::footprint;
+use crate::kvm::witness::{self, Witness};
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::record::{Bytes, Counter, Phase, Row, Stall};
 use crate::track::{Kind, Tracker};
 use std::collections::BTreeMap;
+use std::time::Duration;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::nested::{Nested, Way};
+use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::Command;
 
 /// How often a row whose windows were not clean is run at most. In the lab the second try is mostly clean; a machine that others use as well
 /// would only take three times as long.
-const fn tries(clock: Clock) -> u32 {
+pub const fn tries(clock: Clock) -> u32 {
     match clock {
         Clock::Instructions => 3,
         Clock::Nanoseconds => 1,
@@ -71,7 +74,24 @@ pub struct Case<'a> {
     pub explained_by: ExplainedBy,
     /// The phases from the booted machine until every page of the pattern was written once, in ascending order.
     pub begin: fn(&mut Run) -> Result<(), Failure>,
+    /// How logging ends.
+    pub ending: Ending,
 }
+
+/// How logging ends, and what is looked at then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The tracker stops, and one round shows what it has left behind.
+    Stopped,
+    /// The same, between a round before logging (`baseline`) and one more at the end (`settled`).
+    Watched,
+    /// The same, and the tracker stops in the middle of a round that the guest makes, as in a migration that is given up.
+    Cancelled,
+}
+
+/// How often the controller looks whether the guest is in the middle of its round, and for how long.
+const LOOK: Duration = Duration::from_micros(100);
+const LOOKS: u32 = 100_000;
 
 /// Whose mappings may be dropped, so that a read maps them again and KVM counts it as a write.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -94,7 +114,11 @@ pub fn row(case: &Case, progress: &Progress) -> Result<Row, Failure> {
         if row.phases.iter().all(|phase| phase.clean) || row.failed() || tries == 1 {
             break row;
         }
-        progress.step(&format!("{}: another task ran inside a window, the row runs again", case.name));
+        let unclean =
+            row.phases.iter().filter(|phase| !phase.clean).map(|phase| format!("{} {}", phase.phase, phase.round));
+        let (phases, who) = (unclean.collect::<Vec<_>>().join(", "), witness::intruder());
+        progress
+            .step(&format!("{}: another task ran inside a window ({phases}: {who}), the row runs again", case.name));
         tries -= 1;
     };
     let observed = Run::new(case, Pass::Observed, progress)?.finish()?;
@@ -133,7 +157,7 @@ impl<'a> Run<'a> {
         let machine = Machine::new(plan, kind.ring_entries(), |vm| kind.prepare(vm))?;
         let exits = if pass == Pass::Observed && host::page_modification_logging() {
             // Not every user has tracefs and perf events.
-            machine.count_exits(exits::PML).ok()
+            machine.count_hits(exits::PML).ok()
         } else {
             None
         };
@@ -148,13 +172,16 @@ impl<'a> Run<'a> {
         let booted = self.counters()?;
         (self.case.begin)(&mut self)?;
         self.check.populated();
+        let rounds = self.case.setup.rounds;
+        if self.case.ending != Ending::Stopped {
+            self.lone_round("baseline", rounds + 2)?;
+        }
         let before = self.counters()?;
 
         self.window("enable", 0, |tracker, machine| tracker.start(machine))?;
         if self.pass == Pass::Observed {
             self.machine.command(Command::ClearHistogram, 0)?;
         }
-        let rounds = self.case.setup.rounds;
         let mut reported = PageSet::new(self.case.plan.map().l1_pages());
         for round in 1..=rounds {
             self.round(round, &mut reported)?;
@@ -174,14 +201,21 @@ impl<'a> Run<'a> {
         }
 
         self.step("disable", 0);
-        self.window("disable", 0, |tracker, machine| tracker.stop(machine))?;
-        self.machine.command(Command::Plan, rounds + 1)?;
+        if self.case.ending == Ending::Cancelled {
+            self.cancel(rounds + 4)?;
+        } else {
+            self.window("disable", 0, |tracker, machine| tracker.stop(machine))?;
+        }
         let stopped = self.counters()?;
-        let window = self.machine.command(self.pass.command(), 0)?;
-        self.phase("retouch", 0, window.length(), window.clean);
-        self.check.executed(rounds + 1);
+        self.lone_round("retouch", rounds + 1)?;
         let end = self.counters()?;
-        self.count(&Statistics { booted, before, after, stopped, end })?;
+        let settled = if self.case.ending == Ending::Stopped {
+            None
+        } else {
+            self.lone_round("settled", rounds + 3)?;
+            Some(self.counters()?)
+        };
+        self.count(&Statistics { booted, before, after, stopped, end, settled })?;
         if let Some(l2) = self.machine.l2()
             && let Err(difference) = l2.shadow()?.audit()
         {
@@ -189,6 +223,45 @@ impl<'a> Run<'a> {
         }
         self.row.truth = self.check.finish(&self.machine);
         Ok(self.row)
+    }
+
+    /// A round outside of logging: number `round` of the pattern.
+    fn lone_round(&mut self, phase: &str, round: u64) -> Result<(), Failure> {
+        self.machine.command(Command::Plan, round)?;
+        let window = self.machine.command(self.pass.command(), 0)?;
+        self.phase(phase, 0, window.length(), window.clean);
+        self.check.executed(round);
+        Ok(())
+    }
+
+    /// The guest makes round `first` and goes on; the tracker stops in the middle of that round, and the guest at the end of the one that it is in
+    /// then. On one CPU the guest's work is in the figure too, as far as the tracker waits.
+    fn cancel(&mut self, first: u64) -> Result<(), Failure> {
+        let (timer, machine) = (self.case.plan.timer, &self.machine);
+        machine.begin(Command::FreeRun, first)?;
+        // A quarter of the round is done when the first write behind that quarter is there.
+        let pattern = self.case.plan.pattern;
+        let behind = (pattern.accesses() / 4..pattern.accesses()).map(|index| pattern.access(first, index));
+        if let Some(page) = behind.filter(|access| access.write).map(|access| access.page).next() {
+            let written = || machine.vm().first_word(page) == Some(Pattern::stamp(first, page));
+            if !(0..LOOKS).any(|_| {
+                written() || {
+                    std::thread::sleep(LOOK);
+                    false
+                }
+            }) {
+                return Err(Failure::Check(format!("{}: the guest did not get into its round", self.case.name)));
+            }
+        }
+        let begin = timer.now();
+        self.tracker.stop(machine)?;
+        let length = timer.now() - begin;
+        machine.stop_free_run()?;
+        machine.finish_all(Command::FreeRun)?;
+        let next = machine.rounds_done(0)?;
+        self.phase("disable", 0, length, true);
+        (first..next).for_each(|round| self.check.executed(round));
+        Ok(())
     }
 
     fn round(&mut self, round: u64, reported: &mut PageSet) -> Result<(), Failure> {
@@ -291,6 +364,7 @@ impl<'a> Run<'a> {
         if let Some(exits) = &self.exits {
             counters.extend(exits.read()?);
         }
+        counters.extend(footprint::read());
         Ok(counters)
     }
 
@@ -300,6 +374,7 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         let mut stats = statistics.of_rounds();
+        stats.extend(statistics.of_collapse());
         let mut own = self.tracker.counters(&self.machine);
         if let Some(nested) = self.nested() {
             stats.extend(statistics.of_nesting());
@@ -323,8 +398,9 @@ impl<'a> Run<'a> {
             });
         }
         let own = own.into_iter().map(|(name, value)| (name, Some(value), "umbra"));
+        let slabs = statistics.of_memory().into_iter().map(|(name, value)| (name, value, footprint::source(name)));
         let traced = statistics.of_exits().into_iter().map(|(name, value)| (name, value, "tracepoint"));
-        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(own);
+        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(slabs).chain(own);
         for (name, value, source) in all {
             if let Some(value) = value {
                 let counter = Counter { value, source: source.to_owned(), pass: self.pass.name().to_owned() };
@@ -342,6 +418,8 @@ struct Statistics {
     after: BTreeMap<String, u64>,
     stopped: BTreeMap<String, u64>,
     end: BTreeMap<String, u64>,
+    /// After one more round, where there is one.
+    settled: Option<BTreeMap<String, u64>>,
 }
 
 impl Statistics {
@@ -358,8 +436,30 @@ impl Statistics {
         ]
     }
 
+    /// What KVM's MMU has taken for the tracked pages when all rounds are done, beyond what it took for the system slot.
+    fn of_memory(&self) -> Vec<(&'static str, Option<u64>)> {
+        let grown = |name: &str| Some(self.after.get(name)?.saturating_sub(*self.booted.get(name)?));
+        let names = [footprint::TABLES, footprint::HEADERS, footprint::LISTS, footprint::SECONDARY];
+        names.into_iter().map(|name| (name, grown(name))).collect()
+    }
+
+    /// Huge mappings from before logging to the end, and the faults of the rounds after it.
+    fn of_collapse(&self) -> Vec<(&'static str, Option<u64>)> {
+        let Self { before, after, stopped, end, settled, .. } = self;
+        let Some(settled) = settled else { return Vec::new() };
+        let huge = |at: &BTreeMap<String, u64>| at.get("pages_2m").copied();
+        vec![
+            ("pages_2m_before", huge(before)),
+            ("pages_2m_logging", huge(after)),
+            ("pages_2m_after_retouch", huge(end)),
+            ("pages_2m_settled", huge(settled)),
+            ("pf_retouch", grown("pf_taken", stopped, end)),
+            ("pf_settled", grown("pf_taken", end, settled)),
+        ]
+    }
+
     fn of_exits(&self) -> Vec<(&'static str, Option<u64>)> {
-        exits::PML.iter().map(|&(name, _)| (name, grown(name, &self.before, &self.after))).collect()
+        exits::PML.iter().map(|&(name, ..)| (name, grown(name, &self.before, &self.after))).collect()
     }
 
     /// What the first touch and its fills came to, and what KVM did to its shadow pages in all.
@@ -384,7 +484,7 @@ fn fallen(name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>) 
 }
 
 /// Ticks of the guest's TSC in the unit of the Record, and the unit's name: in the lab a tick is an instruction.
-fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> u64) {
+pub fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> u64) {
     // Where KVM does not say how fast the TSC is, ticks stay ticks.
     let unit = if unit == "nanoseconds" && tsc_khz == 0 { "ticks" } else { unit };
     let convert = move |ticks: u64| {
@@ -399,13 +499,5 @@ fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> 
 /// The guest's histogram in the unit of the Record.
 fn stall(ticks: &Histogram, tsc_khz: u32, unit: &'static str) -> Stall {
     let (unit, convert) = ticks_to(unit, tsc_khz);
-    Stall {
-        unit: unit.to_owned(),
-        count: ticks.count,
-        p50: convert(ticks.quantile(500)),
-        p99: convert(ticks.quantile(990)),
-        p999: convert(ticks.quantile(999)),
-        max: convert(ticks.max),
-        total: convert(ticks.total),
-    }
+    Stall::of(ticks, unit, convert)
 }

@@ -1,0 +1,192 @@
+//! The instrument: matrix, comparison, a kernel of one's own. Two boots of one spec, and a third that is killed at once; what needs no machine
+//! is tried on the shadow MMU's Records.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::time::{Duration, Instant};
+use umbra::lab::shelf;
+use umbra::progress::Progress;
+use umbra::report::record::{Record, Rows};
+use umbra_tests::{command, finish, record, refused, umbra};
+
+/// The work that both boots do.
+const WORK: &[&str] = &["dirty-log", "--memory", "4M", "--tracker", "bitmap,clear"];
+
+fn words(path: &Path) -> &str {
+    path.to_str().expect("a path of words")
+}
+
+/// Writes one Record as `--out` does.
+fn write(directory: &Path, name: &str, record: &Record) -> PathBuf {
+    let path = directory.join(name);
+    fs::write(&path, record.to_json()).expect("a file");
+    path
+}
+
+/// The Record with every timed phase of its first row longer by `thousandths`.
+fn grown(record: &Record, thousandths: u64) -> Record {
+    let mut other = record.clone();
+    let Some(Rows::Measured(row)) = other.rows.first_mut() else { panic!("a measured row") };
+    for phase in row.phases.iter_mut().filter(|phase| phase.pass == "timed") {
+        phase.value += phase.value * thousandths / 1000;
+    }
+    other
+}
+
+/// The spec: the shelf's kernel, the same kernel as if it were the user's own with other runs in its boot (so its image is shifted), and a
+/// parameter that no kernel has. The other runs are the scenarios that watch what tracking leaves behind, and the guest's older paging modes.
+fn spec(directory: &Path) -> PathBuf {
+    let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&Progress::stderr()).expect("the kernel");
+    let image = kernel.vmlinuz();
+    let modules = image.parent().expect("a directory");
+    let own = format!("kernel = \"{}\"\nmodules = \"{}\"\n", words(&image), words(modules));
+    let text = format!(
+        "[axes]\nmemory = \"4M\"\ntracker = \"bitmap,clear\"\n\n[[run]]\nkernel = \"6.12\"\n\n[[run]]\n{own}\n\
+         [[run]]\n{own}scenario = \"collapse\"\ntracker = \"bitmap\"\n\n\
+         [[run]]\n{own}scenario = \"dirty-rate\"\nrate = 50\ntracker = \"bitmap,pagemap-2step\"\n\n\
+         [[run]]\n{own}guest-paging = [\"pae\", \"32bit\"]\nbacking = \"anonymous\"\nslots = 2\npattern = \"random\"\n\
+         write-percent = 50\n\n\
+         [[run]]\nkernel = \"6.12\"\n\"kvm.no_such_parameter\" = \"1\"\n"
+    );
+    let path = directory.join("spec.toml");
+    fs::write(&path, text).expect("a spec");
+    path
+}
+
+fn matrix(spec: &Path, out: &Path) -> Child {
+    command(&["lab", "matrix", "--spec", words(spec), "--boots", "1", "--out", words(out)]).spawn().expect("umbra")
+}
+
+#[test]
+fn a_matrix_goes_on_where_it_was_killed_and_shifted_images_are_equal() {
+    let directory = tempfile::tempdir().unwrap();
+    let (spec, out) = (spec(directory.path()), directory.path().join("m.json"));
+    let part = directory.path().join("m.json.part");
+
+    // Killed as soon as one boot is done: the other one has begun then.
+    let mut killed = matrix(&spec, &out);
+    let begun = Instant::now();
+    while !fs::read(&part).is_ok_and(|bytes| bytes.contains(&b'\n')) {
+        assert!(begun.elapsed() < Duration::from_secs(300), "the first boot does not end");
+        assert!(killed.try_wait().unwrap().is_none(), "the matrix ended: {}", finish(killed, Duration::ZERO).stderr);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    assert!(!out.exists());
+
+    let run = finish(matrix(&spec, &out), Duration::from_secs(300));
+    assert_eq!(run.code, Some(0), "{}\n{}", run.stderr, run.stdout);
+    // What was done is not done again.
+    assert!(run.stderr.contains("boot 1 of 1") && !run.stderr.contains("boot 2"), "{}", run.stderr);
+    assert!(!part.exists(), "what is complete needs no part");
+    // What no kernel has is skipped with its reason, and is no row.
+    assert!(run.stdout.contains("not here: --param kvm.no_such_parameter=1"), "{}", run.stdout);
+
+    let records: Vec<Record> = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
+    let [shelf, own, collapse, rate, pae, bits32, skipped] = &records[..] else { panic!("{} Records", records.len()) };
+    for record in [shelf, own, collapse, rate, pae, bits32] {
+        assert_eq!(record.faults(), [""; 0], "{:?}", record.config);
+    }
+    huge_pages_come_back(collapse);
+    rates_are_right(rate);
+    for (record, mode) in [(pae, "pae"), (bits32, "32bit")] {
+        assert_eq!(record.config["guest-paging"], mode);
+        for row in record.measured() {
+            // Three rounds of two passes, half of 1024 pages each.
+            assert_eq!(row.truth.pages.written, 6 * 512, "{mode} {}", row.name);
+        }
+    }
+    assert!(matches!(&skipped.rows[..], [Rows::NotHere { .. }]));
+    let package = own.host.kernel_package.as_deref().unwrap_or_default();
+    assert!(package.starts_with("own 6.12") && package.contains("modules "), "{package}");
+    assert_eq!(own.host.kernel, shelf.host.kernel);
+    assert_ne!(own.host.image_sha256, shelf.host.image_sha256, "the second image is not shifted");
+    compares(directory.path(), shelf, own);
+}
+
+/// Two huge mappings are split for the log, and there again when the guest has touched its pages afterwards; then nothing faults.
+fn huge_pages_come_back(collapse: &Record) {
+    let names: Vec<&str> = collapse.measured().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["bitmap", "bitmap cancelled"]);
+    for row in collapse.measured() {
+        let counted = |name: &str| row.counters[name].value;
+        let huge = ["pages_2m_before", "pages_2m_logging", "pages_2m_settled"].map(counted);
+        assert_eq!((huge, counted("pf_settled")), ([2, 0, 2], 0), "{}", row.name);
+    }
+}
+
+/// KVM's log and the pagemap find the rate to 2%; sampling has a row.
+fn rates_are_right(record: &Record) {
+    for row in record.measured() {
+        let rate = row.rate.as_ref().expect("a rate");
+        assert!(rate.found > 0 && rate.certain > 0 && rate.certain <= rate.possible, "{}: {rate:?}", row.name);
+        if row.name != "sampling" {
+            assert!(rate.error_permille.abs() <= 20, "{}: {rate:?}", row.name);
+        }
+    }
+    assert_eq!(record.measured().count(), 3);
+}
+
+/// `a` and `b` are the same work in images that are merely shifted.
+fn compares(directory: &Path, a: &Record, b: &Record) {
+    let (in_a, in_b) = (write(directory, "a.json", a), write(directory, "b.json", b));
+    let shifted = umbra(&["compare", words(&in_a), words(&in_b), "--fail-over", "0.01"], 30);
+    assert_eq!(shifted.code, Some(0), "a shifted image is no difference: {}\n{}", shifted.stderr, shifted.stdout);
+    assert!(shifted.stdout.contains(" 0 differ"), "{}", shifted.stdout);
+
+    let more = write(directory, "more.json", &grown(b, 1));
+    let flagged = umbra(&["compare", words(&in_a), words(&more), "--fail-over", "0.05"], 30);
+    assert_eq!(flagged.code, Some(1), "{}", flagged.stdout);
+    assert!(flagged.stderr.contains("bitmap: dirty 2+ costs +0.1"), "{}", flagged.stderr);
+    assert!(!flagged.stderr.contains("clear:"), "only one row grew: {}", flagged.stderr);
+
+    // One image twice is equal to the instruction, and one instruction is a difference.
+    let same = umbra(&["compare", words(&in_a), words(&in_a), "--fail-over", "0"], 30);
+    assert_eq!(same.code, Some(0), "{}", same.stderr);
+    let mut other = a.clone();
+    let Some(Rows::Measured(row)) = other.rows.first_mut() else { panic!("a row") };
+    row.phases.iter_mut().find(|phase| phase.phase == "enable").expect("a phase").value += 1;
+    let other = write(directory, "other.json", &other);
+    assert_eq!(umbra(&["compare", words(&in_a), words(&other), "--fail-over", "0"], 30).code, Some(1));
+}
+
+#[test]
+fn records_without_a_clock_compare_exactly() {
+    let directory = tempfile::tempdir().unwrap();
+    let model =
+        |more: &[&str]| record(&[&["run", "model", "--memory", "4M", "--strategy", "twin"], more].concat(), 120);
+    let a = model(&[]);
+    let (in_a, in_b) = (write(directory.path(), "a.json", &a), write(directory.path(), "b.json", &grown(&a, 500)));
+    let said = umbra(&["compare", words(&in_a), words(&in_b)], 30);
+    assert_eq!(said.code, Some(0), "{}", said.stderr);
+    assert!(said.stdout.contains("Events, not time") && !said.stdout.contains("Wall-clock"), "{}", said.stdout);
+    assert_eq!(umbra(&["compare", words(&in_a), words(&in_b), "--fail-over", "1"], 30).code, Some(1));
+
+    let other = write(directory.path(), "c.json", &model(&["--rounds", "2"]));
+    refused(
+        &["compare", words(&in_a), words(&other)],
+        2,
+        &["cannot be compared", "config rounds is 3", "2 in the other"],
+    );
+    refused(&["compare", words(&in_a), "/nonexistent.json"], 2, &["/nonexistent.json", "No such file"]);
+}
+
+#[test]
+fn specs_and_kernels_that_are_none_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = directory.path().join("s.toml");
+    let refuse = |text: &str, parts: &[&str]| {
+        fs::write(&spec, text).unwrap();
+        refused(&["lab", "matrix", "--spec", words(&spec)], 2, parts);
+    };
+    refuse("[axes]\nflavour = \"strange\"\n", &["s.toml", "axis flavour", "there is no such axis", "backing"]);
+    refuse("[axes]\nkernel = \"2.4\"\n", &["2.4", "not on the shelf"]);
+    refuse("[axes\n", &["s.toml", "line 1"]);
+    fs::write(directory.path().join("bzImage"), "no kernel").unwrap();
+    let image = directory.path().join("bzImage");
+    refused(&["lab", "--kernel", words(&image), "dirty-log"], 2, &["not a bzImage", "no boot header"]);
+    refused(&[&["lab", "ab", "--kernel", words(&image)], WORK].concat(), 2, &["not a bzImage"]);
+    refused(&[&["lab", "ab", "--kernel", "6.12", "--b-kernel", "2.4"], WORK].concat(), 2, &["kernel 2.4"]);
+}
