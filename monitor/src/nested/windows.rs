@@ -37,10 +37,8 @@ impl Page {
 
     /// Pages that map `first` and the frames after it.
     fn fill(pages: &mut [Self], first: Frame, writable: bool) {
-        let mut next = Self::new(first, writable).0;
-        for page in pages {
-            *page = Self(next);
-            next += 1;
+        for (number, page) in (Self::new(first, writable).0..).zip(pages) {
+            *page = Self(number);
         }
     }
 
