@@ -103,11 +103,12 @@ NESTED := '--memory 16M --backing anonymous' \
           '--memory 16M --backing anonymous --accessed-dirty preset' \
           '--memory 16M --backing thp --leaf 2m' \
           '--memory 16M --backing anonymous --alias 2 --alias-kind scattered' \
+          '--memory 16M --backing anonymous --alias 2 --remaps 32' \
           '--memory 4M --backing anonymous --accessed-dirty preset --fill-batch 8'
 .PHONY: bench-nested
-bench-nested: build shelf ## what a guest's guest costs under KVM's own nesting, beside L1's own writes, in the lab
+bench-nested: build shelf ## what a guest's guest costs: on Umbra's shadow MMU, under KVM's own nesting, beside L1's own writes; in the lab
 	@for options in $(NESTED); do
-	    $(UMBRA) lab nested --tracker bitmap,clear+init-set $$options $(ARGS)
+	    $(UMBRA) lab nested --tracker bitmap,clear+init-set --strategy log,write-protect $$options $(ARGS)
 	done
 
 .PHONY: soak

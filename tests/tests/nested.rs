@@ -184,6 +184,9 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
         "--memory 4M --leaf 2m --rounds 1 --format npt",
         "--memory 1M --fill-batch 8 --rounds 1 --accessed-dirty clear",
         "--memory 2M --alias 4 --alias-kind shared-tables --rounds 1 --strategy log",
+        "--memory 4M --alias 2 --remaps 16",
+        "--memory 4M --remaps 8 --pattern random --write-percent 40 --strategy log,write-protect",
+        "--memory 8M --leaf 2m --remaps 2 --pattern random --write-percent 30 --alias 2 --strategy log",
     ] {
         let words: Vec<_> = ["run", "nested", "--nesting", "umbra"].into_iter().chain(options.split(' ')).collect();
         let record = record(&words, 120);
