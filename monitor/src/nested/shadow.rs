@@ -71,7 +71,7 @@ impl Shadow {
         };
         let mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
         let found = umbra_mmu::PageSet::new(memory.frames());
-        let windows = Windows::new(vm, Arc::clone(&memory), source);
+        let windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
         let view = View(memory);
         Ok(Self { mmu, windows, view, means, loaded: None, running: 0, found, faults: 0 })
     }

@@ -17,6 +17,11 @@ use std::sync::Arc;
 use umbra_mmu::{Access, Extent, Flush, Frame, Mapper, RootId};
 use umbra_shared::{L2Gfn, Level, control};
 
+/// Pages of a piece: 1 MiB. A change of one page inside a mapping that covers 2 MiB makes KVM drop all 2 MiB, huge or not (Linux splits a huge
+/// entry that may be there, and tells KVM so: `split_huge_pmd_if_needed` in `mm/huge_memory.c`). So where pages are small, every other piece is set
+/// apart from its neighbours, and no mapping covers 2 MiB.
+const PIECE: usize = 256;
+
 /// Pages that an eviction closes at a time.
 const EVICTED: usize = 16384;
 
@@ -82,6 +87,12 @@ impl Window {
         self.place.stretch().part(pages.start as u64, pages.len() as u64)
     }
 
+    /// The number of page `at`, counted from a boundary of 2 MiB.
+    #[allow(clippy::cast_possible_truncation)] // Below 512.
+    const fn piece(&self, at: usize) -> usize {
+        at + (self.first.0 % Level::M2.frames()) as usize
+    }
+
     /// Its pages in `extent`.
     fn clip(&self, extent: Extent) -> Range<usize> {
         let count = self.pages.len() as u64;
@@ -136,6 +147,8 @@ pub struct Windows {
     all: Vec<Window>,
     /// The root that L2 runs on; changes of others concern nobody.
     root: Option<RootId>,
+    /// No mapping is to cover 2 MiB.
+    pieces: bool,
     /// KVM's log of L2's VM.
     pub log: Option<Log>,
     /// L2's own page tables: frames that are mapped before L2 runs, and whether all of them are.
@@ -154,10 +167,11 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// No windows.
+    /// No windows. With `pieces` none of their mappings will cover 2 MiB.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>) -> Self {
+    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, pieces: bool) -> Self {
         Self {
+            pieces,
             vm,
             memory,
             source,
@@ -317,8 +331,13 @@ impl Windows {
         while at < pages.end {
             let first = frame.plus((at - pages.start) as u64);
             let Some(part) = memory.in_file(first) else { return Err(io::ErrorKind::NotFound.into()) };
-            let end = pages.end.min(at.saturating_add(usize::try_from(part.pages).unwrap_or(usize::MAX)));
-            source.map(window.stretch(&(at..end)), part, Mapped { writable, told_apart: self.log.is_some() })?;
+            let mut end = pages.end.min(at.saturating_add(usize::try_from(part.pages).unwrap_or(usize::MAX)));
+            let piece = window.piece(at);
+            if self.pieces {
+                end = end.min(at + PIECE - piece % PIECE);
+            }
+            let alone = self.pieces && piece / PIECE % 2 == 1;
+            source.map(window.stretch(&(at..end)), part, Mapped { writable, told_apart: self.log.is_some(), alone })?;
             self.counts.maps += 1;
             self.counts.mapped_pages += (end - at) as u64;
             Page::fill(window.pages.get_mut(at..end).unwrap_or_default(), first, writable);

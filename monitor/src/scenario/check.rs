@@ -21,23 +21,14 @@ struct Prediction {
     l1: Expectation,
     /// By L2's pages, where KVM shadows L2's mappings.
     l2: Option<Expectation>,
-    /// Where KVM has to shadow the tables of the VM that it logs, an edit of EPT12 drops mappings of other pages too, and a read that maps one
-    /// anew counts as a write.
-    edits_drop: bool,
-    /// There was an edit since the last report but one.
-    edited: bool,
 }
 
 impl Prediction {
     fn new(case: &Case) -> Self {
         let Plan { slots, backing, .. } = case.plan;
         let host = track::Host::here();
-        let logged = matches!(case.kind, Kind::Shadow(means) if means.is_logged());
-        let edits_drop = logged && !host::two_dimensional_paging();
         match case.explained_by {
-            ExplainedBy::L1 => {
-                Self { l1: Expectation::new(case.kind, slots, *backing, host), l2: None, edits_drop, edited: false }
-            }
+            ExplainedBy::L1 => Self { l1: Expectation::new(case.kind, slots, *backing, host), l2: None },
             ExplainedBy::L2 => {
                 let map = case.plan.map();
                 let drops_huge_mappings = map.leaf() > Level::K4 && host::drops_huge_shadow_mappings();
@@ -48,8 +39,6 @@ impl Prediction {
                 Self {
                     l1: Expectation::new(case.kind, slots, *backing, l1),
                     l2: case.kind.is_of_kvm().then(|| Expectation::new(Kind::Bitmap, &[slot], *backing, l2)),
-                    edits_drop,
-                    edited: false,
                 }
             }
         }
@@ -58,9 +47,6 @@ impl Prediction {
     /// Pages of L1 that a report may hold although they were not written, when the guest did `l1` and `l2` since the last one.
     fn explained(&mut self, map: &Translation, l1: &Touched, l2: &Touched) -> PageSet {
         let mut explained = self.l1.explained(&l1.written, &l1.read);
-        if self.edits_drop && self.edited {
-            explained.add(&l1.read);
-        }
         if let Some(expectation) = &mut self.l2 {
             explained.add(&truth::l1_of(map, &expectation.explained(&l2.written, &l2.read)));
         }
@@ -118,7 +104,6 @@ impl Check {
     /// L1 edited its table after L2's writes of round `round`. To be said after the round's report.
     pub fn edited(&mut self, round: u64) {
         self.map.exchange(round, self.remaps);
-        self.prediction.edited = true;
     }
 
     /// Holds the report of `round` against the truth. `writes` is what the firmware says it made.

@@ -181,7 +181,8 @@ impl L2Options {
     #[must_use]
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
-        nested::Options { means, source, extent }
+        let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
+        nested::Options { means, source, extent, pieces }
     }
 }
 

@@ -127,6 +127,8 @@ pub struct Mapped {
     /// L2's first write to each is told from a read before it. KVM asks the host for a page with the right to write even if L2 reads, and counts
     /// the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
     pub told_apart: bool,
+    /// The mapping must not become one with its neighbours (see `windows::PIECE`).
+    pub alone: bool,
 }
 
 /// What a closed page is.

@@ -52,6 +52,15 @@ pub fn map_part(
     Ok(())
 }
 
+/// The stretch does not become one mapping with a neighbour for which this was not called. The advice itself, not to be copied by fork(2), means
+/// nothing here: nobody forks.
+pub fn set_apart(stretch: Stretch) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    // SAFETY: as above.
+    unsafe { mm::madvise(address, length, Advice::LinuxDontFork) }?;
+    Ok(())
+}
+
 /// What is mapped in the stretch may be read and written, or not be touched at all.
 pub fn admit(stretch: Stretch, admit: bool) -> io::Result<()> {
     let (address, length) = at(stretch);

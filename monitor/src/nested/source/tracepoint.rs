@@ -59,7 +59,8 @@ impl Source for Tracepoint {
 
     fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
         if !how.told_apart {
-            return pages::map_part(stretch, file, how.writable, None);
+            pages::map_part(stretch, file, how.writable, None)?;
+            return if how.alone { pages::set_apart(stretch) } else { Ok(()) };
         }
         if self.userfault.get().is_none() {
             let opened = Userfault::open(Mode::Synchronous).map_err(io::Error::other)?;
@@ -68,7 +69,8 @@ impl Source for Tracepoint {
         let register = |stretch| {
             self.userfault.get().map_or(Ok(()), |userfault| userfault.register(stretch).map_err(io::Error::other))
         };
-        pages::map_part(stretch, file, how.writable, Some(&register))
+        pages::map_part(stretch, file, how.writable, Some(&register))?;
+        if how.alone { pages::set_apart(stretch) } else { Ok(()) }
     }
 
     fn protect(&self, stretch: Stretch, writable: bool) -> io::Result<()> {

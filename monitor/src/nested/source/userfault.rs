@@ -192,6 +192,9 @@ impl Source for Userfaults {
         let register = |stretch| self.shared.userfault.register(stretch).map_err(io::Error::other);
         // What is read-only here is so by the userfaultfd: its mapping has all rights.
         pages::map_part(stretch, file, true, if how.told_apart { Some(&register) } else { None })?;
+        if how.alone {
+            pages::set_apart(stretch)?;
+        }
         let page = if how.writable {
             Page::Writable
         } else {
