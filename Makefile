@@ -144,6 +144,16 @@ bench-collapse: build ## what logging leaves behind: huge mappings and speed aft
 	@mkdir -p target/bench
 	$(UMBRA) lab matrix --spec images/specs/collapse.toml --out target/bench/collapse.json
 
+.PHONY: bench-dirty-rate
+bench-dirty-rate: build shelf ## what dirty-rate tools find, what they cost the guest and leave behind: three rates, in the lab
+	@for rate in 10 50 150; do $(UMBRA) lab dirty-rate --rate $$rate $(ARGS); done
+
+.PHONY: bench-memory
+bench-memory: build ## what KVM's own MMU takes in bytes, on four kernels, beside umbra-mmu
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/memory.toml --out target/bench/memory.json
+	for alias in 1 4; do $(UMBRA) run model --memory 16M --format npt --alias $$alias --alias-kind scattered --strategy write-protect; done
+
 .PHONY: noise
 noise: build ## the noise floor: one run in eight images that are merely shifted, on an old and a new kernel
 	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(ARGS); done

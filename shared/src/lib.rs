@@ -12,5 +12,7 @@ pub mod nested;
 pub mod paging;
 pub mod pattern;
 pub mod protocol;
+pub mod smm;
+pub mod toggle;
 
 pub use gfn::{Gfn, L2Gfn, Level, PAGE_SHIFT, PAGE_SIZE};
