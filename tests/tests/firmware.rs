@@ -84,6 +84,7 @@ fn program(name: &str) -> Result<(String, u64), umbra::guest::Error> {
         backing: Backing::Anonymous,
         guest_page: Level::K4,
         nested: None,
+        smm: None,
         image: Arc::new(Image::load(Some(&image(name))).expect("an image of ours")),
         timer: Timer::new(Clock::Nanoseconds),
     })

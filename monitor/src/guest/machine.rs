@@ -10,7 +10,7 @@ use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread, Work};
 use crate::kvm::witness::Witness;
 use crate::kvm::{self, Backing, Vm};
 use crossbeam::channel::Receiver;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -21,7 +21,7 @@ use umbra_shared::layout::{self, Slot, vcpu_area};
 use umbra_shared::nested::{Map, Nested, Report};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage, Command, Doorbell, ENTERED_BY_MONITOR, ExceptionReport, Mailbox};
-use umbra_shared::{Level, PAGE_SIZE};
+use umbra_shared::{Level, PAGE_SIZE, smm};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -53,6 +53,8 @@ pub struct Plan {
     pub guest_page: Level,
     /// What the pattern's pages are, if not the tracked pages themselves.
     pub nested: Option<Nested>,
+    /// What SMM sees, if the machine has one.
+    pub smm: Option<smm::View>,
     /// The firmware.
     pub image: Arc<Image>,
     /// The clock of windows.
@@ -93,10 +95,13 @@ impl Machine {
         ring_entries: Option<u32>,
         prepare: impl FnOnce(&VmFd) -> Result<(), kvm::Error>,
     ) -> Result<Self, Error> {
-        let machine = Self::unbooted(plan, ring_entries, prepare)?;
+        let mut machine = Self::unbooted(plan, ring_entries, prepare)?;
         // The first vCPU builds the page tables that the others load.
         machine.run(0..1, "boot")?;
         machine.run(1..plan.vcpus, "boot")?;
+        if let Some(view) = plan.smm {
+            machine.vm.close_smram(view, smm::SMRAM_BYTES * plan.vcpus as u64)?;
+        }
         std::thread::sleep(rest(plan.timer.clock()));
         Ok(machine)
     }
@@ -123,6 +128,9 @@ impl Machine {
                 let vcpu = vm.fd().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
                 vcpu.set_cpuid2(&cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
                 set_registers(&vcpu, index, &plan.image)?;
+                if plan.smm.is_some() {
+                    set_smbase(&vcpu, index)?;
+                }
                 Ok(vcpu)
             })
             .collect::<Result<Vec<_>, kvm::Error>>()?;
@@ -372,6 +380,26 @@ impl Machine {
         })
     }
 
+    /// What SMM's handler keeps for one vCPU.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn smm_ledger(&self, vcpu: usize) -> Result<smm::Ledger, Error> {
+        read(self.vm.smram(), smm::smbase(vcpu) + smm::LEDGER)
+    }
+
+    /// Whether everybody but SMM still finds what the monitor left in the place of one vCPU's SMRAM.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn smram_is_closed(&self, vcpu: usize) -> Result<bool, Error> {
+        let (first, pages) = (smm::smbase(vcpu), smm::SMRAM_BYTES / PAGE_SIZE);
+        (0..pages).try_fold(true, |closed, page| {
+            let bytes: [u8; 1 << umbra_shared::PAGE_SHIFT] = read(self.vm.system(), first + page * PAGE_SIZE)?;
+            Ok(closed && bytes.iter().all(|&byte| byte == kvm::vm::CLOSED_SMRAM))
+        })
+    }
+
     /// Writes that the guest says its last command made, over all vCPUs.
     ///
     /// # Errors
@@ -484,6 +512,7 @@ fn write_boot_page(memory: &GuestMemoryMmap, plan: &Plan, place: &SystemPlace, t
         nested: plan.nested.map_or([0; 8], |nested| nested.encode()),
         nested_tables: place.nested_tables,
         nested_table_bytes: place.nested_table_bytes,
+        smram: plan.smm.is_some().into(),
         slot_count: plan.slots.len() as u64,
         ..BootPage::default()
     };
@@ -540,6 +569,21 @@ fn set_registers(vcpu: &VcpuFd, index: usize, image: &Image) -> Result<(), kvm::
         ..kvm_regs::default()
     };
     vcpu.set_regs(&registers).map_err(kvm::vm::failed("KVM_SET_REGS"))
+}
+
+/// SMBASE, where a firmware's own relocation would leave it (Intel SDM 3C, 32.11; the register is the host's to write alone).
+fn set_smbase(vcpu: &VcpuFd, index: usize) -> Result<(), kvm::Error> {
+    const MSR_IA32_SMBASE: u32 = 0x9e;
+    let entry = kvm_msr_entry { index: MSR_IA32_SMBASE, data: smm::smbase(index), ..kvm_msr_entry::default() };
+    let refused = || kvm::Error::Memory("one register does not fit a list of registers".into());
+    let msrs = Msrs::from_entries(&[entry]).map_err(|_| refused())?;
+    match vcpu.set_msrs(&msrs).map_err(kvm::vm::failed("KVM_SET_MSRS"))? {
+        1 => Ok(()),
+        _ => Err(kvm::Error::Capability {
+            capability: "MSR_IA32_SMBASE",
+            consequence: "each vCPU needs an SMRAM of its own".into(),
+        }),
+    }
 }
 
 const fn name(command: Command) -> &'static str {

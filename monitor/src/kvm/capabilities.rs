@@ -46,6 +46,23 @@ pub fn read() -> Result<Vec<Capability>, Error> {
         .collect())
 }
 
+/// Whether guests of this KVM have system management mode, with a view of memory of its own.
+///
+/// # Errors
+/// [`Error::Capability`].
+pub fn smm() -> Result<(), Error> {
+    let vm = open()?.create_vm().map_err(super::vm::failed("KVM_CREATE_VM"))?;
+    let missing =
+        |capability, consequence: &str| Err(Error::Capability { capability, consequence: consequence.to_owned() });
+    if super::vm::offered(&vm, 117) == 0 {
+        return missing("KVM_CAP_X86_SMM", "guests have no system management mode");
+    }
+    if super::vm::offered(&vm, 118) < 2 {
+        return missing("KVM_CAP_MULTI_ADDRESS_SPACE", "SMM has no view of memory of its own");
+    }
+    Ok(())
+}
+
 /// Whether a guest of this KVM can run guests of its own by SVM with nested paging.
 ///
 /// # Errors

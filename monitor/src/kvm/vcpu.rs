@@ -187,6 +187,12 @@ fn run(vcpu: &mut Vcpu, kicked: &AtomicBool) -> Exit {
             Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => {
                 let number = data.try_into().map_or(0, u32::from_le_bytes);
                 match Doorbell::from_number(number) {
+                    Some(Doorbell::Smi) => {
+                        // Between two KVM_RUNs: the call waits for the end of one.
+                        if let Err(error) = vcpu.fd.smi() {
+                            break failed("KVM_SMI")(error).to_string();
+                        }
+                    }
                     Some(doorbell) => return Exit::Doorbell(doorbell),
                     None => break format!("it rang an unknown doorbell, {number:#x}"),
                 }

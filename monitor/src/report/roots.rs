@@ -10,10 +10,10 @@ toggle: there and back; of the firmware's by its own clock, of the monitor's aro
 in the touch). touch again: every page once. Each the cheapest of the rounds, timed pass. refaults: page faults of that touch, observed pass.
 ";
 
-/// The cheapest of a phase's rounds in the timed pass.
+/// The cheapest of a phase's clean rounds in the timed pass; where none is clean, the cheapest of all.
 fn cheapest(row: &Row, phase: &str) -> Option<(u64, bool)> {
     let rounds = row.phases.iter().filter(|it| it.pass == "timed" && it.phase == phase);
-    rounds.map(|it| (it.value, it.clean)).min()
+    rounds.min_by_key(|it| (!it.clean, it.value)).map(|it| (it.value, it.clean))
 }
 
 /// A cost as a cell: marked where another task ran in its window.
@@ -83,6 +83,6 @@ mod tests {
         let text = table(&record).to_string();
         assert!(text.contains("of 4096 pages"), "{text}");
         let words: Vec<_> = text.lines().find(|line| line.contains("cr0.wp")).unwrap().split_whitespace().collect();
-        assert_eq!(words, ["cr0.wp", "-", "400*", "11.00M", "4096"], "{text}");
+        assert_eq!(words, ["cr0.wp", "-", "500", "11.00M", "4096"], "{text}");
     }
 }

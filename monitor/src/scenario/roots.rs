@@ -9,7 +9,7 @@ use super::Setup;
 use super::pass::{self, Pass};
 use super::toggles::{self, Change, Toggling};
 use crate::failure::Failure;
-use crate::guest::Machine;
+use crate::guest::{Machine, Plan};
 use crate::kvm::exits::{Exits, Hits};
 use crate::kvm::witness::Witness;
 use crate::progress::Progress;
@@ -20,6 +20,7 @@ use std::ops::Range;
 use std::time::Duration;
 use umbra_shared::layout::TRACKED_GPA;
 use umbra_shared::protocol::Command;
+use umbra_shared::smm::View;
 use umbra_shared::toggle::Toggle;
 
 /// The counter of the tracepoint.
@@ -50,7 +51,9 @@ fn row(setup: &Setup, toggling: Toggling, progress: &Progress) -> Result<Row, Fa
     let mut tries = pass::tries(setup.plan.timer.clock());
     let mut row = loop {
         let row = Run::new(setup, toggling, Pass::Timed, progress)?.finish()?;
-        if row.phases.iter().all(|phase| phase.clean) || row.failed() || tries == 1 {
+        // The table shows the cheapest clean round: one of them is enough.
+        let clean = |phase: &Phase| row.phases.iter().any(|other| other.phase == phase.phase && other.clean);
+        if row.phases.iter().all(clean) || row.failed() || tries == 1 {
             break row;
         }
         progress.step(&format!("{toggling}: another task ran inside a window, the row runs again"));
@@ -117,7 +120,8 @@ impl Counting {
 impl<'a> Run<'a> {
     fn new(setup: &'a Setup, toggling: Toggling, pass: Pass, progress: &'a Progress) -> Result<Self, Failure> {
         progress.step(&format!("{toggling}, {} pass: boot", pass.name()));
-        let machine = Machine::new(&setup.plan, None, |_| Ok(()))?;
+        let plan = Plan { smm: toggling.smm(), ..setup.plan.clone() };
+        let machine = Machine::new(&plan, None, |_| Ok(()))?;
         let counting = Counting::of(&machine, pass);
         let row = Row { name: toggling.to_string(), ..Row::default() };
         Ok(Self { setup, toggling, pass, progress, machine, counting, row })
@@ -137,7 +141,8 @@ impl<'a> Run<'a> {
             self.toggle(round)?;
             std::thread::sleep(REST);
             let before = self.counting.read(&self.machine)?;
-            let window = self.machine.command(self.touch(), 0)?;
+            // The bare loop in both passes: what is observed here is KVM, not single writes.
+            let window = self.machine.command(Command::Timed, 0)?;
             let after = self.counting.read(&self.machine)?;
             self.phase("refault", round, window.length(), window.clean);
             let touched = Round::of(&self.setup.plan.pattern, &map, round);
@@ -147,12 +152,10 @@ impl<'a> Run<'a> {
         }
         self.count("refaults", most);
         self.check(&contents);
+        if self.toggling.smm().is_some() {
+            self.check_smram()?;
+        }
         Ok(self.row)
-    }
-
-    /// The bare loop in both passes: what is observed here is KVM, not single writes.
-    const fn touch(&self) -> Command {
-        Command::Timed
     }
 
     /// The vCPUs that make the change.
@@ -219,6 +222,24 @@ impl<'a> Run<'a> {
             let counter = Counter { value, source, pass: self.pass.name().to_owned() };
             self.row.counters.insert(name.to_owned(), counter);
         }
+    }
+
+    /// SMM has handled the SMIs that were sent, and nobody but SMM sees what it wrote, if its view is its own.
+    fn check_smram(&mut self) -> Result<(), Failure> {
+        let sent = self.setup.rounds;
+        let mut faults = Vec::new();
+        for vcpu in self.vcpus() {
+            let handled = self.machine.smm_ledger(vcpu)?.handled;
+            if handled != sent {
+                faults.push(format!("vCPU {vcpu}'s SMRAM counts {handled} SMIs, and {sent} were sent"));
+            }
+            if self.toggling.smm() == Some(View::Own) && !self.machine.smram_is_closed(vcpu)? {
+                faults.push(format!("vCPU {vcpu}'s SMRAM changed memory that is not SMM's"));
+            }
+        }
+        let name = format!("toggle {}, {} pass", self.toggling, self.pass.name());
+        self.row.truth.faults.extend(faults.iter().map(|fault| format!("{name}: {fault}")));
+        Ok(())
     }
 
     /// Every page must hold what was written there last, whatever became of its mappings.

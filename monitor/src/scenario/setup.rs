@@ -245,6 +245,7 @@ impl Setup {
             backing,
             guest_page: options.guest_page,
             nested: None,
+            smm: None,
             image: options.image,
             timer: Timer::new(ground.clock()),
         };
@@ -336,6 +337,7 @@ impl Setup {
     }
 
     /// What this host lacks, and where it would run.
+    #[must_use]
     pub fn not_here(&self, what: &str) -> Failure {
         let where_else =
             if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };

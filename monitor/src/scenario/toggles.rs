@@ -2,11 +2,12 @@
 
 use crate::failure::Failure;
 use crate::host;
-use crate::kvm::Error;
 use crate::kvm::vm::{failed, open};
+use crate::kvm::{Error, capabilities};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use std::fmt;
 use std::str::FromStr;
+use umbra_shared::smm::View;
 use umbra_shared::toggle::{CpuidBit, Toggle};
 
 /// What changes, and by whose hand.
@@ -78,6 +79,16 @@ impl FromStr for Toggling {
 }
 
 impl Toggling {
+    /// What SMM must see for it.
+    #[must_use]
+    pub const fn smm(self) -> Option<View> {
+        match self.change {
+            Change::Firmware(Toggle::Smm) => Some(View::Own),
+            Change::Firmware(Toggle::SmmShared) => Some(View::Shared),
+            _ => None,
+        }
+    }
+
     /// Why this host cannot do it, as far as that can be known without a guest.
     ///
     /// # Errors
@@ -89,6 +100,9 @@ impl Toggling {
                 capability: "hardware virtualization",
                 consequence: "a PVM host emulates ring 0, where the firmware changes its mode".into(),
             });
+        }
+        if toggle.is_smm() {
+            return capabilities::smm();
         }
         match toggle.needs() {
             Some(bit) if !offered(bit)? => Err(Error::Capability {
