@@ -114,6 +114,8 @@ pub enum Command {
     Fill = 8,
     /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took.
     Toggle = 9,
+    /// Write the first pages, as many as the lower half of `argument` says, with the stamp of the round in its upper half.
+    Touch = 10,
 }
 
 impl Command {
@@ -130,6 +132,7 @@ impl Command {
             7 => Some(Self::Enter),
             8 => Some(Self::Fill),
             9 => Some(Self::Toggle),
+            10 => Some(Self::Touch),
             _ => None,
         }
     }
@@ -196,7 +199,7 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree() {
-        for number in 0..10 {
+        for number in 0..12 {
             assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
             assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
         }

@@ -10,7 +10,7 @@ use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread, Work};
 use crate::kvm::witness::Witness;
 use crate::kvm::{self, Backing, Vm};
 use crossbeam::channel::Receiver;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -26,7 +26,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How long a guest may be silent inside one command. In the lab these are virtual seconds.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Between a machine's boot and its first phase: what the kernel has put off at the end of the machine before it (freeing its memory, on a
 /// kworker) is done by then.
@@ -215,6 +215,68 @@ impl Machine {
         Ok(())
     }
 
+    /// How many vCPUs there are.
+    #[must_use]
+    pub const fn vcpus(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// The next stop of any vCPU, if one comes in that time.
+    pub(super) fn stop_within(&self, time: Duration) -> Option<Stop> {
+        self.stops.recv_timeout(time).ok()
+    }
+
+    /// Kicks a vCPU and sends it an SMI; false if one was on its way already, which is kicked again.
+    pub(super) fn send_smi(&self, vcpu: usize) -> bool {
+        self.threads[vcpu].smi()
+    }
+
+    /// The symbol at `rip`, without what it is called by its crate's hash, or the bare number.
+    #[must_use]
+    pub fn symbol(&self, rip: u64) -> String {
+        let place = self.image.place(rip);
+        place
+            .split_once('(')
+            .and_then(|(_, rest)| rest.split_once('+'))
+            .map_or(place.clone(), |(name, _)| name.to_owned())
+    }
+
+    /// Every vCPU's registers. All of them wait at a doorbell.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn registers(&self) -> Result<Vec<(kvm_regs, kvm_sregs)>, Error> {
+        let (tell, told) = crossbeam::channel::unbounded();
+        for vcpu in 0..self.threads.len() {
+            let tell = tell.clone();
+            self.work(vcpu..vcpu + 1, move || {
+                let tell = tell.clone();
+                Box::new(move |vcpu| {
+                    let registers = vcpu.get_regs().map_err(kvm::vm::failed("KVM_GET_REGS"))?;
+                    let system = vcpu.get_sregs().map_err(kvm::vm::failed("KVM_GET_SREGS"))?;
+                    // The receiver lives until the end of this function.
+                    let _ = tell.send((registers, system));
+                    Ok(())
+                })
+            })?;
+        }
+        Ok(told.try_iter().collect())
+    }
+
+    /// The unit of windows.
+    #[must_use]
+    pub const fn unit(&self) -> &'static str {
+        self.clock.unit()
+    }
+
+    /// Eight bytes of one vCPU's SMRAM, `offset` from its SMBASE on.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if they are not there.
+    pub fn smram_word(&self, vcpu: usize, offset: u64) -> Result<u64, Error> {
+        read(self.vm.smram(), smm::smbase(vcpu) + offset)
+    }
+
     /// Lets each of `vcpus`, which wait at a doorbell, do the work that `work` makes for it on its own thread.
     ///
     /// # Errors
@@ -272,7 +334,7 @@ impl Machine {
         Ok(Window::around(windows).unwrap_or(Window { begin: 0, end: 0, clean: true }))
     }
 
-    fn silent(&self, vcpu: usize, command: &'static str) -> Error {
+    pub(super) fn silent(&self, vcpu: usize, command: &'static str) -> Error {
         let mut place = "an unknown place".to_owned();
         for _ in 0..100 {
             self.threads[vcpu].kick();
@@ -284,7 +346,7 @@ impl Machine {
         Error::Silent { vcpu, seconds: PATIENCE.as_secs(), command, place }
     }
 
-    fn broken(&self, vcpu: usize, exit: Exit) -> Error {
+    pub(super) fn broken(&self, vcpu: usize, exit: Exit) -> Error {
         let what = match exit {
             Exit::Doorbell(Doorbell::Exception) => match self.mailbox(vcpu) {
                 Ok(mailbox) => self.exception(&mailbox.exception),
@@ -298,6 +360,7 @@ impl Machine {
             Exit::Broken { what, rip } => format!("{what} at {}", self.image.place(rip)),
             Exit::Kicked { rip } => format!("it was stopped at {}", self.image.place(rip)),
             Exit::NotHere { what } => what,
+            Exit::Interrupted(_) => "it got an SMI that nobody sent".to_owned(),
             Exit::Worked => "it was not asked to work".to_owned(),
         };
         Error::Broken { vcpu, what }
@@ -597,6 +660,7 @@ const fn name(command: Command) -> &'static str {
         Command::Enter => "entering L2",
         Command::Fill => "filling L1's table",
         Command::Toggle => "a toggle",
+        Command::Touch => "touching pages",
     }
 }
 

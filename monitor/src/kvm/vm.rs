@@ -1,5 +1,6 @@
 //! A VM and its memory slots.
 
+use super::log::SlotBitmap;
 use super::memory::HostMemory;
 use super::{Backing, Error};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_userspace_memory_region};
@@ -169,6 +170,21 @@ impl Vm {
             self.smram = Some(smram);
         }
         Ok(())
+    }
+
+    /// Switches dirty logging of SMM's own memory on. Nothing happens where it has none.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn log_smram(&self) -> Result<(), Error> {
+        let Some(smram) = &self.smram else { return Ok(()) };
+        self.set_region(smram.slot, Gfn::containing(SMRAM), &smram.memory, KVM_MEM_LOG_DIRTY_PAGES)
+    }
+
+    /// A bitmap for the pages of SMM's own memory; `None` where it has none.
+    #[must_use]
+    pub fn smram_bitmap(&self) -> Option<SlotBitmap> {
+        self.smram.as_ref().map(|smram| SlotBitmap::new(smram.slot, smram.memory.len() as u64 / PAGE_SIZE))
     }
 
     /// SMRAM as SMM sees it: memory of its own, or everybody's.

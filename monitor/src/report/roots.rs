@@ -3,7 +3,13 @@
 use super::record::{Record, Row};
 use super::table::{heading_cell, pages, plain_table, right, scaled};
 use comfy_table::{Cell, Table};
+use std::fmt::Write as _;
 
+/// What the columns are, on the shadow MMU.
+pub const SHADOW_FOOTNOTES: &str = "\
+toggle: the roots of the roles that it passes through are loaded, and those before let go. touch again: every page once. Each the cheapest of the rounds.
+refaults: of the shadow MMU, in that touch. shadow pages, bytes: at their most. 12-roles: each of twelve touches all pages, in turn.
+";
 /// What the columns are.
 pub const FOOTNOTES: &str = "\
 toggle: there and back; of the firmware's by its own clock, of the monitor's around its system calls (what KVM does about them at the next entry is
@@ -26,21 +32,109 @@ fn count(row: &Row, name: &str) -> String {
     row.counters.get(name).map_or_else(|| "-".to_owned(), |counter| counter.value.to_string())
 }
 
+/// A paragraph for each row that is a storm of SMIs, rather than a toggle.
+#[must_use]
+pub fn storms(record: &Record) -> String {
+    let mut text = String::new();
+    for row in record.measured().filter(|row| is_storm(row)) {
+        let counted = |name: &str| row.counters.get(name).map_or(0, |counter| counter.value);
+        let (smis, inside) = (counted("smis"), counted("smis_in_write_loop"));
+        let rounds = || row.phases.iter().filter(|it| it.phase == "dirty");
+        let calm = rounds().find(|it| it.round == 1).map_or(0, |it| it.value);
+        let struck: u64 = rounds().filter(|it| it.round > 1).map(|it| it.value).sum();
+        let others = rounds().filter(|it| it.round > 1).count() as u64;
+        let each = struck.saturating_sub(calm * others) / smis.max(1);
+        let _ = writeln!(
+            text,
+            "{}: {smis} SMIs in {others} rounds of dirty logging, {inside} of them inside the write loop; a round takes {} without, {} with {} SMIs: {} for each\n{}  pages written {}, missed {}, extra {}; pages of SMM's own that its own view's log holds, as predicted: {}",
+            row.name,
+            scaled(calm),
+            scaled(struck / others.max(1)),
+            smis / others.max(1),
+            scaled(each),
+            if row.failed() { "  TRUTH FAILED" } else { "" },
+            row.truth.pages.written,
+            row.truth.pages.missed,
+            row.truth.pages.extra,
+            counted("smram_pages_logged"),
+        );
+        for (name, counter) in &row.counters {
+            if let Some(place) = name.strip_prefix("smis_at ") {
+                let _ = writeln!(text, "  {:>8} at {place}", counter.value);
+            }
+        }
+    }
+    text
+}
+
+/// A paragraph for each row that is a script: how often a root was torn down in it.
+#[must_use]
+pub fn scripts(record: &Record) -> String {
+    let mut text = String::new();
+    for row in record.measured() {
+        let counted = |name: &str| row.counters.get(name).map(|counter| counter.value);
+        if let (Some(changes), Some(teardowns), Some(refaults)) =
+            (counted("changes"), counted("teardowns"), counted("refaults"))
+        {
+            let _ = writeln!(
+                text,
+                "{}: {changes} changes with memory growing alongside, every page so far touched after each: {teardowns} tore a root down, {refaults} refaults",
+                row.name
+            );
+        }
+    }
+    text
+}
+
+fn is_storm(row: &Row) -> bool {
+    row.counters.contains_key("smis")
+}
+
 /// A row for each toggle.
 #[must_use]
 pub fn table(record: &Record) -> Table {
     let mut table = plain_table();
     let unit = &record.host.clock;
     let refaults = format!("refaults\nof {} pages", pages(record));
-    let titles = [unit, "populate", "toggle", "touch again", &refaults];
-    table.set_header(titles.map(heading_cell));
-    for row in record.measured() {
+    let unit = record.measured().flat_map(|row| &row.phases).next().map_or(unit.as_str(), |phase| &phase.unit);
+    let on_shadow_mmu = is_on_shadow_mmu(record);
+    let mut titles = vec![unit, "populate", "toggle", "touch again", &refaults];
+    if on_shadow_mmu {
+        titles.extend(["shadow\npages", "bytes of\ntables", "of rmaps"]);
+    }
+    table.set_header(titles.into_iter().map(heading_cell));
+    for row in record.measured().filter(|row| !is_storm(row)) {
         let cells = [cost(row, "populate"), cost(row, "toggle"), cost(row, "refault"), count(row, "refaults")];
         let mut line = vec![Cell::new(format!("{}{}", row.name, if row.failed() { " TRUTH FAILED" } else { "" }))];
         line.extend(cells.map(right));
+        if on_shadow_mmu {
+            let bytes = row.memory.unwrap_or_default();
+            let held = [bytes.table_bytes, bytes.rmap_bytes].map(|bytes| bytes.to_string());
+            line.extend([count(row, "shadow_pages")].into_iter().chain(held).map(right));
+        }
         table.add_row(line);
     }
     table
+}
+
+/// Whether the changes were made on Umbra's own shadow MMU.
+#[must_use]
+pub fn is_on_shadow_mmu(record: &Record) -> bool {
+    record.config.contains_key("roots")
+}
+
+/// What a run on the shadow MMU was about.
+#[must_use]
+pub fn shadow_heading(record: &Record) -> String {
+    let place = match record.host.ground.as_str() {
+        "lab" => format!("in the lab, Linux {}", record.host.kernel),
+        _ => "no clock".to_owned(),
+    };
+    let policy = record.config.get("roots").and_then(serde_json::Value::as_str).unwrap_or_default();
+    format!(
+        "roots: Umbra's shadow MMU on the software walker ({place}), no KVM under L2; root policy {policy}; {} pages\n",
+        pages(record)
+    )
 }
 
 #[cfg(test)]

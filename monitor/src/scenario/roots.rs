@@ -8,6 +8,7 @@
 use super::Setup;
 use super::pass::{self, Pass};
 use super::toggles::{self, Change, Toggling};
+use super::{replay, storm};
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
 use crate::kvm::exits::{Exits, Hits};
@@ -40,7 +41,14 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
         }
     }
     let rows = toggles.rows.iter().map(|&toggling| {
-        let row = toggling.check().map_err(Failure::from).and_then(|()| row(setup, toggling, progress));
+        let here = match toggling.change {
+            Change::Script => replay::check(setup),
+            _ => toggling.check(),
+        };
+        let row = here.map_err(Failure::from).and_then(|()| match toggling.change {
+            Change::SmiStorm => storm::row(setup, &toggling.to_string(), progress),
+            _ => row(setup, toggling, progress),
+        });
         Setup::or_not_here(&toggling.to_string(), row)
     });
     setup.record_of(rows.collect::<Result<Vec<_>, _>>()?, |_| toggles.by_name)
@@ -68,18 +76,23 @@ fn row(setup: &Setup, toggling: Toggling, progress: &Progress) -> Result<Row, Fa
 }
 
 /// One pass of one row.
-struct Run<'a> {
-    setup: &'a Setup,
+pub struct Run<'a> {
+    /// The run's options.
+    pub setup: &'a Setup,
     toggling: Toggling,
-    pass: Pass,
+    /// Which pass.
+    pub pass: Pass,
     progress: &'a Progress,
-    machine: Machine,
-    counting: Counting,
-    row: Row,
+    /// The machine.
+    pub machine: Machine,
+    /// Who counts faults.
+    pub counting: Counting,
+    /// What it comes to.
+    pub row: Row,
 }
 
 /// Where refaults are counted.
-enum Counting {
+pub enum Counting {
     /// Nowhere, in the timed pass.
     Off,
     /// By the tracepoint: faults on tracked pages alone.
@@ -99,7 +112,8 @@ impl Counting {
         machine.count_hits(&hits).map_or(Self::Statistics, Self::Tracepoint)
     }
 
-    const fn source(&self) -> &'static str {
+    /// As the Record has it.
+    pub const fn source(&self) -> &'static str {
         match self {
             Self::Off => "",
             Self::Tracepoint(_) => "tracepoint",
@@ -108,7 +122,7 @@ impl Counting {
     }
 
     /// Faults so far; `None` where nobody counts.
-    fn read(&self, machine: &Machine) -> Result<Option<u64>, Failure> {
+    pub fn read(&self, machine: &Machine) -> Result<Option<u64>, Failure> {
         Ok(match self {
             Self::Off => None,
             Self::Tracepoint(exits) => exits.read()?.get(FAULTS).copied(),
@@ -120,7 +134,11 @@ impl Counting {
 impl<'a> Run<'a> {
     fn new(setup: &'a Setup, toggling: Toggling, pass: Pass, progress: &'a Progress) -> Result<Self, Failure> {
         progress.step(&format!("{toggling}, {} pass: boot", pass.name()));
-        let plan = Plan { smm: toggling.smm(), ..setup.plan.clone() };
+        let smm = match toggling.change {
+            Change::Script => replay::smm(setup),
+            _ => toggling.smm(),
+        };
+        let plan = Plan { smm, ..setup.plan.clone() };
         let machine = Machine::new(&plan, None, |_| Ok(()))?;
         let counting = Counting::of(&machine, pass);
         let row = Row { name: toggling.to_string(), ..Row::default() };
@@ -128,18 +146,25 @@ impl<'a> Run<'a> {
     }
 
     fn finish(mut self) -> Result<Row, Failure> {
+        if self.toggling.change == Change::Script {
+            replay::replay(&mut self)?;
+            return Ok(self.row);
+        }
         let map = self.setup.plan.map();
         let mut contents = Contents::zeroes(&map, self.setup.plan.vcpus);
-        self.step("populate", 0);
+        self.step("populate", 0, self.setup.rounds);
         let window = self.machine.command(Command::Populate, 0)?;
         self.phase("populate", 0, window.length(), window.clean);
         contents.write(0, &Round::populating(&map));
         let mut most = None;
         for round in 1..=self.setup.rounds {
-            self.step("toggle", round);
+            self.step("toggle", round, self.setup.rounds);
             self.machine.command(Command::Plan, round)?;
-            self.toggle(round)?;
-            std::thread::sleep(REST);
+            let (value, unit, clean) = self.change(self.toggling)?;
+            self.phase("toggle", round, value, clean);
+            if let Some(phase) = self.row.phases.last_mut() {
+                unit.clone_into(&mut phase.unit);
+            }
             let before = self.counting.read(&self.machine)?;
             // The bare loop in both passes: what is observed here is KVM, not single writes.
             let window = self.machine.command(Command::Timed, 0)?;
@@ -158,54 +183,58 @@ impl<'a> Run<'a> {
         Ok(self.row)
     }
 
-    /// The vCPUs that make the change.
-    fn vcpus(&self) -> Range<usize> {
-        0..if self.toggling.by_all { self.setup.plan.vcpus } else { 1 }
+    /// The vCPUs that make a change.
+    fn vcpus(&self, toggling: Toggling) -> Range<usize> {
+        0..if toggling.by_all { self.setup.plan.vcpus } else { 1 }
     }
 
-    fn toggle(&mut self, round: u64) -> Result<(), Failure> {
+    /// Makes a change there and back, and lets KVM come to rest: what it took, in which unit, and whether that is a figure.
+    pub fn change(&self, toggling: Toggling) -> Result<(u64, &'static str, bool), Failure> {
         let timer = self.setup.plan.timer;
         let slots = 0..self.machine.vm().slots().len();
         let by_monitor = |work: &dyn Fn() -> Result<(), crate::kvm::Error>| {
             let (done, window) = timer.window(Witness::of_controller(timer.clock()), work);
             done.map(|()| window)
         };
-        let window = match self.toggling.change {
-            Change::Firmware(toggle) => return self.toggle_by_firmware(toggle, round),
-            Change::Sregs => self.machine.work(self.vcpus(), || Box::new(toggles::set_sregs))?,
-            Change::Cpuid => self.machine.work(self.vcpus(), || Box::new(toggles::set_cpuid))?,
+        let vcpus = self.vcpus(toggling);
+        let window = match toggling.change {
+            Change::Firmware(toggle) => return self.change_by_firmware(toggle, vcpus),
+            Change::Sregs => self.machine.work(vcpus, || Box::new(toggles::set_sregs))?,
+            Change::Cpuid => self.machine.work(vcpus, || Box::new(toggles::set_cpuid))?,
             Change::SlotDelete => {
                 by_monitor(&|| slots.clone().try_for_each(|slot| self.machine.vm().delete_and_restore(slot)))?
             }
             Change::SlotMove => {
                 by_monitor(&|| slots.clone().try_for_each(|slot| self.machine.vm().move_and_restore(slot)))?
             }
+            Change::SmiStorm | Change::Script | Change::TwelveRoles => {
+                return Err(Failure::Check(format!("{toggling}: it is no single change")));
+            }
         };
-        self.phase("toggle", round, window.length(), window.clean);
-        Ok(())
+        std::thread::sleep(REST);
+        Ok((window.length(), timer.clock().unit(), window.clean))
     }
 
     /// The guest measures itself, so that the way to the monitor and back is left out. Several vCPUs go one after the other.
-    fn toggle_by_firmware(&mut self, toggle: Toggle, round: u64) -> Result<(), Failure> {
+    fn change_by_firmware(&self, toggle: Toggle, vcpus: Range<usize>) -> Result<(u64, &'static str, bool), Failure> {
         let (mut ticks, mut clean) = (0, true);
-        for vcpu in self.vcpus() {
+        for vcpu in vcpus {
             clean &= self.machine.command_of(vcpu..vcpu + 1, Command::Toggle, toggle as u64)?.clean;
             ticks += self.machine.mailbox(vcpu)?.ticks;
         }
         let (unit, convert) = pass::ticks_to(self.setup.plan.timer.clock().unit(), self.machine.tsc_khz());
-        self.phase("toggle", round, convert(ticks), clean);
-        if let Some(phase) = self.row.phases.last_mut() {
-            unit.clone_into(&mut phase.unit);
-        }
-        Ok(())
+        std::thread::sleep(REST);
+        Ok((convert(ticks), unit, clean))
     }
 
-    fn step(&self, phase: &str, round: u64) {
-        let round = if round == 0 { String::new() } else { format!(" {round} of {}", self.setup.rounds) };
+    /// Says how far it is.
+    pub fn step(&self, phase: &str, round: u64, of: u64) {
+        let round = if round == 0 { String::new() } else { format!(" {round} of {of}") };
         self.progress.step(&format!("{}, {} pass: {phase}{round}", self.toggling, self.pass.name()));
     }
 
-    fn phase(&mut self, phase: &str, round: u64, value: u64, clean: bool) {
+    /// Adds a phase to the row.
+    pub fn phase(&mut self, phase: &str, round: u64, value: u64, clean: bool) {
         self.row.phases.push(Phase {
             phase: phase.to_owned(),
             round,
@@ -228,7 +257,7 @@ impl<'a> Run<'a> {
     fn check_smram(&mut self) -> Result<(), Failure> {
         let sent = self.setup.rounds;
         let mut faults = Vec::new();
-        for vcpu in self.vcpus() {
+        for vcpu in self.vcpus(self.toggling) {
             let handled = self.machine.smm_ledger(vcpu)?.handled;
             if handled != sent {
                 faults.push(format!("vCPU {vcpu}'s SMRAM counts {handled} SMIs, and {sent} were sent"));

@@ -1,11 +1,12 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
 use super::l2::L2Options;
-use super::toggles::Toggles;
+use super::script::Script;
+use super::toggles::{On, Toggles};
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::ground::Ground;
-use crate::guest::{Image, Plan};
+use crate::guest::{Image, Plan, image};
 use crate::host;
 use crate::kvm::clock::Timer;
 use crate::kvm::{self, Backing};
@@ -94,6 +95,7 @@ pub struct Options {
     image: Arc<Image>,
     trackers: Trackers,
     toggles: Option<Toggles>,
+    script: Script,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -124,7 +126,8 @@ impl Options {
             ))
         })?;
         let trackers = Trackers::parse(&args.tracker)?;
-        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus)).transpose()?;
+        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, On::Kvm)).transpose()?;
+        let script = Script::read(args.script.as_ref())?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -140,11 +143,26 @@ impl Options {
             pattern.write_percent = 99;
             config.insert("write-percent".into(), 99.into());
         }
+        if let Some(script) = &args.script {
+            config.insert("script".into(), format!("sha256:{}", image::sha256(script.text.as_bytes())).into());
+        }
         if let Some(file) = &args.firmware {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             config.insert("firmware".into(), format!("{name} sha256:{}", image.sha256).into());
         }
-        Ok(Self { pattern, slots: slots.collect(), backing, l2, guest_page, image, trackers, toggles, inject, config })
+        Ok(Self {
+            pattern,
+            slots: slots.collect(),
+            backing,
+            l2,
+            guest_page,
+            image,
+            trackers,
+            toggles,
+            script,
+            inject,
+            config,
+        })
     }
 
     /// The backing in effect. An L2's memory must be one that others can map, a memfd; many hosts have no huge pages there, so there the default
@@ -214,6 +232,10 @@ pub struct Setup {
     pub l2: Option<L2Options>,
     /// What changes, in the scenario that changes something.
     pub toggles: Option<Toggles>,
+    /// The script of row `script`.
+    pub script: Script,
+    /// SMIs of a storm.
+    pub smis: u64,
     trackers: Trackers,
     scenario: String,
     host: Host,
@@ -258,9 +280,11 @@ impl Setup {
             rounds: args.rounds,
             chunk: args.chunk,
             seconds: args.seconds,
+            smis: args.smis,
             inject: options.inject,
             l2: options.l2,
             toggles: options.toggles,
+            script: options.script,
             trackers,
             scenario: args.scenario.clone(),
             host,
