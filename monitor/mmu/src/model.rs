@@ -307,7 +307,7 @@ impl Model {
     /// # Errors
     /// The MMU refuses the root: the model is broken.
     pub fn change_role(&mut self, mode: ModeBits, smm: bool) -> Result<Phase, String> {
-        let role = RootRole { mode, smm, ..RootRole::new(self.config.format) };
+        let role = RootRole { smm, mode, ..RootRole::new(self.config.format) };
         let refused = |error: crate::config::MmuError| error.to_string();
         let root = self.mmu.load_root(&mut self.walker.env(), role, self.address).map_err(refused)?;
         self.mmu.drop_root(&mut self.walker.env(), self.root).map_err(refused)?;

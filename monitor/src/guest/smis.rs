@@ -3,6 +3,7 @@
 use super::Error;
 use super::machine::{Machine, PATIENCE};
 use crate::kvm::clock::Window;
+use crate::kvm::urgent::Urgent;
 use crate::kvm::vcpu::{Exit, Interrupted};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use std::time::Duration;
@@ -47,36 +48,36 @@ impl Machine {
         }
         let (mut windows, mut sent, mut turn, mut silence) = (Vec::new(), 0, 0, Duration::ZERO);
         self.begin(command, 0)?;
+        let _urgent = Urgent::now();
         while let Some(first) = targets.iter().position(|target| !target.done) {
-            match self.stop_within(pace) {
-                Some(stop) => match stop.exit {
-                    Exit::Interrupted(interrupted) => {
-                        silence = Duration::ZERO;
-                        smis.interrupted.push((stop.vcpu, interrupted.registers.rip));
-                        targets[stop.vcpu].interrupted = Some(interrupted);
-                    }
-                    Exit::Doorbell(Doorbell::Ready) => {
-                        silence = Duration::ZERO;
-                        windows.push(stop.window);
-                        self.compare(stop.vcpu, &mut targets[stop.vcpu], smis)?;
-                        targets[stop.vcpu].done = true;
-                        if targets[stop.vcpu].interrupted.is_some() {
-                            smis.faults.push(format!("vCPU {}'s handler did not run for the last SMI", stop.vcpu));
-                        }
-                    }
-                    exit => return Err(self.broken(stop.vcpu, exit)),
-                },
-                None => {
-                    silence += pace;
-                    if silence > PATIENCE {
-                        return Err(self.silent(first, "a command under SMIs"));
-                    }
-                    turn = (turn + 1) % targets.len();
-                    self.compare(turn, &mut targets[turn], smis)?;
-                    if sent < most && !targets[turn].done && targets[turn].interrupted.is_none() {
-                        sent += u64::from(self.send_smi(turn));
+            let Some(stop) = self.stop_within(pace) else {
+                silence += pace;
+                if silence > PATIENCE {
+                    return Err(self.silent(first, "a command under SMIs"));
+                }
+                turn = (turn + 1) % targets.len();
+                self.compare(turn, &mut targets[turn], smis)?;
+                if sent < most && !targets[turn].done && targets[turn].interrupted.is_none() {
+                    sent += u64::from(self.send_smi(turn));
+                }
+                continue;
+            };
+            silence = Duration::ZERO;
+            let target = &mut targets[stop.vcpu];
+            match stop.exit {
+                Exit::Interrupted(interrupted) => {
+                    smis.interrupted.push((stop.vcpu, interrupted.registers.rip));
+                    target.interrupted = Some(interrupted);
+                }
+                Exit::Doorbell(Doorbell::Ready) => {
+                    windows.push(stop.window);
+                    self.compare(stop.vcpu, target, smis)?;
+                    target.done = true;
+                    if target.interrupted.is_some() {
+                        smis.faults.push(format!("vCPU {}'s handler did not run for the last SMI", stop.vcpu));
                     }
                 }
+                exit => return Err(self.broken(stop.vcpu, exit)),
             }
         }
         Ok(Window::around(windows).unwrap_or(Window { begin: 0, end: 0, clean: true }))

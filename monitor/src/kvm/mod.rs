@@ -8,6 +8,7 @@ pub mod log;
 pub mod memory;
 pub mod ring;
 pub mod stats;
+pub mod urgent;
 pub mod vcpu;
 pub mod vm;
 pub mod witness;
