@@ -1,8 +1,9 @@
 //! The table of scenario `roots`: what a toggle costs, and what it costs afterwards.
 
-use super::record::{Record, Row};
+use super::record::{Record, Row, Rows};
 use super::table::{heading_cell, pages, plain_table, right, scaled};
 use comfy_table::{Cell, Table};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 /// What the columns are, on the shadow MMU.
@@ -117,6 +118,83 @@ pub fn table(record: &Record) -> Table {
     table
 }
 
+/// Several runs side by side: a row for each toggle, a column for each run, in a cell what the toggle cost and the refaults after it.
+#[must_use]
+pub fn series(records: &[&Record]) -> String {
+    let mut names: Vec<&str> = Vec::new();
+    for row in records.iter().flat_map(|record| &record.rows) {
+        if !names.contains(&row.name()) {
+            names.push(row.name());
+        }
+    }
+    let mut table = plain_table();
+    let mut header = vec![heading_cell("toggle there and back\nrefaults after it")];
+    header.extend(records.iter().map(|record| heading_cell(&place(record))));
+    table.set_header(header);
+    let mut failed = false;
+    for name in names {
+        let mut line = vec![Cell::new(name)];
+        for record in records {
+            let row = record.rows.iter().find(|row| row.name() == name);
+            let text = match row {
+                Some(Rows::Measured(row)) => {
+                    failed |= row.failed();
+                    let mark = if row.failed() { " TRUTH FAILED" } else { "" };
+                    if is_storm(row) {
+                        format!("{} SMIs{mark}\n{} in the loop", count(row, "smis"), count(row, "smis_in_write_loop"))
+                    } else {
+                        format!("{}{mark}\n{}", cost(row, "toggle"), count(row, "refaults"))
+                    }
+                }
+                Some(Rows::NotHere { .. }) => "not here".to_owned(),
+                None => String::new(),
+            };
+            line.push(right(text));
+        }
+        table.add_row(line);
+    }
+    let sizes: BTreeSet<u64> = records.iter().map(|record| pages(record)).collect();
+    let sizes: Vec<_> = sizes.iter().map(u64::to_string).collect();
+    let mut text = format!(
+        "roots: {} pages, every one of them touched before and after the toggle\n\n{table}\n",
+        sizes.join(" and ")
+    );
+    for record in records.iter().filter(|record| is_on_shadow_mmu(record)) {
+        let most = record
+            .measured()
+            .filter_map(|row| Some((row.memory?, count(row, "shadow_pages"))))
+            .max_by_key(|it| it.0.table_bytes);
+        if let Some((bytes, pages)) = most {
+            let _ = writeln!(
+                text,
+                "{}: {pages} shadow pages at most, {} bytes of tables and {} of reverse maps",
+                place(record).replace('\n', " "),
+                bytes.table_bytes,
+                bytes.rmap_bytes
+            );
+        }
+    }
+    text.push_str("The cheapest of the rounds. shadow MMU: Umbra's own on the software walker, no KVM under L2; refaults are its own. script: all of its toggles.\n");
+    if failed {
+        text.push_str("TRUTH FAILED: memory or registers were not what they had to be.\n");
+    }
+    text
+}
+
+/// What tells a run from the others, in two lines.
+fn place(record: &Record) -> String {
+    let host = &record.host;
+    let kernel = host.kernel.split(['+', '-']).next().unwrap_or_default();
+    if is_on_shadow_mmu(record) {
+        let policy = record.config.get("roots").and_then(serde_json::Value::as_str).unwrap_or_default();
+        return format!("shadow MMU\n{policy}");
+    }
+    let older = host.params.get("kvm.tdp_mmu").is_some_and(|value| value == "N");
+    let vcpus = record.config.get("vcpus").and_then(serde_json::Value::as_u64).unwrap_or(1);
+    let mmu = if older { "older MMU" } else { "TDP MMU" };
+    format!("{kernel}\n{mmu}{}", if vcpus > 1 { format!(", {vcpus} vCPUs") } else { String::new() })
+}
+
 /// Whether the changes were made on Umbra's own shadow MMU.
 #[must_use]
 pub fn is_on_shadow_mmu(record: &Record) -> bool {
@@ -140,7 +218,7 @@ pub fn shadow_heading(record: &Record) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::report::record::{Counter, Phase, Rows, SCHEMA};
+    use crate::report::record::{Counter, Phase, SCHEMA};
 
     #[test]
     fn a_row_has_the_cheapest_round_and_the_counted_faults() {
