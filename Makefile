@@ -4,12 +4,17 @@
 #   SECONDS    how long soak and fuzz-tables run
 #   SEED, N    where fuzz begins and how many operations it does; a failure prints a script for REPLAY=FILE
 #   SUITES     the Debian releases that test-fresh tries
+#   A, B       two kernels for ab: names of the shelf, or files, whose modules are in A_MODULES and B_MODULES; without B it is A
+#   A_PARAMS, B_PARAMS   module parameters of both, and of B alone         make ab A=6.12 B_PARAMS=kvm.tdp_mmu=N
+#   S, OVER    the scenario with its options that ab compares by, and the percent above which it fails
 
 ARGS    ?=
 SECONDS ?= 60
 SEED    ?= 1
 N       ?= 10000000
 SUITES  ?= bookworm trixie
+S       ?= dirty-log
+OVER    ?= 1
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -47,7 +52,7 @@ help: ## this list
 run: lab-dirty-log ## what a page costs under each dirty-tracking interface: a real kernel's KVM in the lab, 64 MiB
 
 .PHONY: test
-test: build shelf packages-vmx ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
+test: build shelf packages-vmx packages-bench ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
 	@if cargo fmt --version >/dev/null 2>&1; then
 	    echo 'format'
 	    cargo fmt --all --check
@@ -75,6 +80,7 @@ test: build shelf packages-vmx ## every check: format, lints, unit, property and
 	    cargo test --locked --package umbra-guest-fw --lib --no-fail-fast || held=$$?
 	    cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast || held=$$?
 	    $(mmu) fuzz -- SEED=$(SEED) N=1000000 || held=$$?
+	    $(mmu) bench_mmu -- MIB=64,1024 ROOM=10 || held=$$?
 	    exit $$held
 	} 2>&1 | tee target/test.log
 
@@ -118,6 +124,35 @@ bench-trackers: build shelf ## which tracker for a snapshot: a written and a cle
 	@for backing in anonymous thp shmem; do $(UMBRA) lab snapshot --memory 16M --backing $$backing $(ARGS); done
 	for backing in anonymous thp shmem; do $(UMBRA) run snapshot --memory 16M --rounds 10 --backing $$backing $(ARGS) || [ $$? = 3 ]; done
 
+# Exit code 1 over the limit, 2 for bad input, 3 for what cannot be had; make itself ends with 2 whatever failed.
+.PHONY: ab
+ab: build ## S ("dirty-log ...") on the kernels A and B, compared; fails if a phase of B costs over OVER (1) percent more
+	@if [ -z '$(A)' ]; then
+	    echo 'ab compares two kernels: make ab A=6.12 B=arch/x86/boot/bzImage B_MODULES=DIR S="dirty-log --memory 16M"' >&2
+	    exit 2
+	fi
+	$(UMBRA) lab ab --kernel '$(A)' $(if $(A_MODULES),--modules '$(A_MODULES)') $(A_PARAMS:%=--param %) $(if $(B),--b-kernel '$(B)') \
+	    $(if $(B_MODULES),--b-modules '$(B_MODULES)') $(B_PARAMS:%=--b-param %) --fail-over $(OVER) $(S) $(ARGS)
+
+.PHONY: bench-peer
+bench-peer: build ## Umbra beside the kernel's own dirty_log_perf_test, phase by phase, in the lab
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/peer.toml --out target/bench/peer.json
+
+.PHONY: bench-history
+bench-history: build ## what a page costs on every kernel of the shelf, 5.10 to 7.3-rc
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/history.toml --out target/bench/history.json
+
+.PHONY: bench-collapse
+bench-collapse: build ## what logging leaves behind: huge mappings and speed after a stop, on every kernel and on the shadow MMU
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/collapse.toml --out target/bench/collapse.json
+
+.PHONY: noise
+noise: build ## the noise floor: one run in eight images that are merely shifted, on an old and a new kernel
+	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(ARGS); done
+
 .PHONY: bench-strategies
 bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse
 	@for how in '--split lazy' '--split shatter' '--split eager --collapse in-place' '--split eager-clear --collapse lazy'; do
@@ -136,8 +171,12 @@ fuzz-tables: packages ## hostile guest tables against the shadow MMU, for SECOND
 	@timeout $$(($(SECONDS) + 120)) $(mmu) fuzz_tables -- SEED=$(SEED) SECONDS=$(SECONDS)
 
 .PHONY: bench-mmu
-bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind)
-	@$(mmu) bench_mmu
+bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind), with 64 MiB to 1 TiB of L2
+	@$(mmu) bench_mmu -- MIB=64,1024,16384,1048576 ROOM=0
+
+.PHONY: bench-caches
+bench-caches: packages ## the shadow MMU's split caches: minimum and capacity against refills and bytes
+	@$(mmu) bench_caches
 
 .PHONY: test-fresh
 test-fresh: ## `make run` and `make test` in minimal chroots of Debian 12 and 13 (SUITES); root, mmdebstrap; some GB, some minutes
@@ -152,30 +191,29 @@ clean: ## remove what was built; fetched kernels stay in the cache
 shelf: build
 	@$(UMBRA) kernels fetch
 
-.PHONY: packages-bench
-packages-bench: packages
-	@command -v valgrind >/dev/null || $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get -qq install -y --no-install-recommends valgrind >/dev/null
-
-# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this. The machine vmx
-# needs more than the rest, and gets it where it is asked for.
-.PHONY: packages packages-vmx
-packages packages-vmx:
+# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this. What the machine
+# vmx and counting instructions need besides is installed where they are asked for.
+.PHONY: packages packages-vmx packages-bench
+packages packages-vmx packages-bench:
 	@missing=()
 	needs() { "$${@:2}" >/dev/null 2>&1 || missing+=("$$1"); }
 	needs gcc             command -v cc
 	needs libc6-dev       eval 'test -e "$$(cc -print-file-name=libc.a)"'
 	needs ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
 	needs xz-utils        command -v xz
-	if [ $@ = packages-vmx ]; then
+	case $@ in
+	packages)
+	    needs qemu-system-x86 command -v qemu-system-x86_64 ;;
+	packages-vmx)
 	    needs bochs           command -v bochs
 	    needs bochs-term      eval 'ls /usr/lib/*/bochs/plugins/libbx_term_gui.so*'
 	    needs seabios         test -e /usr/share/seabios/vgabios-stdvga.bin
 	    needs isolinux        test -e /usr/lib/ISOLINUX/isolinux.bin
 	    needs syslinux-common test -e /usr/lib/syslinux/modules/bios/ldlinux.c32
-	    needs xorriso         command -v xorriso
-	else
-	    needs qemu-system-x86 command -v qemu-system-x86_64
-	fi
+	    needs xorriso         command -v xorriso ;;
+	packages-bench)
+	    needs valgrind        command -v valgrind ;;
+	esac
 	rust() { ($(new_enough)); }
 	if [ $${#missing[@]} = 0 ] && rust; then exit; fi
 
@@ -203,11 +241,14 @@ packages packages-vmx:
 	# Nothing of this machine is removed to make room (an older Rust from Debian, say). A package of a newer release that is in the way
 	# (qemu-utils from backports refuses the QEMU of its own Debian) is replaced by the one that this machine's sources have.
 	options=(install --no-install-recommends)
-	in_the_way=$$("$${as_root[@]}" apt-get -s "$${options[@]}" "$${missing[@]}" | awk '/^Remv / { print $$2 }')
-	for package in $$in_the_way; do
+	for package in $$("$${as_root[@]}" apt-get -s "$${options[@]}" "$${missing[@]}" | awk '/^Remv / { print $$2 }'); do
 	    version=$$(apt-cache madison "$$package" | awk -F' *[|] *' 'NR == 1 { print $$2 }')
-	    echo "$$package is in the way: its $$(dpkg-query -W -f '$${Version}' "$$package") gives place to $${version:-nothing, which this machine\'s apt has}"
-	    missing+=("$$package$${version:+=$$version}")
+	    if [ -z "$$version" ]; then
+	        echo "$${missing[*]}: apt would have to remove $$package, which its sources have in no other version; remove it yourself first" >&2
+	        exit 1
+	    fi
+	    echo "$$package $$(dpkg-query -W -f '$${Version}' "$$package") is in the way; $$version takes its place"
+	    missing+=("$$package=$$version")
 	    options+=(--allow-downgrades)
 	done
 	echo "installing $${missing[*]}"

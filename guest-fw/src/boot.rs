@@ -1,7 +1,7 @@
 //! The first Rust code of each vCPU, at ring 3: checks the boot page, builds the final page tables, starts the payload.
 
 use crate::arch::{idt, smm, space, vcpu};
-use crate::nested::npt;
+use crate::nested::table;
 use crate::{abi, console, selftest, workload};
 use core::fmt;
 use core::sync::atomic::Ordering::Relaxed;
@@ -149,7 +149,7 @@ pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
         let (tables, bytes) = (setup.page.tables, setup.page.table_bytes);
         let created = match setup.nested {
             Some(Nested { way: Way::Plain, map, .. }) => {
-                space::create(tables, bytes, npt::as_slots(map, setup.slots(), setup.leaf), setup.leaf)
+                space::create(tables, bytes, table::as_slots(map, setup.slots(), setup.leaf), setup.leaf)
             }
             _ => space::create(tables, bytes, setup.slots(), setup.leaf),
         };

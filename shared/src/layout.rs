@@ -9,7 +9,7 @@
 //!   0x0060_0000   one area of 256 KiB for each vCPU (vcpu_area): mailbox, histogram, what its L2 needs, stacks
 //!   0x0080_0000   plans: the accesses of one round, 4 bytes each
 //!                 page tables, built by the firmware
-//!                 L2's own page tables and L1's NPT, if the firmware is a hypervisor (nested)
+//!                 L2's own page tables and L1's (EPT12), if the firmware is a hypervisor (nested)
 //! 0x1_0000_0000  tracked slot 0
 //!   (gap)
 //!               tracked slot 1, ...
@@ -55,13 +55,13 @@ pub mod vcpu_area {
     pub const NESTED_REPORT: u64 = 0x9000;
     /// What SMM's handler reports to everybody: 8 bytes, the SMIs that it has handled.
     pub const SMM_REPORT: u64 = 0x9800;
-    /// The VMCB of this vCPU's L2.
-    pub const VMCB: u64 = 0xa000;
-    /// Where VMRUN saves L1's own state.
-    pub const HOST_SAVE: u64 = 0xb000;
-    /// The I/O permission map of L2: three pages.
+    /// The VMCB or VMCS of this vCPU's L2.
+    pub const CONTROL_BLOCK: u64 = 0xa000;
+    /// What the processor keeps for L1: where VMRUN saves its state (SVM), or the VMXON region (VMX).
+    pub const HOST_REGION: u64 = 0xb000;
+    /// The I/O permission map of L2: three pages, of which VMX uses two.
     pub const IO_MAP: u64 = 0xc000;
-    /// The MSR permission map of L2: two pages.
+    /// The MSR permission map of L2: two pages. On VMX there is none: without a map every access exits.
     pub const MSR_MAP: u64 = 0xf000;
     /// Top of L2's stack, growing down to the end of the MSR permission map.
     pub const L2_STACK_TOP: u64 = 0x1_8000;

@@ -1,14 +1,14 @@
 //! L2: what the firmware as its hypervisor (L1) and the monitor agree on.
 //!
 //! L2 sees [`Map::l2_pages`] pages from [`L2_BASE`] on, and executes the pattern over them. [`Map::l1_page`] says which of L1's tracked
-//! pages each of them is: L1 builds its nested page table (EPT12, NPT12) by that function, and the monitor evaluates the same
+//! pages each of them is: L1 builds its nested page table (EPT12, in the format EPT or NPT) by that function, and the monitor evaluates the same
 //! function for the truth by L1 page. Several L2 pages may be one L1 page: *aliases*.
 //!
 //! ```text
 //! L2 linear                  L2 GPA                       L1 GPA                     host
 //! 0 .. 1 GiB          -->    the same              -->    the system slot
 //! TRACKED_BASE + i*4K -->    L2_BASE + i*4K        -->    tracked page l1_page(i)
-//!            L2's own tables               NPT12                        memory slots
+//!            L2's own tables               EPT12                        memory slots
 //! ```
 //!
 //! An L2 that is the same program needs no loader: it sees L1's system slot at the same addresses, its image, stacks and plans included.
@@ -23,7 +23,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// Where L2's pages begin in L2's physical space.
 pub const L2_BASE: L2Gfn = L2Gfn::containing(TRACKED_GPA);
 
-/// Who executes the pattern over L2's pages, and by whose means. The number 3 is for VMX, 4 for Umbra's paravirtual interface.
+/// Who executes the pattern over L2's pages, and by whose means. The number 4 is for Umbra's paravirtual interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Way {
@@ -31,6 +31,8 @@ pub enum Way {
     Plain = 1,
     /// An L2 on AMD's SVM with nested paging.
     Svm = 2,
+    /// An L2 on Intel's VMX with extended page tables.
+    Vmx = 3,
 }
 
 /// How the copies of L1's pages lie in L2's physical space: one after the other, each of them all of L1's pages.
@@ -224,6 +226,7 @@ impl Nested {
             0 => return Some(None),
             1 => Way::Plain,
             2 => Way::Svm,
+            3 => Way::Vmx,
             _ => return None,
         };
         let leaf = match leaf {
@@ -243,12 +246,12 @@ impl Nested {
         }
     }
 
-    /// Bytes of tables beside L1's own: L2's, by leaves of `guest_page`, and NPT12.
+    /// Bytes of tables beside L1's own: L2's, by leaves of `guest_page`, and EPT12.
     #[must_use]
     pub const fn table_bytes(&self, guest_page: Level) -> u64 {
         match self.way {
             Way::Plain => 0,
-            Way::Svm => {
+            Way::Svm | Way::Vmx => {
                 self.own_table_bytes(guest_page) + crate::layout::table_bytes(self.map.l2_pages(), self.map.leaf)
             }
         }
@@ -331,8 +334,8 @@ mod tests {
         }
 
         #[test]
-        fn options_survive_the_boot_page(map in maps(), svm: bool, preset: bool, fill_batch: u64) {
-            let nested = Nested { way: if svm { Way::Svm } else { Way::Plain }, map, preset, fill_batch };
+        fn options_survive_the_boot_page(map in maps(), preset: bool, fill_batch: u64, way in prop::sample::select(vec![Way::Plain, Way::Svm, Way::Vmx])) {
+            let nested = Nested { way, map, preset, fill_batch };
             prop_assert_eq!(Nested::decode(&nested.encode()), Some(Some(nested)));
         }
     }
@@ -359,7 +362,7 @@ mod tests {
         assert_eq!(refused(100, Level::K4, 2, AliasKind::SharedTables), MapError::Shared(100));
         assert_eq!(refused(512, Level::M2, 2, AliasKind::SharedTables), MapError::Shared(512));
         assert_eq!(Nested::decode(&[0; 8]), Some(None));
-        assert_eq!(Nested::decode(&[3, 512, 1, 1, 0, 0, 0, 0]), None);
+        assert_eq!(Nested::decode(&[9, 512, 1, 1, 0, 0, 0, 0]), None);
         assert_eq!(Nested::decode(&[2, 512, 3, 1, 0, 0, 0, 0]), None);
         assert_eq!(Nested::decode(&[2, 512, 1, 0, 0, 0, 0, 0]), None);
     }

@@ -114,13 +114,31 @@ pub static GDT: Gdt = {
     entries[5] = DescriptorFlags::KERNEL_CODE32.bits();
     let mut vcpu = 0;
     while vcpu < MAX_VCPUS {
-        let base = TASK_STATES_ADDRESS + (vcpu * size_of::<TaskState>()) as u64;
-        let at = FIRST_TSS as usize / 8 + 2 * vcpu;
+        let Task { selector, base, .. } = task(vcpu);
+        let at = selector as usize / 8;
         [entries[at], entries[at + 1]] = tss_descriptor(base);
         vcpu += 1;
     }
     Gdt(entries)
 };
+
+/// A vCPU's TSS as TR holds it.
+#[derive(Clone, Copy, Debug)]
+pub struct Task {
+    /// Its selector.
+    pub selector: u16,
+    /// Where it lies.
+    pub base: u64,
+    /// Its bytes, less one.
+    pub limit: u32,
+}
+
+/// The TSS of vCPU `vcpu`.
+pub const fn task(vcpu: usize) -> Task {
+    let size = size_of::<TaskState>();
+    let selector = FIRST_TSS + 16 * vcpu as u16;
+    Task { selector, base: TASK_STATES_ADDRESS + (vcpu * size) as u64, limit: size as u32 - 1 }
+}
 
 /// What LGDT and LIDT load (SDM 3A, figure 2-6).
 #[repr(C, packed)]

@@ -1,10 +1,11 @@
-//! The x86-64 part, and nearly all that is unsafe: entry, descriptors, exception stubs, page tables, ports, SVM, and the pages
-//! that are shared with the monitor.
+//! The x86-64 part, and nearly all that is unsafe: entry, descriptors, exception stubs, page tables, ports, SVM and VMX, and the
+//! pages that are shared with the monitor.
 
 #[cfg(not(test))]
 mod entry;
 mod gdt;
 pub mod idt;
+pub mod l2;
 #[cfg(not(test))]
 mod lang;
 pub mod lock;
@@ -12,9 +13,11 @@ pub mod mailbox;
 pub mod modes;
 pub mod paging;
 pub mod port;
+mod privileged;
 pub mod provoke;
 #[cfg(not(test))]
 mod pvh;
+mod registers;
 pub mod ring0;
 pub mod smm;
 pub mod space;
@@ -23,3 +26,4 @@ pub mod tracked;
 pub mod tsc;
 mod unpaged;
 pub mod vcpu;
+pub mod vmx;

@@ -1,4 +1,4 @@
-//! The firmware's own long-mode tables, built in a pool of pages by the `x86_64` crate's types.
+//! The firmware's own long-mode tables, and the nested tables of its L2, built in a pool of pages by the `x86_64` crate's types.
 //!
 //! The system slot at its own addresses by 2 MiB leaves, the tracked slots one after the other from [`TRACKED_BASE`] by leaves of
 //! 4 KiB or 2 MiB. Everything is writable, open to ring 3, and has A and D set, so that the CPU never writes to the tables.
@@ -6,15 +6,38 @@
 
 use core::fmt;
 use umbra_shared::layout::{SYSTEM_LIMIT, Slot, TRACKED_BASE};
+use umbra_shared::paging::ept;
 use umbra_shared::{Level, PAGE_SIZE};
 use x86_64::structures::paging::{PageTable, PageTableFlags};
 use x86_64::{PhysAddr, VirtAddr};
 
-const TABLE: PageTableFlags = PageTableFlags::PRESENT
-    .union(PageTableFlags::WRITABLE)
-    .union(PageTableFlags::USER_ACCESSIBLE)
-    .union(PageTableFlags::ACCESSED);
-const LEAF: PageTableFlags = TABLE.union(PageTableFlags::DIRTY);
+/// How a format of 8-byte entries spells what a [`Pool`] says. Bit 7 makes a large leaf in all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// Of an entry that leads to a table: everything is allowed.
+    pub table: PageTableFlags,
+    /// Of a leaf: everything is allowed.
+    pub leaf: PageTableFlags,
+    /// The accessed flag, of both.
+    pub accessed: PageTableFlags,
+    /// The dirty flag, of a leaf.
+    pub dirty: PageTableFlags,
+}
+
+impl Format {
+    /// Long mode, and so NPT, whose walk counts as a user's (APM 2, 15.25.5).
+    pub const LONG: Self = {
+        let all = PageTableFlags::PRESENT.union(PageTableFlags::WRITABLE).union(PageTableFlags::USER_ACCESSIBLE);
+        Self { table: all, leaf: all, accessed: PageTableFlags::ACCESSED, dirty: PageTableFlags::DIRTY }
+    };
+    /// Intel's extended page tables, of write-back memory (SDM 3C, 29.3.2).
+    pub const EPT: Self = Self {
+        table: PageTableFlags::from_bits_retain(ept::RIGHTS),
+        leaf: PageTableFlags::from_bits_retain(ept::RIGHTS | ept::WRITE_BACK),
+        accessed: PageTableFlags::from_bits_retain(ept::ACCESSED),
+        dirty: PageTableFlags::from_bits_retain(ept::DIRTY),
+    };
+}
 
 /// Why tables could not be built.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +77,7 @@ pub struct Pool<'a> {
     tables: &'a mut [PageTable],
     base: u64,
     used: usize,
+    format: Format,
     table_flags: PageTableFlags,
     leaf_flags: PageTableFlags,
 }
@@ -63,18 +87,19 @@ impl<'a> Pool<'a> {
     ///
     /// # Errors
     /// [`Error::PoolExhausted`] if there is no room for it.
-    pub fn new(tables: &'a mut [PageTable], base: u64) -> Result<Self, Error> {
-        let mut pool = Self { tables, base, used: 0, table_flags: TABLE, leaf_flags: LEAF };
+    pub fn new(tables: &'a mut [PageTable], base: u64, format: Format) -> Result<Self, Error> {
+        let none = PageTableFlags::empty();
+        let mut pool = Self { tables, base, used: 0, format, table_flags: none, leaf_flags: none };
+        pool.preset(true);
         pool.take()?;
         Ok(pool)
     }
 
     /// From now on entries are made without A and D, or with both.
     pub fn preset(&mut self, accessed_dirty: bool) {
-        let both = PageTableFlags::ACCESSED.union(PageTableFlags::DIRTY);
-        let without = TABLE.difference(PageTableFlags::ACCESSED);
+        let Format { table, leaf, accessed, dirty } = self.format;
         (self.table_flags, self.leaf_flags) =
-            if accessed_dirty { (TABLE, LEAF) } else { (without, LEAF.difference(both)) };
+            if accessed_dirty { (table | accessed, leaf | accessed | dirty) } else { (table, leaf) };
     }
 
     /// The physical address of the root.
@@ -94,6 +119,7 @@ impl<'a> Pool<'a> {
     pub const fn bytes(&self) -> u64 {
         self.used as u64 * PAGE_SIZE
     }
+
     /// Takes an empty table out of the pool.
     fn take(&mut self) -> Result<usize, Error> {
         let index = self.used;
@@ -196,7 +222,7 @@ impl<'a> Pool<'a> {
 /// # Errors
 /// Says what does not fit. The pool is then half filled.
 pub fn build(pool: &mut [PageTable], base: u64, slots: impl Iterator<Item = Slot>, leaf: Level) -> Result<u64, Error> {
-    let mut pool = Pool::new(pool, base)?;
+    let mut pool = Pool::new(pool, base, Format::LONG)?;
     pool.map_system()?;
     for slot in slots {
         let linear = TRACKED_BASE + slot.first_page * PAGE_SIZE;
@@ -230,7 +256,7 @@ mod tests {
             let shift = 12 + 9 * (u32::from(level) - 1);
             let entry = &pool[table][usize::try_from(linear >> shift & 511).unwrap()];
             let flags = entry.flags();
-            if !flags.contains(TABLE) {
+            if !flags.contains(Format::LONG.table | Format::LONG.accessed) {
                 return None;
             }
             if level == 1 || flags.contains(PageTableFlags::HUGE_PAGE) {
@@ -264,6 +290,22 @@ mod tests {
             }
             prop_assert_eq!(walk(&pool, SYSTEM_LIMIT), None);
         }
+    }
+
+    /// SDM 3C, tables 29-1 to 29-7: rights 2:0, memory type 5:3 (6 is write-back), A 8, D 9; a table's bits 6:3 are 0.
+    #[test]
+    fn extended_page_tables_are_laid_out_as_the_manual_says() {
+        let mut tables = [const { PageTable::new() }; 4];
+        let mut pool = Pool::new(&mut tables, BASE, Format::EPT).unwrap();
+        pool.map(0x20_0000, 0x40_0000, Level::M2).unwrap();
+        pool.preset(false);
+        pool.map(0x5000, 0x1_2345_6000, Level::K4).unwrap();
+        let entry =
+            |table: usize, index: usize| tables[table][index].addr().as_u64() | tables[table][index].flags().bits();
+        assert_eq!(entry(0, 0), (BASE + 0x1000) | 0x107);
+        assert_eq!(entry(2, 1), 0x40_0000 | 0x3b7);
+        assert_eq!(entry(2, 0), (BASE + 0x3000) | 0x7);
+        assert_eq!(entry(3, 5), 0x1_2345_6000 | 0x37);
     }
 
     #[test]

@@ -1,61 +1,61 @@
 //! The firmware as a hypervisor: each vCPU has an L2 of its own, all of them on one nested page table.
 
-pub mod npt;
+pub mod table;
 
+use crate::arch::l2::{Extension, L2, Violation};
 use crate::arch::lock::Lock;
 use crate::arch::mailbox::LiveReport;
 use crate::arch::space::{self, SecondSpace};
-use crate::arch::svm::{Absent, L2};
 use crate::arch::tracked::{Executed, Tracked};
 use crate::arch::vcpu;
 use crate::boot::Setup;
 use core::sync::atomic::Ordering::Relaxed;
-use npt::Npt;
+use table::{Refusal, Table12};
 use umbra_shared::nested::Nested;
 
 /// What the L2s of all vCPUs share.
 struct Shared {
     pml4: u64,
     tracked: Tracked,
-    npt: Npt<'static>,
+    table: Table12<'static>,
 }
 
 static SHARED: Lock<Option<Shared>> = Lock::new(None);
 
 /// One vCPU's hypervisor.
-pub struct Hypervisor {
-    l2: L2,
+pub struct Hypervisor<E> {
+    l2: L2<E>,
     /// L2's memory. Only L2 may use it.
     pub tracked: Tracked,
     report: &'static LiveReport,
 }
 
 /// What the vCPUs share, made by the first to ask.
-fn with_shared<R>(setup: &Setup, nested: &Nested, work: impl FnOnce(&mut Shared) -> R) -> R {
-    SHARED.with(|shared| work(shared.get_or_insert_with(|| create(setup, nested))))
+fn with_shared<E: Extension, R>(setup: &Setup, nested: &Nested, work: impl FnOnce(&mut Shared) -> R) -> R {
+    SHARED.with(|shared| work(shared.get_or_insert_with(|| create::<E>(setup, nested))))
 }
 
-fn create(setup: &Setup, nested: &Nested) -> Shared {
+fn create<E: Extension>(setup: &Setup, nested: &Nested) -> Shared {
     let (tables, bytes) = (setup.page.nested_tables, setup.page.nested_table_bytes);
     let SecondSpace { pml4, tracked, nested: rest, nested_address } =
         match space::create_second(tables, bytes, nested, setup.leaf) {
             Ok(second) => second,
             Err(error) => panic!("L2's page tables: {error}"),
         };
-    match Npt::new(rest, nested_address, nested, setup.slots()) {
-        Ok(npt) => Shared { pml4, tracked, npt },
-        Err(error) => panic!("NPT12: {error}"),
+    match Table12::new(rest, nested_address, E::FORMAT, nested, setup.slots()) {
+        Ok(table) => Shared { pml4, tracked, table },
+        Err(error) => panic!("L1's nested page table: {error}"),
     }
 }
 
-impl Hypervisor {
+impl<E: Extension> Hypervisor<E> {
     /// Makes this vCPU's L2. Its own tables are mapped when this returns: the first touch of its pages is that of the pages alone.
     ///
     /// # Errors
     /// What this vCPU lacks.
-    pub fn new(setup: &Setup, nested: &Nested) -> Result<Self, Absent> {
+    pub fn new(setup: &Setup, nested: &Nested) -> Result<Self, E::Absent> {
         let (pml4, root, tracked) =
-            with_shared(setup, nested, |shared| (shared.pml4, shared.npt.root(), shared.tracked));
+            with_shared::<E, _>(setup, nested, |shared| (shared.pml4, shared.table.root(), shared.tracked));
         let index = vcpu::current();
         let l2 = L2::new(index, pml4, root)?;
         let mut hypervisor = Self { l2, tracked, report: LiveReport::of(index) };
@@ -67,12 +67,12 @@ impl Hypervisor {
     /// Lets L2 do `work`. Violations are handled by filling the table as the options say; panics at one that L1 cannot handle.
     pub fn run(&mut self, work: &mut dyn FnMut()) -> u64 {
         let report = self.report;
-        let mut violation = |gfn: umbra_shared::L2Gfn| {
+        let mut violation = |violation: Violation| {
             let made = SHARED.with(|shared| match shared {
-                Some(shared) => shared.npt.violation(gfn),
-                None => Err(npt::Refusal::Beyond(gfn)),
+                Some(shared) => shared.table.violation(violation.gfn()),
+                None => Err(Refusal::Beyond(violation.gfn())),
             });
-            report.last_address.store(gfn.address(), Relaxed);
+            report.last_address.store(violation.address, Relaxed);
             report.violations.fetch_add(1, Relaxed);
             match made {
                 Ok(entries) => report.filled.fetch_add(entries, Relaxed),
@@ -94,7 +94,7 @@ impl Hypervisor {
     /// Makes all entries that are not there yet.
     pub fn fill(&mut self) -> Executed {
         let begin = crate::arch::tsc::now();
-        let made = SHARED.with(|shared| shared.as_mut().map_or(Ok(0), |shared| shared.npt.fill()));
+        let made = SHARED.with(|shared| shared.as_mut().map_or(Ok(0), |shared| shared.table.fill()));
         let ticks = crate::arch::tsc::now().wrapping_sub(begin);
         match made {
             Ok(entries) => self.report.filled.fetch_add(entries, Relaxed),
@@ -105,7 +105,7 @@ impl Hypervisor {
     }
 
     fn report_tables(&self) {
-        let pages = SHARED.with(|shared| shared.as_ref().map_or(0, |shared| shared.npt.table_pages()));
+        let pages = SHARED.with(|shared| shared.as_ref().map_or(0, |shared| shared.table.table_pages()));
         self.report.table_pages.store(pages, Relaxed);
     }
 }

@@ -2,8 +2,11 @@
 
 pub mod plan;
 
+use crate::arch::l2::Extension;
 use crate::arch::mailbox::LiveMailbox;
+use crate::arch::svm::Svm;
 use crate::arch::tracked::{Executed, Tracked};
+use crate::arch::vmx::Vmx;
 use crate::arch::{modes, port, vcpu};
 use crate::boot::Setup;
 use crate::nested::Hypervisor;
@@ -129,15 +132,17 @@ impl Worker {
 /// Executes the monitor's commands, for ever: here, or in an L2 if the monitor wants one.
 pub fn serve(tracked: Tracked, conduct: Conduct) -> ! {
     let setup = Setup::given();
-    if let Some(nested @ Nested { way: Way::Svm, .. }) = setup.nested {
-        serve_nested(&setup, &nested, conduct)
+    match setup.nested {
+        Some(nested @ Nested { way: Way::Svm, .. }) => serve_nested::<Svm>(&setup, &nested, conduct),
+        Some(nested @ Nested { way: Way::Vmx, .. }) => serve_nested::<Vmx>(&setup, &nested, conduct),
+        Some(Nested { way: Way::Plain, .. }) | None => {}
     }
     let mut worker = Worker::new(&setup, tracked, conduct);
     commands(worker.mailbox, |command, argument| worker.execute(command, argument))
 }
 
-fn serve_nested(setup: &Setup, nested: &Nested, conduct: Conduct) -> ! {
-    let mut hypervisor = match Hypervisor::new(setup, nested) {
+fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) -> ! {
+    let mut hypervisor = match Hypervisor::<E>::new(setup, nested) {
         Ok(hypervisor) => hypervisor,
         Err(absent) => console::not_here(format_args!("{absent}")),
     };

@@ -3,150 +3,26 @@
 //! The invariants are: a present leaf is listed once in the reverse map of its frame and size, and nothing else is;
 //! a link is listed once among its child's parents; a page without parents that is no root does not exist.
 
-use umbra_shared::{Gfn, L2Gfn, Level};
+use umbra_shared::{Gfn, Level};
 
 use crate::access::Access;
-use crate::config::MmuError;
+use crate::config::NoMemory;
 use crate::defects::Defect;
-use crate::dirty::L2Set;
-use crate::memory::{Env, Extent};
+use crate::head::Head;
+use crate::memory::Env;
 use crate::mmu::Mmu;
-use crate::outbox::extent;
-use crate::ptelist::{Head, PteLists};
 use crate::role::Role;
-use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
-use crate::track::Leaf;
-
-/// Paths that are announced one by one; an entry with more is announced as "everything".
-const MAX_PATHS: usize = 64;
-
-/// The L2 ranges that lead through one entry.
-pub(crate) struct Paths {
-    found: [(u32, u64); MAX_PATHS],
-    len: usize,
-    overflow: bool,
-}
 
 impl Mmu {
     /// A new, empty shadow page, if the quota has room.
-    pub(crate) fn alloc_page(&mut self, gfn: Gfn, role: Role, for_split: bool) -> Result<u32, MmuError> {
+    pub(crate) fn alloc_page(&mut self, gfn: Gfn, role: Role, for_split: bool) -> Result<u32, NoMemory> {
         if self.arena.in_use() >= self.config.quota() {
-            return Err(MmuError::NoMemory);
+            return Err(NoMemory);
         }
         let page = self.arena.alloc(gfn, role, for_split)?;
         self.stats.pages_made += 1;
         Ok(page)
-    }
-
-    /// The L2 frames under entry `at`, by the page's first path: exact unless the page is shared.
-    #[inline]
-    pub(crate) fn first_path(&self, at: SpteRef) -> (u32, u64) {
-        let header = self.arena.header(at.page());
-        (header.root, header.l2_base + at.index() as u64 * header.role.level().frames())
-    }
-
-    fn collect_paths(&self, at: SpteRef, offset: u64, paths: &mut Paths) {
-        let header = self.arena.header(at.page());
-        let offset = offset + at.index() as u64 * header.role.level().frames();
-        if header.is_root() {
-            if let Some(place) = paths.found.get_mut(paths.len) {
-                *place = (header.root, offset);
-                paths.len += 1;
-            } else {
-                paths.overflow = true;
-            }
-            return;
-        }
-        let mut cursor = PteLists::walk(header.parents);
-        while let Some(parent) = self.lists.next(&mut cursor) {
-            if paths.overflow {
-                return;
-            }
-            self.collect_paths(parent, offset, paths);
-        }
-    }
-
-    /// Every path to entry `at`, up to a bound.
-    pub(crate) fn paths(&self, at: SpteRef) -> Paths {
-        let mut paths = Paths { found: [(0, 0); MAX_PATHS], len: 0, overflow: false };
-        self.collect_paths(at, 0, &mut paths);
-        paths
-    }
-
-    #[inline]
-    fn root_extent(&self, index: u32, start: u64, frames: u64) -> Option<Extent> {
-        self.roots.at(index).map(|root| extent(root.id, start, frames))
-    }
-
-    /// Posts an unmap (`access` none) or a change of rights of entry `at` on all its paths, and asks for the flush.
-    #[inline]
-    pub(crate) fn announce(&mut self, env: &mut Env<'_>, at: SpteRef, access: Option<Access>) {
-        let header = self.arena.header(at.page());
-        let frames = header.role.level().frames();
-        if !header.shared() {
-            let (root, start) = self.first_path(at);
-            if let Some(extent) = self.root_extent(root, start, frames) {
-                self.announce_extent(env, extent, access);
-            }
-            return;
-        }
-        let paths = self.paths(at);
-        if paths.overflow {
-            let all: Vec<Extent> =
-                self.roots.iter().map(|root| extent(root.id, 0, root.role.format.frames())).collect();
-            for extent in all {
-                self.announce_extent(env, extent, None);
-            }
-            self.out.flush_all();
-            return;
-        }
-        for &(root, start) in paths.found.iter().take(paths.len) {
-            if let Some(extent) = self.root_extent(root, start, frames) {
-                self.announce_extent(env, extent, access);
-            }
-        }
-    }
-
-    #[inline]
-    fn announce_extent(&mut self, env: &mut Env<'_>, extent: Extent, access: Option<Access>) {
-        match access {
-            Some(access) => self.out.protect(env.mapper, &mut self.stats, extent, access),
-            None => self.out.unmap(env.mapper, &mut self.stats, extent),
-        }
-        self.out.flush(extent);
-    }
-
-    /// Marks the page behind leaf `at` as written through `at`. `offset` picks the 4 KiB page in a larger leaf.
-    #[inline]
-    pub(crate) fn mark_written(&mut self, at: SpteRef, offset: u64) {
-        let frame = self.arena.spte(at).frame().plus(offset);
-        let Some(track) = &mut self.track else { return };
-        track.dirty.insert(frame);
-        if track.l2.is_some() {
-            self.mark_l2(at, offset);
-        }
-    }
-
-    pub(crate) fn mark_l2(&mut self, at: SpteRef, offset: u64) {
-        if self.track.as_ref().and_then(|track| track.l2.as_ref()).is_none_or(L2Set::is_all) {
-            return;
-        }
-        let shared = self.arena.header(at.page()).shared();
-        let first = self.first_path(at);
-        let paths = if shared { Some(self.paths(at)) } else { None };
-        let Some(l2) = self.track.as_mut().and_then(|track| track.l2.as_mut()) else { return };
-        match paths {
-            None => l2.insert(L2Gfn(first.1 + offset)),
-            Some(paths) => {
-                if paths.overflow {
-                    l2.overflow();
-                }
-                for &(_, start) in paths.found.iter().take(paths.len) {
-                    l2.insert(L2Gfn(start + offset));
-                }
-            }
-        }
     }
 
     /// Before leaf `at` goes: what its dirty flag says must not be lost.
@@ -173,12 +49,11 @@ impl Mmu {
             return;
         }
         let level = self.arena.header(page).role.level();
-        for index in 0..512 {
-            let at = SpteRef::new(page, index);
-            let spte = self.arena.spte(at);
+        let mut entries = self.arena.present(page);
+        while let Some((at, spte)) = entries.next(&self.arena) {
             if spte.is_leaf(level) {
                 self.collect_dirty(at, spte, level);
-            } else if spte.present() {
+            } else {
                 self.collect_dirty_below(spte.child());
             }
         }
@@ -192,28 +67,26 @@ impl Mmu {
         at: SpteRef,
         level: Level,
         leaf: Spte,
-    ) -> Result<(), MmuError> {
-        match self.rmaps.add(&mut self.lists, leaf.frame(), level, at, false) {
-            Err(MmuError::ListFull) => {
-                if let Some(oldest) = self.rmaps.head(leaf.frame(), level).oldest() {
-                    self.drop_spte(env, oldest);
-                    self.stats.evicted += 1;
-                }
-                self.rmaps.add(&mut self.lists, leaf.frame(), level, at, false)?;
-            }
-            Err(error) => {
-                self.rmaps.settle(leaf.frame());
-                return Err(error);
-            }
-            Ok(()) => {}
+    ) -> Result<(), NoMemory> {
+        while !self.rmaps.add(&mut self.lists, leaf.frame(), level, at)? {
+            self.drop_oldest(env, leaf.frame(), level)?;
         }
         self.arena.set(at, leaf);
         self.stats.mapped += 1;
         Ok(())
     }
 
+    /// Makes room in a full list.
+    #[cold]
+    fn drop_oldest(&mut self, env: &mut Env<'_>, frame: Frame, level: Level) -> Result<(), NoMemory> {
+        let oldest = self.rmaps.head(frame, level).oldest().ok_or(NoMemory)?;
+        self.drop_spte(env, oldest);
+        self.stats.evicted += 1;
+        Ok(())
+    }
+
     /// Links `child` at `at`, where nothing is (or, in a split, the leaf that the child replaces).
-    pub(crate) fn link(&mut self, env: &mut Env<'_>, at: SpteRef, child: u32) -> Result<(), MmuError> {
+    pub(crate) fn link(&mut self, env: &mut Env<'_>, at: SpteRef, child: u32) -> Result<(), NoMemory> {
         let mut parents = self.arena.header(child).parents;
         let first = parents.is_empty();
         if self.lists.count(parents) >= self.config.longest_list
@@ -229,8 +102,7 @@ impl Mmu {
         let header = self.arena.header_mut(child);
         header.parents = parents;
         if first {
-            header.root = root;
-            header.l2_base = l2_base;
+            header.set_path(root, l2_base);
             if shared {
                 header.set_shared();
             }
@@ -243,51 +115,6 @@ impl Mmu {
             self.mark_new_path(child);
         }
         Ok(())
-    }
-
-    /// Whether the present walk comes to `page` for the first time: pages that many entries share are walked once.
-    fn first_visit(&mut self, page: u32) -> bool {
-        let visit = self.visit;
-        std::mem::replace(&mut self.arena.header_mut(page).visit, visit) != visit
-    }
-
-    /// A new path leads to `page`: writes on it to leaves that are open, or dirty already, will leave no trace of their
-    /// own. They are marked by L2 frame now.
-    fn mark_new_path(&mut self, page: u32) {
-        if !self.first_visit(page) {
-            return;
-        }
-        let level = self.arena.header(page).role.level();
-        let by_flag = self.track.as_ref().is_some_and(|track| track.strategy.uses_dirty_bits());
-        for index in 0..512 {
-            let at = SpteRef::new(page, index);
-            let spte = self.arena.spte(at);
-            if spte.present() && !spte.is_leaf(level) {
-                self.mark_new_path(spte.child());
-            } else if if by_flag { spte.dirty() } else { spte.writable() } {
-                for offset in 0..level.frames() {
-                    self.mark_l2(at, offset);
-                }
-            }
-        }
-    }
-
-    /// Marks `page` and everything below as reachable by several paths.
-    fn share(&mut self, page: u32) {
-        if self.arena.header(page).shared() {
-            return;
-        }
-        self.arena.header_mut(page).set_shared();
-        let level = self.arena.header(page).role.level();
-        if level == Level::K4 {
-            return;
-        }
-        for index in 0..512 {
-            let spte = self.arena.spte(SpteRef::new(page, index));
-            if spte.present() && !spte.is_leaf(level) {
-                self.share(spte.child());
-            }
-        }
     }
 
     /// Removes entry `at`, leaf or link, with everything that only it kept alive.
@@ -341,15 +168,8 @@ impl Mmu {
         if level == Level::K4 && !uses_dirty && !self.empty_straight(page) {
             return;
         }
-        for index in 0..512 {
-            if self.arena.header(page).present == 0 {
-                break;
-            }
-            let at = SpteRef::new(page, index);
-            let spte = self.arena.spte(at);
-            if !spte.present() {
-                continue;
-            }
+        let mut entries = self.arena.present(page);
+        while let Some((at, spte)) = entries.next(&self.arena) {
             if spte.is_leaf(level) {
                 self.collect_dirty(at, spte, level);
                 self.rmaps.remove(&mut self.lists, spte.frame(), level, at);
@@ -411,7 +231,7 @@ impl Mmu {
 
     /// Makes room for `count` shadow pages under the quota: kept roots first, the least recently used of them first;
     /// then pages in turn, as a clock's hand finds them.
-    pub(crate) fn make_pages_available(&mut self, env: &mut Env<'_>, count: u32) -> Result<(), MmuError> {
+    pub(crate) fn make_pages_available(&mut self, env: &mut Env<'_>, count: u32) -> Result<(), NoMemory> {
         let quota = self.config.quota();
         while self.arena.in_use() + count > quota {
             self.stats.evicted += 1;
@@ -423,87 +243,16 @@ impl Mmu {
             let is_victim = |page: &u32| self.arena.header(*page).in_use() && !self.arena.header(*page).is_root();
             let after = (self.hand + 1..end).find(is_victim);
             let Some(victim) = after.or_else(|| (1..=self.hand.min(end)).find(is_victim)) else {
-                return Err(MmuError::NoMemory);
+                return Err(NoMemory);
             };
             self.hand = victim;
             let before = self.arena.in_use();
             self.zap_page(env, victim);
             if self.arena.in_use() >= before {
-                return Err(MmuError::NoMemory);
+                return Err(NoMemory);
             }
         }
         Ok(())
-    }
-
-    /// As [`Self::open`] for a leaf on its own: posted at once when nothing waits to be joined with it.
-    #[inline]
-    pub(crate) fn open_now(&mut self, env: &mut Env<'_>, leaf: Leaf) {
-        let Some((spte, header)) = self.arena.entry_mut(leaf.at) else { return };
-        *spte = spte.opened();
-        let access = spte.access();
-        let (root, start) = leaf.path();
-        let extent = extent(root, start, leaf.level.frames());
-        if header.shared() {
-            // It may have been mapped by another path, which this one's mapper was not told of.
-            self.out.map_now(env.mapper, &mut self.stats, extent, (leaf.frame, leaf.level, access));
-        } else {
-            self.out.protect_now(env.mapper, &mut self.stats, extent, access);
-        }
-    }
-
-    /// A leaf is open for writes from now on. Posted for `path` alone: other paths find out by a fault.
-    #[inline]
-    pub(crate) fn open(&mut self, env: &mut Env<'_>, at: SpteRef, path: Option<(RootId, u64)>) {
-        let spte = self.arena.spte(at).opened();
-        if let Some(table) = self.arena.table_mut(at.page()) {
-            table[at.index()] = spte;
-        }
-        let frames = self.arena.header(at.page()).role.level().frames();
-        let extent = if let Some((root, start)) = path {
-            Some(extent(root, start, frames))
-        } else {
-            let (root, start) = self.first_path(at);
-            self.root_extent(root, start, frames)
-        };
-        let Some(extent) = extent else { return };
-        let header = self.arena.header(at.page());
-        if header.shared() {
-            let leaf = (spte.frame(), header.role.level(), spte.access());
-            self.out.map(env.mapper, &mut self.stats, extent, leaf);
-        } else {
-            self.out.protect(env.mapper, &mut self.stats, extent, spte.access());
-        }
-    }
-
-    /// Clears a leaf's dirty flag, so that hardware sets it again at the next write.
-    pub(crate) fn clean(&mut self, env: &mut Env<'_>, at: SpteRef) {
-        let spte = self.arena.spte(at);
-        if spte.dirty() {
-            self.arena.set(at, spte.clean());
-            self.flush_paths(env, at);
-        }
-    }
-
-    /// Asks for a flush of all paths to `at`.
-    pub(crate) fn flush_paths(&mut self, _env: &mut Env<'_>, at: SpteRef) {
-        let header = self.arena.header(at.page());
-        let frames = header.role.level().frames();
-        if header.shared() {
-            let paths = self.paths(at);
-            if paths.overflow {
-                self.out.flush_all();
-            }
-            for &(root, start) in paths.found.iter().take(paths.len) {
-                if let Some(extent) = self.root_extent(root, start, frames) {
-                    self.out.flush(extent);
-                }
-            }
-        } else {
-            let (root, start) = self.first_path(at);
-            if let Some(extent) = self.root_extent(root, start, frames) {
-                self.out.flush(extent);
-            }
-        }
     }
 
     /// Every leaf of `level` that maps `frame`, gathered so that lists may change.

@@ -10,7 +10,9 @@ use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread, Work};
 use crate::kvm::witness::Witness;
 use crate::kvm::{self, Backing, Vm};
 use crossbeam::channel::Receiver;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, Msrs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -51,6 +53,8 @@ pub struct Plan {
     pub backing: Backing,
     /// Leaf size of the firmware's own tables, and of its L2's.
     pub guest_page: Level,
+    /// Whether KVM has the interrupt controllers.
+    pub irqchip: bool,
     /// What the pattern's pages are, if not the tracked pages themselves.
     pub nested: Option<Nested>,
     /// What SMM sees, if the machine has one.
@@ -123,6 +127,9 @@ impl Machine {
         });
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm::vm::failed("KVM_GET_SUPPORTED_CPUID"))?;
+        if plan.irqchip {
+            vm.fd().create_irq_chip().map_err(kvm::vm::failed("KVM_CREATE_IRQCHIP"))?;
+        }
         let vcpus = (0..plan.vcpus)
             .map(|index| {
                 let vcpu = vm.fd().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
@@ -130,6 +137,11 @@ impl Machine {
                 set_registers(&vcpu, index, &plan.image)?;
                 if plan.smm.is_some() {
                     set_smbase(&vcpu, index)?;
+                }
+                if plan.irqchip {
+                    // All but the first would wait for a start-up IPI.
+                    let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+                    vcpu.set_mp_state(running).map_err(kvm::vm::failed("KVM_SET_MP_STATE"))?;
                 }
                 Ok(vcpu)
             })
@@ -185,8 +197,10 @@ impl Machine {
     /// # Errors
     /// [`Error::Broken`] and [`Error::Silent`].
     pub fn command_of(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<Window, Error> {
-        std::thread::sleep(clock::SETTLE);
-        let before = Witness::beside_vcpus(self.clock).look();
+        std::thread::sleep(clock::settle(self.clock));
+        let mut before = Witness::beside_vcpus(self.clock).look();
+        clock::behind_a_tick(self.clock);
+        before.begin();
         self.begin_of(vcpus.clone(), command, argument)?;
         let mut window = self.finish(vcpus, name(command))?;
         window.clean = match self.clock {

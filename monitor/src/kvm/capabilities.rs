@@ -3,7 +3,8 @@
 use super::Error;
 use super::vm::open;
 use crate::host;
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
+use kvm_ioctls::Kvm;
 use serde::Serialize;
 use std::os::raw::c_ulong;
 
@@ -52,15 +53,54 @@ pub fn read() -> Result<Vec<Capability>, Error> {
 /// [`Error::Capability`].
 pub fn smm() -> Result<(), Error> {
     let vm = open()?.create_vm().map_err(super::vm::failed("KVM_CREATE_VM"))?;
-    let missing =
-        |capability, consequence: &str| Err(Error::Capability { capability, consequence: consequence.to_owned() });
     if super::vm::offered(&vm, 117) == 0 {
-        return missing("KVM_CAP_X86_SMM", "guests have no system management mode");
+        return Err(missing("KVM_CAP_X86_SMM", "guests have no system management mode".into()));
     }
     if super::vm::offered(&vm, 118) < 2 {
-        return missing("KVM_CAP_MULTI_ADDRESS_SPACE", "SMM has no view of memory of its own");
+        return Err(missing("KVM_CAP_MULTI_ADDRESS_SPACE", "SMM has no view of memory of its own".into()));
     }
     Ok(())
+}
+
+/// What KVM says about guests' guests by one of the extensions.
+struct Nested {
+    /// Its module.
+    module: &'static str,
+    /// Of the extension: whose it is, and the way that needs it.
+    vendor: &'static str,
+    way: &'static str,
+}
+
+const SVM: Nested = Nested { module: "kvm_amd", vendor: "AMD", way: "svm" };
+const VMX: Nested = Nested { module: "kvm_intel", vendor: "Intel", way: "vmx" };
+
+fn missing(capability: &'static str, consequence: String) -> Error {
+    Error::Capability { capability, consequence }
+}
+
+impl Nested {
+    /// The module, its parameter and the capability; then KVM is open.
+    fn open(&self) -> Result<Kvm, Error> {
+        let Self { module, vendor, way } = *self;
+        match host::parameter(module, "nested").as_deref() {
+            Some("1" | "Y") => {}
+            Some(_) => return Err(missing("nested=1", format!("{way} needs that parameter of {module}"))),
+            None => return Err(missing(module, format!("{way} needs a CPU of {vendor}'s and its KVM module"))),
+        }
+        let kvm = open()?;
+        if kvm.check_extension_raw(157) <= 0 {
+            return Err(missing("KVM_CAP_NESTED_STATE", format!("{way} needs Linux 4.20 or later")));
+        }
+        Ok(kvm)
+    }
+}
+
+fn cpuid(kvm: &Kvm) -> Result<CpuId, Error> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(super::vm::failed("KVM_GET_SUPPORTED_CPUID"))
+}
+
+fn leaf(cpuid: &CpuId, number: u32) -> Option<&kvm_cpuid_entry2> {
+    cpuid.as_slice().iter().find(|entry| entry.function == number)
 }
 
 /// Whether a guest of this KVM can run guests of its own by SVM with nested paging.
@@ -68,24 +108,35 @@ pub fn smm() -> Result<(), Error> {
 /// # Errors
 /// [`Error::Capability`] with what is missing first: the module, its parameter, the capability, or a bit of CPUID (AMD APM 3, E.4.2 and E.4.9).
 pub fn nested_svm() -> Result<(), Error> {
-    let missing =
-        |capability, consequence: &str| Err(Error::Capability { capability, consequence: consequence.to_owned() });
-    match host::parameter("kvm_amd", "nested").as_deref() {
-        Some("1" | "Y") => {}
-        Some(_) => return missing("kvm_amd.nested", "svm needs the module's parameter nested=1"),
-        None => return missing("kvm_amd", "svm needs an AMD CPU and its KVM module"),
+    let cpuid = cpuid(&SVM.open()?)?;
+    if leaf(&cpuid, 0x8000_0001).is_none_or(|entry| entry.ecx >> 2 & 1 == 0) {
+        return Err(missing("SVM in CPUID", "KVM offers guests none here".to_owned()));
     }
-    let kvm = open()?;
-    if kvm.check_extension_raw(157) <= 0 {
-        return missing("KVM_CAP_NESTED_STATE", "svm needs Linux 4.20 or later");
+    if leaf(&cpuid, 0x8000_000a).is_none_or(|entry| entry.edx & 1 == 0) {
+        return Err(missing("nested paging in CPUID", "KVM offers guests none here (kvm_amd.npt=0?)".to_owned()));
     }
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(super::vm::failed("KVM_GET_SUPPORTED_CPUID"))?;
-    let leaf = |number| cpuid.as_slice().iter().find(|entry| entry.function == number);
-    if leaf(0x8000_0001).is_none_or(|entry| entry.ecx >> 2 & 1 == 0) {
-        return missing("SVM in CPUID", "KVM offers guests none here");
+    Ok(())
+}
+
+/// Whether a guest of this KVM can run guests of its own by VMX with extended page tables.
+///
+/// # Errors
+/// [`Error::Capability`] with what is missing first: the module, its parameter, the capability, the bit of CPUID (Intel SDM 2A, CPUID), or EPT among
+/// the controls (SDM 3D, A.3.3).
+pub fn nested_vmx() -> Result<(), Error> {
+    const IA32_VMX_PROCBASED_CTLS2: u32 = 0x48b;
+    let kvm = VMX.open()?;
+    if leaf(&cpuid(&kvm)?, 1).is_none_or(|entry| entry.ecx >> 5 & 1 == 0) {
+        return Err(missing("VMX in CPUID", "KVM offers guests none here".to_owned()));
     }
-    if leaf(0x8000_000a).is_none_or(|entry| entry.edx & 1 == 0) {
-        return missing("nested paging in CPUID", "KVM offers guests none here (kvm_amd.npt=0?)");
+    let entry = kvm_msr_entry { index: IA32_VMX_PROCBASED_CTLS2, ..kvm_msr_entry::default() };
+    // One entry always fits.
+    let mut msrs = Msrs::from_entries(&[entry]).map_err(|_| missing("KVM_GET_MSRS", "no room".to_owned()))?;
+    let read = kvm.get_msrs(&mut msrs).map_err(super::vm::failed("KVM_GET_MSRS"))?;
+    // The high half of the register are controls that may be set; enabling EPT is the second of them.
+    let offered = msrs.as_slice().first().filter(|_| read == 1).map_or(0, |entry| entry.data >> 32);
+    if offered >> 1 & 1 == 0 {
+        return Err(missing("nested EPT", "KVM offers guests none here (kvm_intel.ept=0?)".to_owned()));
     }
     Ok(())
 }

@@ -24,8 +24,6 @@ pub enum Nesting {
 
 impl Nesting {
     const ALL: [Self; 4] = [Self::Plain, Self::Svm, Self::Vmx, Self::Umbra];
-    /// The ways that run without `--nesting`.
-    const DEFAULT: [Self; 2] = [Self::Plain, Self::Svm];
 
     const fn name(self) -> &'static str {
         match self {
@@ -79,10 +77,8 @@ fn named<T: Copy>(name: &str, text: &str, choices: &[(&str, T)]) -> Result<T, Fa
 /// What L2 is, and the ways to run it.
 #[derive(Clone, Debug)]
 pub struct L2Options {
-    /// A row for each of them and each tracker.
-    pub ways: Vec<Nesting>,
-    /// Whether the ways were asked for by name, so that a missing one is a failure.
-    pub by_name: bool,
+    /// What `--nesting` names; empty for all that the host has.
+    ways: Vec<Nesting>,
     /// What L2's pages are.
     pub map: Map,
     /// The table's format, if it was asked for.
@@ -99,7 +95,6 @@ impl L2Options {
     pub fn new(args: &RunArgs, guest_page: Level, config: &mut BTreeMap<String, Value>) -> Result<Self, Failure> {
         let (given, table) = (&args.nested, &args.shadow);
         let ways = given.nesting.iter().map(|name| name.parse()).collect::<Result<Vec<Nesting>, _>>()?;
-        let by_name = !ways.is_empty();
         let text = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.to_owned());
         let (leaf, kind) = (text(&table.leaf, "4k"), text(&table.alias_kind, AliasKind::Contiguous.name()));
         let (aliases, fill_batch) = (table.alias.unwrap_or(1), given.fill_batch.unwrap_or(0));
@@ -131,8 +126,25 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
-        let ways = if by_name { ways } else { Nesting::DEFAULT.to_vec() };
-        Ok(Self { ways, by_name, map, format, preset, fill_batch })
+        Ok(Self { ways, map, format, preset, fill_batch })
+    }
+
+    /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
+    /// so for both.
+    #[must_use]
+    pub fn ways_here(&self, vendor: &str) -> Vec<Nesting> {
+        match vendor {
+            _ if !self.ways.is_empty() => self.ways.clone(),
+            "amd" => vec![Nesting::Plain, Nesting::Svm],
+            "intel" => vec![Nesting::Plain, Nesting::Vmx],
+            _ => vec![Nesting::Plain, Nesting::Svm, Nesting::Vmx],
+        }
+    }
+
+    /// Whether the row of this name was asked for by its way, so that it is a failure when it is missing.
+    #[must_use]
+    pub fn by_name(&self, row: &str) -> bool {
+        self.ways.iter().any(|way| row.split_once(':').is_some_and(|(name, _)| name == way.name()))
     }
 
     /// What the firmware is told to be one of those ways.

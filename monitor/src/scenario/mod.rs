@@ -1,6 +1,7 @@
 //! Scenarios: set up, run, check against the truth, return a Record. One file each.
 
 mod check;
+mod collapse;
 mod cures;
 mod dirty_log;
 mod l2;
@@ -47,6 +48,9 @@ enum Work {
     Roots,
 }
 
+/// The scenario that watches what is left behind.
+const COLLAPSE: &str = "collapse";
+
 /// The scenario without KVM.
 const MODEL: &str = "model";
 
@@ -57,6 +61,12 @@ pub const ALL: &[Scenario] = &[
         description: "what KVM's dirty tracking costs: populate, enable, rounds of dirty/get/clear, disable, retouch",
         trackers: &track::OF_KVM,
         work: Work::Kvm(dirty_log::run),
+    },
+    Scenario {
+        name: COLLAPSE,
+        description: "what logging leaves behind, stopped at rest or in mid-round: huge mappings and speed, when they are back",
+        trackers: &[Kind::Bitmap, Kind::ClearInitSet],
+        work: Work::Kvm(collapse::run),
     },
     Scenario {
         name: MODEL,
@@ -134,6 +144,12 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
 /// An option that would have no effect is refused.
 fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let name = args.scenario.as_str();
+    if name == COLLAPSE && args.vcpus != 1 {
+        return Err(Failure::Input(format!(
+            "--vcpus {}: collapse has one, since several would end in different rounds when it cancels",
+            args.vcpus
+        )));
+    }
     let has_l2 = name == setup::NESTED;
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(

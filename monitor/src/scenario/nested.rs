@@ -1,4 +1,5 @@
-//! What a guest's guest costs: the same pattern over the same pages, executed by L1 itself (`plain`) and by an L2 on KVM's own nesting (`svm`).
+//! What a guest's guest costs: the same pattern over the same pages, executed by L1 itself (`plain`) and by an L2 on KVM's own nesting (`svm`,
+//! `vmx`).
 //! A row for each way and tracker. The rounds are those of `dirty-log`; before them come the monitor's populating of L1's memory (so that a first
 //! touch is KVM's work alone), an entry into L2 and back, L1's filling of its table, and L2's first touch of every page.
 //!
@@ -6,9 +7,10 @@
 
 use super::Setup;
 use super::l2::{Format, L2Options, Nesting};
-use super::pass::{self, Case, ExplainedBy, Run};
+use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
+use crate::host;
 use crate::kvm::{self, capabilities};
 use crate::progress::Progress;
 use crate::report::Record;
@@ -25,14 +27,14 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("nested: its options are missing".into())) };
     setup.check_named()?;
     let mut rows = Vec::new();
-    for &nesting in &l2.ways {
+    for nesting in l2.ways_here(host::vendor()) {
         for &kind in setup.trackers() {
             let name = format!("{nesting}:{kind}");
             rows.push(Setup::or_not_here(&name, row(setup, l2, nesting, kind, &name, progress))?);
         }
     }
     // A way that nobody asked for may be missing; the trackers that were asked for are there.
-    setup.record_of(rows, |name| l2.by_name && l2.ways.iter().any(|way| name.starts_with(&format!("{way}:"))))
+    setup.record_of(rows, |name| l2.by_name(name))
 }
 
 /// How the firmware runs L2 that way, if it and this host can.
@@ -48,7 +50,13 @@ fn way(l2: &L2Options, nesting: Nesting) -> Result<Way, Failure> {
                 }
             }
         }
-        Nesting::Vmx => Err(not_here("VMX", "the firmware is a hypervisor by SVM alone")),
+        Nesting::Vmx => {
+            capabilities::nested_vmx()?;
+            match l2.format {
+                None | Some(Format::Ept) => Ok(Way::Vmx),
+                Some(_) => Err(not_here("EPT", "it is the one format that vmx has")),
+            }
+        }
         Nesting::Umbra => Err(not_here("Umbra's shadow MMU", "it does not run an L2 yet")),
     }
 }
@@ -68,10 +76,13 @@ fn row(
     let way = way(l2, nesting)?;
     let (begin, explained_by): (fn(&mut Run) -> _, _) = match way {
         Way::Plain => (begin_plain, ExplainedBy::L1),
-        Way::Svm => (begin_nested, ExplainedBy::L2),
+        Way::Svm | Way::Vmx => (begin_nested, ExplainedBy::L2),
     };
     let plan = Plan { nested: Some(l2.nested(way)), ..setup.plan.clone() };
-    pass::row(&Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin }, progress)
+    pass::row(
+        &Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin, ending: Ending::Stopped },
+        progress,
+    )
 }
 
 fn begin_plain(run: &mut Run) -> Result<(), Failure> {

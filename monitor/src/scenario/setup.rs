@@ -92,6 +92,7 @@ pub struct Options {
     backing: Option<Backing>,
     l2: Option<L2Options>,
     guest_page: Level,
+    irqchip: bool,
     image: Arc<Image>,
     trackers: Trackers,
     toggles: Option<Toggles>,
@@ -111,6 +112,11 @@ impl Options {
             "4k" => Level::K4,
             "2m" => Level::M2,
             other => return Err(input(format!("--guest-page {other}: it is 4k or 2m"))),
+        };
+        let irqchip = match args.irqchip.as_deref() {
+            None | Some("none") => false,
+            Some("kernel") => true,
+            Some(other) => return Err(input(format!("--irqchip {other}: it is none or kernel"))),
         };
         let has_l2 = args.scenario == NESTED;
         let huge_leaves = guest_page == Level::M2 || args.shadow.leaf.as_deref() == Some("2m");
@@ -156,6 +162,7 @@ impl Options {
             backing,
             l2,
             guest_page,
+            irqchip,
             image,
             trackers,
             toggles,
@@ -266,6 +273,7 @@ impl Setup {
             vcpus: args.vcpus,
             backing,
             guest_page: options.guest_page,
+            irqchip: options.irqchip,
             nested: None,
             smm: None,
             image: options.image,

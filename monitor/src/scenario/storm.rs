@@ -5,7 +5,7 @@
 
 use super::Setup;
 use super::check::Check;
-use super::pass::{Case, ExplainedBy, Pass};
+use super::pass::{Case, Ending, ExplainedBy, Pass};
 use crate::failure::Failure;
 use crate::guest::smis::Smis;
 use crate::guest::{Machine, Plan};
@@ -29,8 +29,15 @@ const FRUITLESS: u64 = 1000;
 pub fn row(setup: &Setup, name: &str, progress: &Progress) -> Result<Row, Failure> {
     let plan = Plan { smm: Some(View::Own), ..setup.plan.clone() };
     let kind = Kind::Bitmap;
-    let case =
-        Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by: ExplainedBy::L1, begin: |_| Ok(()) };
+    let case = Case {
+        setup,
+        plan: &plan,
+        name: name.to_owned(),
+        kind,
+        explained_by: ExplainedBy::L1,
+        begin: |_| Ok(()),
+        ending: Ending::Stopped,
+    };
     let machine = Machine::new(&plan, None, |vm| kind.prepare(vm))?;
     let mut tracker = kind.build(&machine, None)?;
     let mut check = Check::new(&case, Pass::Timed);

@@ -1,26 +1,15 @@
-//! The walk of EPT12, what it reflects to L1, and the A/D bits that it sets.
+//! The walk of EPT12, and the A/D bits that it sets.
 
-use umbra_shared::paging::ept::qualification;
-use umbra_shared::paging::{ADDRESS_MASK, ept, long, npf};
+use umbra_shared::paging::{ADDRESS_MASK, ept, long};
 use umbra_shared::{Gfn, L2Gfn, Level};
 
+use super::reflect::{Reflect, Reflection};
 use super::{Decoded, GuestCaps, GuestEntry, decode};
-use crate::access::{Access, Kind, Request};
+use crate::access::{Access, Request};
 use crate::format::Format;
 use crate::memory::{Exchange, L1Memory, Slots};
 use crate::role::{Role, below};
 use crate::spte::Frame;
-
-/// What L1 is told about an access that EPT12 does not permit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reflection {
-    /// Basic exit reason 48 with this exit qualification (SDM 3C table 28-7).
-    EptViolation(u64),
-    /// Basic exit reason 49, which has no qualification.
-    EptMisconfiguration,
-    /// `VMEXIT_NPF` (400h) with this EXITINFO1 (APM 15.25.6).
-    NestedPageFault(u64),
-}
 
 /// One entry that a walk used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,11 +30,44 @@ pub struct Step {
     pub real: bool,
 }
 
+/// A step for each level, 4 KiB first.
+#[derive(Clone, Copy, Debug)]
+pub struct Steps([Step; 5]);
+
+impl Steps {
+    /// The step at `level`.
+    #[inline]
+    #[must_use]
+    pub const fn at(&self, level: Level) -> &Step {
+        let [k4, m2, g1, t512, p256] = &self.0;
+        match level {
+            Level::K4 => k4,
+            Level::M2 => m2,
+            Level::G1 => g1,
+            Level::T512 => t512,
+            Level::P256 => p256,
+        }
+    }
+
+    /// The step at `level`, to change it.
+    #[inline]
+    pub const fn at_mut(&mut self, level: Level) -> &mut Step {
+        let [k4, m2, g1, t512, p256] = &mut self.0;
+        match level {
+            Level::K4 => k4,
+            Level::M2 => m2,
+            Level::G1 => g1,
+            Level::T512 => t512,
+            Level::P256 => p256,
+        }
+    }
+}
+
 /// A walk that reached a page which permits the access.
 #[derive(Clone, Copy, Debug)]
 pub struct Walk {
-    /// Entries by level, 4 KiB first. Levels below the leaf are unused.
-    pub steps: [Step; 5],
+    /// Entries by level. Levels below the leaf are unused.
+    pub steps: Steps,
     /// The level of the shadow leaf that the guest's leaf allows.
     pub level: Level,
     /// The first frame of that leaf.
@@ -71,7 +93,14 @@ impl Walk {
             writable: false,
             real: false,
         };
-        Self { steps: [NONE; 5], level: Level::K4, gfn: Gfn(0), access: Access::NONE, dirty: false, accessed: true }
+        Self {
+            steps: Steps([NONE; 5]),
+            level: Level::K4,
+            gfn: Gfn(0),
+            access: Access::NONE,
+            dirty: false,
+            accessed: true,
+        }
     }
 }
 
@@ -158,7 +187,7 @@ fn walk_plain(
             return false;
         }
         let next = Gfn((raw & ADDRESS_MASK) >> 12);
-        walk.steps[walk.level as usize - 1] = Step {
+        *walk.steps.at_mut(walk.level) = Step {
             frame: backing.frame,
             offset,
             raw,
@@ -279,7 +308,7 @@ pub fn walk(
     let mut table_offset = root.table_offset();
     loop {
         let level = walk.level;
-        let step = &mut walk.steps[level as usize - 1];
+        let step = walk.steps.at_mut(level);
         if let Some((offset, width)) = place(format, level, l2) {
             let offset = offset + table_offset;
             table_offset = 0;
@@ -326,53 +355,6 @@ pub const fn shadow_leaf(format: Format, level: Level, gfn: Gfn, l2: L2Gfn) -> G
     }
 }
 
-struct Reflect {
-    format: Format,
-    request: Request,
-    rights: Access,
-}
-
-impl Reflect {
-    fn violation(&self) -> Reflection {
-        let Request { kind, table_walk, linear } = self.request;
-        let access = match kind {
-            // Table 28-7, footnote: with A/D flags such an access sets both bits.
-            _ if table_walk && self.format.has_accessed_dirty() => qualification::READ | qualification::WRITE,
-            Kind::Read => qualification::READ,
-            Kind::Write => qualification::WRITE,
-            Kind::Execute => qualification::FETCH,
-        };
-        let valid = if linear { qualification::LINEAR_VALID } else { 0 };
-        let last = if linear && !table_walk { qualification::LINEAR_FINAL } else { 0 };
-        Reflection::EptViolation(access | self.rights.bits() << qualification::RIGHTS_SHIFT | valid | last)
-    }
-
-    fn fault(&self, cause: u64) -> Reflection {
-        let Request { kind, table_walk, .. } = self.request;
-        let nx = matches!(self.format, Format::Npt { nx: true, .. } | Format::Pae { nx: true });
-        let access = match kind {
-            _ if table_walk => npf::WRITE,
-            Kind::Write => npf::WRITE,
-            Kind::Execute if nx => npf::FETCH,
-            Kind::Read | Kind::Execute => 0,
-        };
-        let stage = if table_walk { npf::TABLE_WALK } else { npf::FINAL };
-        Reflection::NestedPageFault(npf::USER | cause | access | stage)
-    }
-
-    fn not_present(&self) -> Reflection {
-        if self.format.is_ept() { self.violation() } else { self.fault(0) }
-    }
-
-    fn denied(&self) -> Reflection {
-        if self.format.is_ept() { self.violation() } else { self.fault(npf::PRESENT) }
-    }
-
-    fn reserved(&self) -> Reflection {
-        if self.format.is_ept() { Reflection::EptMisconfiguration } else { self.fault(npf::PRESENT | npf::RESERVED) }
-    }
-}
-
 /// Sets the accessed flags along `walk`, and the leaf's dirty flag when the access is a write (SDM 3C 29.3.5, APM
 /// 5.4.2). Calls `touched` with each page that was written. Flags in memory that L1 cannot write are left alone.
 ///
@@ -390,7 +372,7 @@ pub fn set_accessed_dirty(
     let (accessed, dirty) = if format.is_ept() { (ept::ACCESSED, ept::DIRTY) } else { (long::ACCESSED, long::DIRTY) };
     let leaf = walk.level;
     let top = format.root_level();
-    for (number, step) in (1u8..).zip(&mut walk.steps) {
+    for (number, step) in (1u8..).zip(&mut walk.steps.0) {
         if number < leaf.number() || number > top.number() || !step.real {
             continue;
         }

@@ -1,10 +1,10 @@
-//! NPT12: L1's table from L2's physical addresses to its own.
+//! EPT12: L1's table from L2's physical addresses to its own, in the format of the CPU's extension: NPT or EPT.
 //!
-//! NPT has the format of the hypervisor's own long-mode tables (AMD APM 2, 15.25.3), four levels here; the nested walk counts as a user's,
-//! so U is set in every entry (15.25.5). L1 maps the system slot at its own addresses for good, with A and D set, and L2's pages as
-//! [`Map`](umbra_shared::nested::Map) says: all at once, or in batches when L2 runs into a violation.
+//! NPT has the format of the hypervisor's own long-mode tables (AMD APM 2, 15.25.3); both have four levels here. L1 maps the system slot at its
+//! own addresses for good, with A and D set, and L2's pages as [`Map`](umbra_shared::nested::Map) says: all at once, or in batches when L2
+//! runs into a violation.
 
-use crate::arch::paging::{ENTRIES, Error, Pool};
+use crate::arch::paging::{ENTRIES, Error, Format, Pool};
 use core::fmt;
 use umbra_shared::layout::{MAX_SLOTS, Slot, frame_of};
 use umbra_shared::nested::{AliasKind, L2_BASE, Map, Nested};
@@ -42,7 +42,7 @@ struct Made {
 }
 
 /// The table under construction.
-pub struct Npt<'a> {
+pub struct Table12<'a> {
     pool: Pool<'a>,
     map: Map,
     fill_batch: u64,
@@ -50,7 +50,7 @@ pub struct Npt<'a> {
     slot_count: usize,
 }
 
-impl<'a> Npt<'a> {
+impl<'a> Table12<'a> {
     /// A table that holds the system slot and none of L2's pages, in `tables` at the physical address `base`. `slots` are L1's.
     ///
     /// # Errors
@@ -58,27 +58,28 @@ impl<'a> Npt<'a> {
     pub fn new(
         tables: &'a mut [PageTable],
         base: u64,
+        format: Format,
         nested: &Nested,
         slots: impl Iterator<Item = Slot>,
     ) -> Result<Self, Error> {
-        let mut pool = Pool::new(tables, base)?;
+        let mut pool = Pool::new(tables, base, format)?;
         pool.map_system()?;
         pool.preset(nested.preset);
-        let mut npt = Self {
+        let mut table = Self {
             pool,
             map: nested.map,
             fill_batch: nested.fill_batch,
             slots: [Slot::default(); MAX_SLOTS],
             slot_count: 0,
         };
-        for (place, slot) in npt.slots.iter_mut().zip(slots) {
+        for (place, slot) in table.slots.iter_mut().zip(slots) {
             *place = slot;
-            npt.slot_count += 1;
+            table.slot_count += 1;
         }
-        Ok(npt)
+        Ok(table)
     }
 
-    /// The physical address of its root: nCR3.
+    /// The physical address of its root.
     #[must_use]
     pub const fn root(&self) -> u64 {
         self.pool.root()
@@ -180,14 +181,13 @@ mod tests {
     }
 
     /// The nested walk of L2's frame `gfn`: the L1 address of the frame, the leaf's level and flags, and the page of the pool that held it.
-    fn walk(pool: &[PageTable], gfn: L2Gfn) -> Option<(u64, u8, PageTableFlags, usize)> {
+    fn walk(pool: &[PageTable], format: Format, gfn: L2Gfn) -> Option<(u64, u8, PageTableFlags, usize)> {
         let mut table = 0;
         for level in (1..=4_u8).rev() {
             let shift = 12 + 9 * (u32::from(level) - 1);
             let entry = &pool[table][usize::try_from(gfn.address() >> shift & 511).unwrap()];
             let flags = entry.flags();
-            let needed = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::USER_ACCESSIBLE;
-            if !flags.contains(needed) {
+            if !flags.contains(format.table) {
                 assert!(entry.is_unused());
                 return None;
             }
@@ -198,6 +198,10 @@ mod tests {
             table = usize::try_from((entry.addr().as_u64() - BASE) / 4096).unwrap();
         }
         None
+    }
+
+    fn formats() -> impl Strategy<Value = Format> {
+        prop::sample::select(vec![Format::LONG, Format::EPT])
     }
 
     fn cases() -> impl Strategy<Value = (Map, usize)> {
@@ -219,45 +223,45 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn a_full_table_is_the_map((map, count) in cases(), preset: bool) {
+        fn a_full_table_is_the_map((map, count) in cases(), format in formats(), preset: bool) {
             let Some(slots) = slots(&map, count) else { return Ok(()) };
             let mut pool = tables(map);
-            let mut npt = Npt::new(&mut pool, BASE, &nested(map, preset, 0), slots.clone()).unwrap();
-            npt.fill().unwrap();
-            prop_assert_eq!(npt.fill(), Ok(0));
-            prop_assert_eq!(npt.root(), BASE);
+            let mut table12 = Table12::new(&mut pool, BASE, format, &nested(map, preset, 0), slots.clone()).unwrap();
+            table12.fill().unwrap();
+            prop_assert_eq!(table12.fill(), Ok(0));
+            prop_assert_eq!(table12.root(), BASE);
             for page in 0..map.l2_pages() {
-                let (address, level, flags, _) = walk(&pool, L2_BASE.plus(page)).unwrap();
+                let (address, level, flags, _) = walk(&pool, format, L2_BASE.plus(page)).unwrap();
                 prop_assert_eq!(address, frame_of(slots.clone(), map.l1_page(page)).unwrap().address(), "page {}", page);
                 prop_assert_eq!(level, map.leaf().number());
-                prop_assert_eq!(flags.contains(PageTableFlags::ACCESSED), preset);
-                prop_assert_eq!(flags.contains(PageTableFlags::DIRTY), preset);
+                prop_assert_eq!(flags.contains(format.accessed), preset);
+                prop_assert_eq!(flags.contains(format.dirty), preset);
             }
-            prop_assert!(walk(&pool, L2_BASE.plus(map.l2_pages().next_multiple_of(512))).is_none());
+            prop_assert!(walk(&pool, format, L2_BASE.plus(map.l2_pages().next_multiple_of(512))).is_none());
             for address in [0, layout::BOOT_PAGE, layout::SYSTEM_LIMIT - 4096] {
-                let (to, level, flags, _) = walk(&pool, L2Gfn::containing(address)).unwrap();
+                let (to, level, flags, _) = walk(&pool, format, L2Gfn::containing(address)).unwrap();
                 prop_assert_eq!((to, level), (address, 2));
-                prop_assert!(flags.contains(PageTableFlags::ACCESSED | PageTableFlags::DIRTY));
+                prop_assert!(flags.contains(format.leaf | format.accessed | format.dirty));
             }
         }
 
         #[test]
-        fn violations_fill_their_batch_and_no_more((map, count) in cases(), batch in 1_u64..600, at: u64) {
+        fn violations_fill_their_batch_and_no_more((map, count) in cases(), format in formats(), batch in 1_u64..600, at: u64) {
             let Some(slots) = slots(&map, count) else { return Ok(()) };
             let mut pool = tables(map);
-            let mut npt = Npt::new(&mut pool, BASE, &nested(map, false, batch), slots).unwrap();
+            let mut table12 = Table12::new(&mut pool, BASE, format, &nested(map, false, batch), slots).unwrap();
             let page = at % map.l2_pages();
-            let made = npt.violation(L2_BASE.plus(page)).unwrap();
+            let made = table12.violation(L2_BASE.plus(page)).unwrap();
             let frames = map.leaf().frames();
             let batch = batch.next_multiple_of(frames);
             let first = page - page % batch;
             let pages = batch.min(map.l2_pages() - first);
             prop_assert_eq!(made, pages / frames);
-            prop_assert_eq!(npt.violation(L2_BASE.plus(page)), Err(Refusal::Present(L2_BASE.plus(page))));
-            prop_assert_eq!(npt.violation(L2_BASE.plus(map.l2_pages())), Err(Refusal::Beyond(L2_BASE.plus(map.l2_pages()))));
+            prop_assert_eq!(table12.violation(L2_BASE.plus(page)), Err(Refusal::Present(L2_BASE.plus(page))));
+            prop_assert_eq!(table12.violation(L2_BASE.plus(map.l2_pages())), Err(Refusal::Beyond(L2_BASE.plus(map.l2_pages()))));
             if map.kind() != AliasKind::SharedTables {
                 for page in 0..map.l2_pages() {
-                    prop_assert_eq!(walk(&pool, L2_BASE.plus(page)).is_some(), (first..first + pages).contains(&page));
+                    prop_assert_eq!(walk(&pool, format, L2_BASE.plus(page)).is_some(), (first..first + pages).contains(&page));
                 }
             }
         }
@@ -276,14 +280,15 @@ mod tests {
 
     #[test]
     fn copies_share_their_leaf_tables() {
+        let format = Format::EPT;
         let map = |kind| Map::new(1024, Level::K4, 3, kind, 1).unwrap();
         let leaf_tables = |map: Map| {
             let mut pool = tables(map);
             let slots = slots(&map, 1).unwrap();
-            let mut npt = Npt::new(&mut pool, BASE, &nested(map, false, 0), slots).unwrap();
-            npt.fill().unwrap();
-            let used = npt.table_pages();
-            let at = |page| walk(&pool, L2_BASE.plus(page)).unwrap().3;
+            let mut table12 = Table12::new(&mut pool, BASE, format, &nested(map, false, 0), slots).unwrap();
+            table12.fill().unwrap();
+            let used = table12.table_pages();
+            let at = |page| walk(&pool, format, L2_BASE.plus(page)).unwrap().3;
             (used, (0..3).map(|copy| at(copy * 1024)).collect::<Vec<_>>())
         };
         let (used, places) = leaf_tables(map(AliasKind::SharedTables));
@@ -299,9 +304,9 @@ mod tests {
         let mut pool = tables(map);
         let short = pool.len() - 1;
         let slots = slots(&map, 1).unwrap();
-        let mut npt = Npt::new(&mut pool[..short], BASE, &nested(map, false, 0), slots).unwrap();
+        let mut table12 = Table12::new(&mut pool[..short], BASE, Format::LONG, &nested(map, false, 0), slots).unwrap();
         // One directory pointer table serves both the system slot and L2's pages, so the pool has a page to spare.
-        assert_eq!(npt.fill(), Ok(1024));
-        assert_eq!(npt.table_pages(), short as u64);
+        assert_eq!(table12.fill(), Ok(1024));
+        assert_eq!(table12.table_pages(), short as u64);
     }
 }
