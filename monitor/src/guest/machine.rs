@@ -465,6 +465,17 @@ impl Machine {
         read(self.vm.smram(), smm::smbase(vcpu) + smm::LEDGER)
     }
 
+    /// Puts a HLT where every vCPU's handler begins.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is no SMRAM.
+    pub fn break_smm(&self) -> Result<(), Error> {
+        (0..self.threads.len()).try_for_each(|vcpu| {
+            let at = GuestAddress(smm::smbase(vcpu) + smm::ENTRY);
+            self.vm.smram().write_slice(&[0xf4], at).map_err(|error| Error::Memory(error.to_string()))
+        })
+    }
+
     /// Whether everybody but SMM still finds what the monitor left in the place of one vCPU's SMRAM.
     ///
     /// # Errors

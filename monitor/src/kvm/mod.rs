@@ -2,6 +2,7 @@
 
 pub mod capabilities;
 pub mod clock;
+pub mod events;
 pub mod exits;
 mod ioctls;
 pub mod log;

@@ -288,7 +288,17 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
             return Exit::Kicked { rip: rip(&vcpu.fd) };
         }
     };
-    Exit::Broken { what, rip: rip(&vcpu.fd) }
+    Exit::Broken { what: what + &in_smm(&vcpu.fd), rip: rip(&vcpu.fd) }
+}
+
+/// That a vCPU is in system management mode, in words, and where its SMRAM is; nothing if it is not.
+fn in_smm(vcpu: &VcpuFd) -> String {
+    match (vcpu.get_vcpu_events(), vcpu.get_sregs()) {
+        (Ok(events), Ok(system)) if events.smi.smm != 0 => {
+            format!(" in system management mode (CS base {:#x}, CR0 {:#x})", system.cs.base, system.cr0)
+        }
+        _ => String::new(),
+    }
 }
 
 fn rip(vcpu: &VcpuFd) -> u64 {

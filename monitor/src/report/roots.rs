@@ -47,7 +47,7 @@ pub fn storms(record: &Record) -> String {
         let each = struck.saturating_sub(calm * others) / smis.max(1);
         let _ = writeln!(
             text,
-            "{}: {smis} SMIs in {others} rounds of dirty logging, {inside} of them inside the write loop; a round takes {} without, {} with {} SMIs: {} for each\n{}  pages written {}, missed {}, extra {}; pages of SMM's own that its own view's log holds, as predicted: {}",
+            "{}: {smis} SMIs in {others} rounds of dirty logging, {inside} of them inside the write loop; a round takes {} without, {} with {} SMIs: {} for each\n{}  pages written {}, missed {}, extra {}; SMM wrote {} pages of its own, and the log of its own view holds {}",
             row.name,
             scaled(calm),
             scaled(struck / others.max(1)),
@@ -57,6 +57,7 @@ pub fn storms(record: &Record) -> String {
             row.truth.pages.written,
             row.truth.pages.missed,
             row.truth.pages.extra,
+            counted("smram_pages_written"),
             counted("smram_pages_logged"),
         );
         for (name, counter) in &row.counters {
@@ -91,9 +92,12 @@ fn is_storm(row: &Row) -> bool {
     row.counters.contains_key("smis")
 }
 
-/// A row for each toggle.
+/// A row for each toggle; `None` if there is none.
 #[must_use]
-pub fn table(record: &Record) -> Table {
+pub fn table(record: &Record) -> Option<Table> {
+    if record.measured().all(is_storm) {
+        return None;
+    }
     let mut table = plain_table();
     let unit = &record.host.clock;
     let refaults = format!("refaults\nof {} pages", pages(record));
@@ -115,7 +119,7 @@ pub fn table(record: &Record) -> Table {
         }
         table.add_row(line);
     }
-    table
+    Some(table)
 }
 
 /// Several runs side by side: a row for each toggle, a column for each run, in a cell what the toggle cost and the refaults after it.
@@ -252,7 +256,7 @@ mod tests {
             config: [("memory".to_owned(), (16 << 20).into())].into(),
             rows: vec![Rows::Measured(Box::new(row))],
         };
-        let text = table(&record).to_string();
+        let text = table(&record).unwrap().to_string();
         assert!(text.contains("of 4096 pages"), "{text}");
         let words: Vec<_> = text.lines().find(|line| line.contains("cr0.wp")).unwrap().split_whitespace().collect();
         assert_eq!(words, ["cr0.wp", "-", "500", "11.00M", "4096"], "{text}");

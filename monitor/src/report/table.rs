@@ -19,7 +19,10 @@ pub fn render(record: &Record) -> String {
         return text;
     }
     if record.scenario == "roots" {
-        let _ = write!(text, "\n{}\n{}{}", roots::table(record), roots::scripts(record), roots::storms(record));
+        if let Some(table) = roots::table(record) {
+            let _ = write!(text, "\n{table}\n");
+        }
+        let _ = write!(text, "{}{}", roots::scripts(record), roots::storms(record));
         text.push_str(&missing(record));
         text.push_str(if roots::is_on_shadow_mmu(record) { roots::SHADOW_FOOTNOTES } else { roots::FOOTNOTES });
         text.push_str(&about_clock(record, &measured));

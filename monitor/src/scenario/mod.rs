@@ -9,6 +9,7 @@ mod model;
 mod nested;
 mod pass;
 mod replay;
+mod role_log;
 mod roots;
 mod script;
 mod setup;
@@ -165,8 +166,13 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
             "roots: of the shadow MMU's options it has --roots alone (model has the others)".into(),
         ));
     }
-    if has_toggles && (!args.tracker.is_empty() || args.inject.is_some() || args.chunk.is_some()) {
-        return Err(Failure::Input("roots: it tracks no page, so --tracker, --chunk and --inject mean nothing".into()));
+    if has_toggles && (!args.tracker.is_empty() || args.chunk.is_some()) {
+        return Err(Failure::Input("roots: it tracks no page, so --tracker and --chunk mean nothing".into()));
+    }
+    if let Some(fault) = args.inject.as_deref().filter(|&fault| has_toggles != (fault == "break-smm")) {
+        return Err(Failure::Input(format!(
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots)"
+        )));
     }
     let ShadowArgs { format, leaf, alias, alias_kind, .. } = args.shadow.clone();
     let of_table = ShadowArgs { format, leaf, alias, alias_kind, ..ShadowArgs::default() };

@@ -39,6 +39,7 @@ pub fn replay(run: &mut Run) -> Result<(), Failure> {
                 grown += parts;
                 let pages = script.pages(grown, all);
                 let (cost, clean, faults) = touch(run, round, pages)?;
+                run.log("growth")?;
                 sums.touches += cost;
                 sums.clean &= clean;
                 sums.again(faults, pages - used);
@@ -50,7 +51,9 @@ pub fn replay(run: &mut Run) -> Result<(), Failure> {
                 let toggling = Toggling { change, by_all: false };
                 let (cost, _, clean) = run.change(toggling)?;
                 sums.toggles += cost;
+                run.log(&toggling.to_string())?;
                 let (more, clean_touch, faults) = touch(run, round, used)?;
+                run.log("touch")?;
                 sums.touches += more;
                 sums.clean &= clean && clean_touch;
                 sums.again(faults, 0);

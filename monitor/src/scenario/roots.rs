@@ -7,10 +7,13 @@
 
 use super::Setup;
 use super::pass::{self, Pass};
+use super::role_log::RoleLog;
+use super::setup::Fault;
 use super::toggles::{self, Change, Toggling};
 use super::{replay, storm};
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
+use crate::host;
 use crate::kvm::exits::{Exits, Hits};
 use crate::kvm::witness::Witness;
 use crate::progress::Progress;
@@ -70,6 +73,7 @@ fn row(setup: &Setup, toggling: Toggling, progress: &Progress) -> Result<Row, Fa
     let observed = Run::new(setup, toggling, Pass::Observed, progress)?.finish()?;
     row.phases.extend(observed.phases);
     row.counters = observed.counters;
+    row.roles = observed.roles;
     row.truth.pages += observed.truth.pages;
     row.truth.faults.extend(observed.truth.faults);
     Ok(row)
@@ -87,6 +91,8 @@ pub struct Run<'a> {
     pub machine: Machine,
     /// Who counts faults.
     pub counting: Counting,
+    /// In the observed pass, where the kernel lets this user log.
+    log: Option<RoleLog>,
     /// What it comes to.
     pub row: Row,
 }
@@ -139,15 +145,22 @@ impl<'a> Run<'a> {
             _ => toggling.smm(),
         };
         let plan = Plan { smm, ..setup.plan.clone() };
+        let log = if pass == Pass::Observed { RoleLog::begin().ok() } else { None };
         let machine = Machine::new(&plan, None, |_| Ok(()))?;
+        if setup.inject == Some(Fault::BreakSmm) {
+            machine.break_smm()?;
+        }
         let counting = Counting::of(&machine, pass);
         let row = Row { name: toggling.to_string(), ..Row::default() };
-        Ok(Self { setup, toggling, pass, progress, machine, counting, row })
+        let mut run = Self { setup, toggling, pass, progress, machine, counting, log, row };
+        run.log("boot")?;
+        Ok(run)
     }
 
     fn finish(mut self) -> Result<Row, Failure> {
         if self.toggling.change == Change::Script {
             replay::replay(&mut self)?;
+            self.row.roles = self.log.take().map(RoleLog::finish).unwrap_or_default();
             return Ok(self.row);
         }
         let map = self.setup.plan.map();
@@ -156,11 +169,13 @@ impl<'a> Run<'a> {
         let window = self.machine.command(Command::Populate, 0)?;
         self.phase("populate", 0, window.length(), window.clean);
         contents.write(0, &Round::populating(&map));
+        self.log("populate")?;
         let mut most = None;
         for round in 1..=self.setup.rounds {
             self.step("toggle", round, self.setup.rounds);
             self.machine.command(Command::Plan, round)?;
             let (value, unit, clean) = self.change(self.toggling)?;
+            self.log(&self.toggling.to_string())?;
             self.phase("toggle", round, value, clean);
             if let Some(phase) = self.row.phases.last_mut() {
                 unit.clone_into(&mut phase.unit);
@@ -173,10 +188,14 @@ impl<'a> Run<'a> {
             let touched = Round::of(&self.setup.plan.pattern, &map, round);
             contents.write(round, &touched);
             self.row.truth.pages.written += touched.l1.written.count();
-            most = most.max(after.zip(before).map(|(after, before)| after.wrapping_sub(before)));
+            self.log("touch")?;
+            let refaults = after.zip(before).map(|(after, before)| after.wrapping_sub(before));
+            self.check_log(round, refaults);
+            most = most.max(refaults);
         }
         self.count("refaults", most);
         self.check(&contents);
+        self.row.roles = self.log.take().map(RoleLog::finish).unwrap_or_default();
         if self.toggling.smm().is_some() {
             self.check_smram()?;
         }
@@ -269,6 +288,27 @@ impl<'a> Run<'a> {
         let name = format!("toggle {}, {} pass", self.toggling, self.pass.name());
         self.row.truth.faults.extend(faults.iter().map(|fault| format!("{name}: {fault}")));
         Ok(())
+    }
+
+    /// Takes what the kernel logged while `cause` was being done.
+    pub fn log(&mut self, cause: &str) -> Result<(), Failure> {
+        self.log.as_mut().map_or(Ok(()), |log| log.during(cause)).map_err(Failure::from)
+    }
+
+    /// What the torn-down roots mapped is what was faulted in again: two counts of the same by different events. Slots that go are zapped without a
+    /// root's teardown on some kernels, and KVM's older MMU keeps the tables below a root that goes.
+    fn check_log(&mut self, round: u64, refaults: Option<u64>) {
+        let (Some(log), Counting::Tracepoint(_), Some(refaults)) = (&mut self.log, &self.counting, refaults) else {
+            return;
+        };
+        let mapped = log.torn_down();
+        let of_vcpu = matches!(self.toggling.change, Change::Firmware(_) | Change::Sregs | Change::Cpuid);
+        if of_vcpu && host::parameter("kvm", "tdp_mmu").as_deref() == Some("Y") && mapped != refaults {
+            self.row.truth.faults.push(format!(
+                "toggle {}, round {round}: the roots torn down mapped {mapped} pages, and {refaults} were faulted in again",
+                self.toggling
+            ));
+        }
     }
 
     /// Every page must hold what was written there last, whatever became of its mappings.

@@ -28,6 +28,8 @@ pub enum Fault {
     LosePage,
     /// Puts a page into it that was not written.
     ExtraPage,
+    /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
+    BreakSmm,
 }
 
 impl Fault {
@@ -35,7 +37,8 @@ impl Fault {
         match text {
             "lose-page" => Ok(Self::LosePage),
             "extra-page" => Ok(Self::ExtraPage),
-            other => Err(input(format!("--inject {other}: there are lose-page and extra-page"))),
+            "break-smm" => Ok(Self::BreakSmm),
+            other => Err(input(format!("--inject {other}: there are lose-page, extra-page and (in roots) break-smm"))),
         }
     }
 }
