@@ -279,7 +279,10 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
             Err(error) => break failed("KVM_RUN")(error).to_string(),
         }
-        if wishes.smi.swap(false, Ordering::AcqRel)
+        // One that comes while SMM handles another would wait for that one's end: it would interrupt another place than this.
+        if wishes.smi.load(Ordering::Acquire)
+            && !is_in_smm(&vcpu.fd)
+            && wishes.smi.swap(false, Ordering::AcqRel)
             && let Err(error) = interrupt(vcpu, stops)
         {
             break error.to_string();
@@ -293,12 +296,16 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
 
 /// That a vCPU is in system management mode, in words, and where its SMRAM is; nothing if it is not.
 fn in_smm(vcpu: &VcpuFd) -> String {
-    match (vcpu.get_vcpu_events(), vcpu.get_sregs()) {
-        (Ok(events), Ok(system)) if events.smi.smm != 0 => {
+    match vcpu.get_sregs() {
+        Ok(system) if is_in_smm(vcpu) => {
             format!(" in system management mode (CS base {:#x}, CR0 {:#x})", system.cs.base, system.cr0)
         }
         _ => String::new(),
     }
+}
+
+fn is_in_smm(vcpu: &VcpuFd) -> bool {
+    vcpu.get_vcpu_events().is_ok_and(|events| events.smi.smm != 0)
 }
 
 fn rip(vcpu: &VcpuFd) -> u64 {
