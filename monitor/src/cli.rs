@@ -2,6 +2,7 @@
 //! both share [`RunArgs`], and the lab's PID 1 parses the same words again.
 
 use crate::failure::Failure;
+use crate::guest::image::sha256;
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -428,6 +429,14 @@ pub struct ScriptText {
     pub name: String,
     /// What it says.
     pub text: String,
+}
+
+impl ScriptText {
+    /// What a Record says about it.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        format!("sha256:{}", sha256(self.text.as_bytes()))
+    }
 }
 
 fn read_script(word: &str) -> Result<ScriptText, String> {

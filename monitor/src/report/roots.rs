@@ -3,7 +3,7 @@
 use super::record::{Record, Row, Rows};
 use super::table::{heading_cell, pages, plain_table, right, scaled};
 use comfy_table::{Cell, Table};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
 /// What the columns are, on the shadow MMU.
@@ -15,6 +15,7 @@ refaults: of the shadow MMU, in that touch. shadow pages, bytes: at their most. 
 pub const FOOTNOTES: &str = "\
 toggle: there and back; of the firmware's by its own clock, of the monitor's around its system calls (what KVM does about them at the next entry is
 in the touch). touch again: every page once. Each the cheapest of the rounds, timed pass. refaults: page faults of that touch, observed pass.
+Roots by role: from the kernel's events in the observed passes of all rows, machines' ends left out; pages are tracked ones.
 ";
 
 /// The cheapest of a phase's clean rounds in the timed pass; where none is clean, the cheapest of all.
@@ -67,6 +68,58 @@ pub fn storms(record: &Record) -> String {
         }
     }
     text
+}
+
+/// What one role came to over all rows.
+#[derive(Default)]
+struct OfRole<'a> {
+    made: u64,
+    torn_down: u64,
+    mapped: u64,
+    shortest: Option<u64>,
+    causes: BTreeMap<&'a str, u64>,
+}
+
+/// The role log, summed by role; `None` where nothing was logged.
+#[must_use]
+pub fn roles(record: &Record) -> Option<Table> {
+    let mut roles: BTreeMap<&str, OfRole> = BTreeMap::new();
+    for life in record.measured().flat_map(|row| &row.roles) {
+        let role = roles.entry(&life.role).or_default();
+        role.made += 1;
+        if let Some(length) = life.life {
+            role.torn_down += 1;
+            role.mapped += life.mapped;
+            role.shortest = Some(role.shortest.map_or(length, |shortest| shortest.min(length)));
+        }
+        if let Some(cause) = &life.ended_by {
+            *role.causes.entry(cause).or_default() += 1;
+        }
+    }
+    if roles.is_empty() {
+        return None;
+    }
+    let mut table = plain_table();
+    let titles = [
+        "roots by role",
+        "made",
+        "torn\ndown",
+        "pages mapped\nat teardown",
+        "shortest\nlife",
+        "torn down by (how often)",
+    ];
+    table.set_header(titles.map(heading_cell));
+    for (name, role) in roles {
+        let causes: Vec<_> = role.causes.iter().map(|(cause, times)| format!("{cause} {times}")).collect();
+        let lines: Vec<_> = causes.chunks(6).map(|some| some.join(", ")).collect();
+        let mut line = vec![Cell::new(name)];
+        let shortest = role.shortest.map_or_else(|| "-".to_owned(), scaled);
+        let numbers = [role.made.to_string(), role.torn_down.to_string(), role.mapped.to_string(), shortest];
+        line.extend(numbers.map(right));
+        line.push(Cell::new(lines.join("\n")));
+        table.add_row(line);
+    }
+    Some(table)
 }
 
 /// A paragraph for each row that is a script: how often a root was torn down in it.

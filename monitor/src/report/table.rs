@@ -22,6 +22,9 @@ pub fn render(record: &Record) -> String {
         if let Some(table) = roots::table(record) {
             let _ = write!(text, "\n{table}\n");
         }
+        if let Some(table) = roots::roles(record) {
+            let _ = write!(text, "\n{table}\n");
+        }
         let _ = write!(text, "{}{}", roots::scripts(record), roots::storms(record));
         text.push_str(&missing(record));
         text.push_str(if roots::is_on_shadow_mmu(record) { roots::SHADOW_FOOTNOTES } else { roots::FOOTNOTES });

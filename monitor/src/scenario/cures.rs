@@ -125,13 +125,11 @@ pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record
         run.finish(toggling).map(|row| Rows::Measured(Box::new(row)))
     });
     let rows = rows.collect::<Result<Vec<_>, _>>()?;
-    Ok(Record {
-        schema: SCHEMA,
-        scenario: args.scenario.clone(),
-        host: described(ground)?,
-        config: args.config(),
-        rows,
-    })
+    let mut config = args.config();
+    if let Some(script) = &args.script {
+        config.insert("script".into(), script.digest().into());
+    }
+    Ok(Record { schema: SCHEMA, scenario: args.scenario.clone(), host: described(ground)?, config, rows })
 }
 
 /// One row under way.

@@ -6,7 +6,7 @@ use super::toggles::{On, Toggles};
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::ground::Ground;
-use crate::guest::{Image, Plan, image};
+use crate::guest::{Image, Plan};
 use crate::host;
 use crate::kvm::clock::Timer;
 use crate::kvm::{self, Backing};
@@ -153,7 +153,7 @@ impl Options {
             config.insert("write-percent".into(), 99.into());
         }
         if let Some(script) = &args.script {
-            config.insert("script".into(), format!("sha256:{}", image::sha256(script.text.as_bytes())).into());
+            config.insert("script".into(), script.digest().into());
         }
         if let Some(file) = &args.firmware {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
