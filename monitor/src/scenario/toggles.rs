@@ -228,7 +228,7 @@ pub fn set_cpuid(vcpu: &kvm_ioctls::VcpuFd) -> Result<(), Error> {
     }
     vcpu.set_cpuid2(&changed).map_err(|_| Error::Capability {
         capability: "KVM_SET_CPUID2 after KVM_RUN",
-        consequence: "this kernel refuses it (since Linux 5.16)".into(),
+        consequence: "this kernel refuses it".into(),
     })?;
     vcpu.set_cpuid2(&before).map_err(failed("KVM_SET_CPUID2"))
 }
