@@ -104,6 +104,11 @@ bench-nested: build shelf ## what a guest's guest costs under KVM's own nesting,
 	    $(UMBRA) lab nested --tracker bitmap,clear+init-set $$options $(ARGS)
 	done
 
+.PHONY: bench-vendors
+bench-vendors: build shelf packages-vmx ## AMD and Intel in one table: a page of L1 and of its L2, each of kvm_intel's parameters, other kernels
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/vendors.toml --out target/bench/vendors.json
+
 .PHONY: soak
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
 	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)
