@@ -278,6 +278,12 @@ pub struct Report {
     pub table_pages: u64,
     /// Where the last violation was: an L2 physical address.
     pub last_address: u64,
+    /// What it was: SVM's exit code or VMX's basic exit reason.
+    pub last_code: u64,
+    /// More about it: EXITINFO1 or the exit qualification.
+    pub last_qualification: u64,
+    /// After [`crate::protocol::Command::Provoke`]: the entry that the case is about, when L1 was told or the access was done.
+    pub probed_entry: u64,
 }
 
 const _: () = assert!(size_of::<Report>() as u64 <= PAGE_SIZE);

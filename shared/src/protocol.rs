@@ -107,6 +107,8 @@ pub enum Command {
     Enter = 7,
     /// L1 alone: make all entries of its table for L2's pages that are not there yet.
     Fill = 8,
+    /// L1 alone: provoke case `argument` of [`crate::violation::CASES`], and report what L1 was told ([`crate::nested::Report`]).
+    Provoke = 10,
 }
 
 impl Command {
@@ -122,6 +124,7 @@ impl Command {
             6 => Some(Self::ClearHistogram),
             7 => Some(Self::Enter),
             8 => Some(Self::Fill),
+            10 => Some(Self::Provoke),
             _ => None,
         }
     }
@@ -188,7 +191,7 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree() {
-        for number in 0..10 {
+        for number in 0..16 {
             assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
             assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
         }

@@ -13,6 +13,7 @@ pub mod mailbox;
 pub mod paging;
 pub mod port;
 mod privileged;
+pub mod probe;
 pub mod provoke;
 #[cfg(not(test))]
 mod pvh;

@@ -342,7 +342,7 @@ impl Machine {
                 filled: sum.filled.saturating_add(one.filled),
                 // All vCPUs have one table.
                 table_pages: sum.table_pages.max(one.table_pages),
-                last_address: one.last_address,
+                ..one
             })
         })
     }
@@ -527,6 +527,7 @@ const fn name(command: Command) -> &'static str {
         Command::ClearHistogram => "clearing the histogram",
         Command::Enter => "entering L2",
         Command::Fill => "filling L1's table",
+        Command::Provoke => "provoking a violation",
     }
 }
 

@@ -143,8 +143,9 @@ impl L2Options {
 
     /// Whether the row of this name was asked for by its way, so that it is a failure when it is missing.
     #[must_use]
-    pub fn by_name(&self, row: &str) -> bool {
-        self.ways.iter().any(|way| row.split_once(':').is_some_and(|(name, _)| name == way.name()))
+    pub fn named(&self, row: &str) -> bool {
+        let of_row = row.split(':').next();
+        self.ways.iter().any(|way| of_row == Some(way.name()))
     }
 
     /// What the firmware is told to be one of those ways.

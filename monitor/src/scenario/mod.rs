@@ -9,6 +9,7 @@ mod pass;
 mod setup;
 mod snapshot;
 mod soak;
+mod violations;
 
 pub use setup::{Options, Setup};
 
@@ -74,6 +75,12 @@ pub const ALL: &[Scenario] = &[
         trackers: &track::OF_KVM,
         work: Work::Kvm(soak::run),
     },
+    Scenario {
+        name: setup::VIOLATIONS,
+        description: "what L1 is told of accesses that its table does not permit: KVM's nesting beside Umbra's walker",
+        trackers: &[],
+        work: Work::Kvm(violations::run),
+    },
 ];
 
 impl Scenario {
@@ -114,7 +121,7 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
 /// An option that would have no effect is refused.
 fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let name = args.scenario.as_str();
-    let has_l2 = name == setup::NESTED;
+    let has_l2 = setup::has_l2(name);
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
             "{name}: it runs no L2, so --nesting, --accessed-dirty and --fill-batch mean nothing (nested does)"

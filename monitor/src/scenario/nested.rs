@@ -34,7 +34,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
         }
     }
     // A way that nobody asked for may be missing; the trackers that were asked for are there.
-    setup.record_of(rows, |name| l2.by_name(name))
+    setup.record_of(rows, |name| l2.named(name))
 }
 
 /// How the firmware runs L2 that way, if it and this host can.

@@ -38,8 +38,15 @@ impl Fault {
     }
 }
 
-/// The scenario that has an L2.
+/// The scenarios that have an L2.
 pub const NESTED: &str = "nested";
+/// The other one.
+pub const VIOLATIONS: &str = "violations";
+
+/// Whether the scenario of this name has an L2.
+pub fn has_l2(scenario: &str) -> bool {
+    [NESTED, VIOLATIONS].contains(&scenario)
+}
 
 /// More than anybody waits for; the stamps have room for 2^32.
 const MAX_ROUNDS: u64 = 1 << 20;
@@ -106,7 +113,7 @@ impl Options {
             "2m" => Level::M2,
             other => return Err(input(format!("--guest-page {other}: it is 4k or 2m"))),
         };
-        let has_l2 = args.scenario == NESTED;
+        let has_l2 = has_l2(&args.scenario);
         let huge_leaves = guest_page == Level::M2 || args.shadow.leaf.as_deref() == Some("2m");
         let granule = if huge_leaves || backing == Some(Backing::Hugetlb) { Level::M2 } else { Level::K4 };
         let inject = args.inject.as_deref().map(Fault::parse).transpose()?;
