@@ -47,7 +47,7 @@ help: ## this list
 run: lab-dirty-log ## what a page costs under each dirty-tracking interface: a real kernel's KVM in the lab, 64 MiB
 
 .PHONY: test
-test: build shelf packages-vmx ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
+test: build shelf packages-vmx packages-bench ## every check: format, lints, unit, property and integration tests, lab runs, this machine's KVM
 	@if cargo fmt --version >/dev/null 2>&1; then
 	    echo 'format'
 	    cargo fmt --all --check
@@ -75,6 +75,7 @@ test: build shelf packages-vmx ## every check: format, lints, unit, property and
 	    cargo test --locked --package umbra-guest-fw --lib --no-fail-fast || held=$$?
 	    cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast || held=$$?
 	    $(mmu) fuzz -- SEED=$(SEED) N=1000000 || held=$$?
+	    $(mmu) bench_mmu -- MIB=64,1024 ROOM=10 || held=$$?
 	    exit $$held
 	} 2>&1 | tee target/test.log
 
@@ -136,8 +137,12 @@ fuzz-tables: packages ## hostile guest tables against the shadow MMU, for SECOND
 	@timeout $$(($(SECONDS) + 120)) $(mmu) fuzz_tables -- SEED=$(SEED) SECONDS=$(SECONDS)
 
 .PHONY: bench-mmu
-bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind)
-	@$(mmu) bench_mmu
+bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind), with 64 MiB to 1 TiB of L2
+	@$(mmu) bench_mmu -- MIB=64,1024,16384,1048576 ROOM=0
+
+.PHONY: bench-caches
+bench-caches: packages ## the shadow MMU's split caches: minimum and capacity against refills and bytes
+	@$(mmu) bench_caches
 
 .PHONY: test-fresh
 test-fresh: ## `make run` and `make test` in minimal chroots of Debian 12 and 13 (SUITES); root, mmdebstrap; some GB, some minutes
@@ -152,30 +157,29 @@ clean: ## remove what was built; fetched kernels stay in the cache
 shelf: build
 	@$(UMBRA) kernels fetch
 
-.PHONY: packages-bench
-packages-bench: packages
-	@command -v valgrind >/dev/null || $$([ "$$(id -u)" = 0 ] || echo sudo) apt-get -qq install -y --no-install-recommends valgrind >/dev/null
-
-# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this. The machine vmx
-# needs more than the rest, and gets it where it is asked for.
-.PHONY: packages packages-vmx
-packages packages-vmx:
+# What the others need: installed with apt if it is not here. A machine that has it all needs no network for this. What the machine
+# vmx and counting instructions need besides is installed where they are asked for.
+.PHONY: packages packages-vmx packages-bench
+packages packages-vmx packages-bench:
 	@missing=()
 	needs() { "$${@:2}" >/dev/null 2>&1 || missing+=("$$1"); }
 	needs gcc             command -v cc
 	needs libc6-dev       eval 'test -e "$$(cc -print-file-name=libc.a)"'
 	needs ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
 	needs xz-utils        command -v xz
-	if [ $@ = packages-vmx ]; then
+	case $@ in
+	packages)
+	    needs qemu-system-x86 command -v qemu-system-x86_64 ;;
+	packages-vmx)
 	    needs bochs           command -v bochs
 	    needs bochs-term      eval 'ls /usr/lib/*/bochs/plugins/libbx_term_gui.so*'
 	    needs seabios         test -e /usr/share/seabios/vgabios-stdvga.bin
 	    needs isolinux        test -e /usr/lib/ISOLINUX/isolinux.bin
 	    needs syslinux-common test -e /usr/lib/syslinux/modules/bios/ldlinux.c32
-	    needs xorriso         command -v xorriso
-	else
-	    needs qemu-system-x86 command -v qemu-system-x86_64
-	fi
+	    needs xorriso         command -v xorriso ;;
+	packages-bench)
+	    needs valgrind        command -v valgrind ;;
+	esac
 	rust() { ($(new_enough)); }
 	if [ $${#missing[@]} = 0 ] && rust; then exit; fi
 

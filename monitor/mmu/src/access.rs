@@ -81,6 +81,18 @@ pub enum Kind {
     Execute,
 }
 
+impl Kind {
+    /// The right that such an access needs.
+    #[must_use]
+    pub const fn needs(self) -> Access {
+        match self {
+            Self::Read => Access::READ,
+            Self::Write => Access::WRITE,
+            Self::Execute => Access::EXECUTE,
+        }
+    }
+}
+
 /// One access of L2 to an L2 GPA, with what an exit has to say about it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
@@ -105,6 +117,12 @@ impl Request {
     pub const WRITE: Self = Self::of(Kind::Write);
     /// An instruction fetch.
     pub const EXECUTE: Self = Self::of(Kind::Execute);
+    /// Whether this is L2's own write, in every format.
+    #[must_use]
+    pub const fn is_write(self) -> bool {
+        matches!(self, Self { kind: Kind::Write, table_walk: false, .. })
+    }
+
     /// A read of L2's own page tables.
     pub const TABLE_WALK: Self = Self { kind: Kind::Read, table_walk: true, linear: true };
 }

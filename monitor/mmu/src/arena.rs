@@ -1,8 +1,8 @@
 //! Shadow pages: an arena of tables and headers, and the hash that finds them by (gfn, role).
 
-use umbra_shared::Gfn;
+use umbra_shared::{Gfn, L2Gfn};
 
-use crate::config::{CacheSize, MmuError};
+use crate::config::{CacheSize, NoMemory};
 use crate::ptelist::{Allowance, Head, narrow};
 use crate::role::Role;
 use crate::spte::{Spte, SpteRef};
@@ -24,8 +24,8 @@ pub struct Header {
     /// First L2 frame under its first path. The only path unless `shared`.
     pub l2_base: u64,
     next: u32,
-    /// Index in the root table: of itself for a root page, else of the root of its first path.
-    pub root: u32,
+    /// Index in the root table, and whether other paths lead here too.
+    path: u32,
     /// When it was last synchronised, in sync operations.
     pub stamp: u32,
     /// When a walk of everything below a page last saw it, in such walks.
@@ -38,8 +38,10 @@ pub struct Header {
 }
 
 const IN_USE: u8 = 1;
-const SHARED: u8 = 2;
-const ROOT: u8 = 4;
+const ROOT: u8 = 2;
+
+/// In `path`, beside an index below 2^16.
+const SHARED: u32 = 1 << 31;
 
 impl Header {
     /// Whether the page is in use.
@@ -51,7 +53,7 @@ impl Header {
     /// Whether there is, or was, more than one path from roots to it.
     #[must_use]
     pub const fn shared(&self) -> bool {
-        self.flags & SHARED != 0
+        self.path & SHARED != 0
     }
 
     /// Whether it is a root.
@@ -62,20 +64,39 @@ impl Header {
 
     /// Marks it as reachable by several paths, for good.
     pub fn set_shared(&mut self) {
-        self.flags |= SHARED;
+        self.path |= SHARED;
     }
 
-    /// Marks it as a root.
-    pub fn set_root(&mut self) {
+    /// Marks it as the root at `index` of the root table.
+    pub fn set_root(&mut self, index: u32) {
         self.flags |= ROOT;
+        self.path = index;
     }
+
+    /// Index in the root table: of itself for a root page, else of the root of its first path.
+    #[inline]
+    #[must_use]
+    pub const fn root(&self) -> u32 {
+        self.path & !SHARED
+    }
+
+    /// Gives it its first path, by the root at `root`.
+    pub fn set_path(&mut self, root: u32, l2_base: u64) {
+        (self.path, self.l2_base) = (root, l2_base);
+    }
+}
+
+/// A header and the entries, 64 bytes without them. No table: the page is free.
+#[derive(Debug, Default)]
+struct Page {
+    header: Header,
+    table: Option<Box<Table>>,
 }
 
 /// The arena. Page 0 is never used: reading it gives an empty page, writing it does nothing.
 #[derive(Debug)]
 pub struct Arena {
-    headers: Vec<Header>,
-    tables: Vec<Option<Box<Table>>>,
+    pages: Vec<Page>,
     buckets: Vec<u32>,
     seed: u64,
     free: u32,
@@ -86,15 +107,39 @@ pub struct Arena {
     pub allowance: Allowance,
 }
 
-fn new_table() -> Result<Box<Table>, MmuError> {
+/// The present entries of one page in order, for loops that change them: see [`Arena::present`].
+#[derive(Clone, Copy, Debug)]
+pub struct Present {
+    at: SpteRef,
+    end: u32,
+    left: u16,
+}
+
+impl Present {
+    /// The next one. Ends early when all that were present at the beginning have been seen.
+    #[inline]
+    pub fn next(&mut self, arena: &Arena) -> Option<(SpteRef, Spte)> {
+        while self.left > 0 && self.at.0 < self.end {
+            let (at, spte) = (self.at, arena.spte(self.at));
+            self.at = SpteRef(at.0 + 1);
+            if spte.present() {
+                self.left -= 1;
+                return Some((at, spte));
+            }
+        }
+        None
+    }
+}
+
+fn new_table() -> Result<Box<Table>, NoMemory> {
     let mut entries = Vec::new();
-    entries.try_reserve_exact(512).map_err(|_| MmuError::NoMemory)?;
+    entries.try_reserve_exact(512).map_err(|_| NoMemory)?;
     // In blocks: a fill of a whole page is a string instruction, of which every iteration counts as an instruction on
     // the lab's clock and under callgrind.
     for _ in 0..8 {
         entries.extend_from_slice(std::hint::black_box(&EMPTY).get(..64).unwrap_or_default());
     }
-    entries.into_boxed_slice().try_into().map_err(|_| MmuError::NoMemory)
+    entries.into_boxed_slice().try_into().map_err(|_| NoMemory)
 }
 
 impl Arena {
@@ -102,8 +147,7 @@ impl Arena {
     #[must_use]
     pub fn new(seed: u64) -> Self {
         Self {
-            headers: Vec::new(),
-            tables: Vec::new(),
+            pages: Vec::new(),
             buckets: Vec::new(),
             seed,
             free: 0,
@@ -123,7 +167,7 @@ impl Arena {
     /// One more than the highest page index ever used.
     #[must_use]
     pub fn end(&self) -> u32 {
-        narrow(self.headers.len())
+        narrow(self.pages.len())
     }
 
     /// Heap bytes, cached tables included.
@@ -131,8 +175,7 @@ impl Arena {
     pub fn bytes(&self) -> u64 {
         let tables = (u64::from(self.in_use) + self.cache.len() as u64) * size_of::<Table>() as u64;
         tables
-            + (self.headers.capacity() * size_of::<Header>()
-                + self.tables.capacity() * size_of::<Option<Box<Table>>>()
+            + (self.pages.capacity() * size_of::<Page>()
                 + self.buckets.capacity() * 4
                 + self.cache.capacity() * size_of::<Box<Table>>()) as u64
     }
@@ -147,60 +190,81 @@ impl Arena {
     #[inline]
     #[must_use]
     pub fn header(&self, page: u32) -> &Header {
-        self.headers.get(page as usize).unwrap_or(&self.nothing)
+        self.pages.get(page as usize).map_or(&self.nothing, |page| &page.header)
     }
 
     /// The header of `page`, to change it.
     #[inline]
     pub fn header_mut(&mut self, page: u32) -> &mut Header {
-        if (page as usize) < self.headers.len() { &mut self.headers[page as usize] } else { &mut self.nothing }
+        self.pages.get_mut(page as usize).map_or(&mut self.nothing, |page| &mut page.header)
     }
 
     /// The entries of `page`.
     #[inline]
     #[must_use]
     pub fn table(&self, page: u32) -> &Table {
-        match self.tables.get(page as usize) {
-            Some(Some(table)) => table,
+        match self.pages.get(page as usize) {
+            Some(Page { table: Some(table), .. }) => table,
             _ => &EMPTY,
         }
-    }
-
-    /// The entries of `page`, to change them without counting; `None` for a page that is not in use.
-    #[inline]
-    pub fn table_mut(&mut self, page: u32) -> Option<&mut Table> {
-        self.tables.get_mut(page as usize)?.as_deref_mut()
     }
 
     /// One entry, to change it without changing whether it is present, and its page's header.
     #[inline]
     pub fn entry_mut(&mut self, at: SpteRef) -> Option<(&mut Spte, &Header)> {
-        let page = at.page() as usize;
-        Some((&mut self.tables.get_mut(page)?.as_deref_mut()?[at.index()], self.headers.get(page)?))
+        let Page { header, table } = self.pages.get_mut(at.page() as usize)?;
+        Some((table.as_deref_mut()?.get_mut(at.index())?, header))
     }
 
     /// The entries and header of `page`.
     pub fn page_mut(&mut self, page: u32) -> Option<(&mut Table, &mut Header)> {
-        Some((self.tables.get_mut(page as usize)?.as_deref_mut()?, self.headers.get_mut(page as usize)?))
+        let Page { header, table } = self.pages.get_mut(page as usize)?;
+        Some((table.as_deref_mut()?, header))
     }
 
     /// One entry.
     #[inline]
     #[must_use]
     pub fn spte(&self, at: SpteRef) -> Spte {
-        self.table(at.page())[at.index()]
+        self.table(at.page()).get(at.index()).copied().unwrap_or_default()
+    }
+
+    /// The present entries of `page`, in order. Any of them may change on the way; what has gone is passed over.
+    #[inline]
+    #[must_use]
+    pub fn present(&self, page: u32) -> Present {
+        let at = SpteRef::new(page, 0);
+        Present { at, end: at.0 + 512, left: self.header(page).present }
     }
 
     /// Replaces one entry; presence is counted.
     #[inline]
     pub fn set(&mut self, at: SpteRef, new: Spte) {
-        if let Some(table) = self.table_mut(at.page()) {
-            let old = std::mem::replace(&mut table[at.index()], new);
+        if let Some((table, header)) = self.page_mut(at.page())
+            && let Some(entry) = table.get_mut(at.index())
+        {
+            let old = std::mem::replace(entry, new);
             if old.present() != new.present() {
-                let header = self.header_mut(at.page());
                 header.present = if new.present() { header.present + 1 } else { header.present.saturating_sub(1) };
             }
         }
+    }
+
+    /// Closes the small leaves at `entries`, from the first on, while each equals the open leaf `like` and is reached by
+    /// one path, from the root at `root`. Their L2 frames go to `frames`. How many they are.
+    #[inline(never)]
+    pub fn close_alike(&mut self, entries: &[u32], (like, root): (Spte, u32), frames: &mut [L2Gfn]) -> usize {
+        for (done, (&entry, l2)) in entries.iter().zip(frames.iter_mut()).enumerate() {
+            let at = SpteRef(entry);
+            let Some(Page { header, table: Some(table) }) = self.pages.get_mut(at.page() as usize) else { return done };
+            let Some(spte) = table.get_mut(at.index()) else { return done };
+            if *spte != like || header.path != root {
+                return done;
+            }
+            *spte = like.closed();
+            *l2 = L2Gfn(header.l2_base + at.index() as u64);
+        }
+        entries.len().min(frames.len())
     }
 
     #[inline]
@@ -225,10 +289,10 @@ impl Arena {
         None
     }
 
-    fn rehash(&mut self) -> Result<(), MmuError> {
+    fn rehash(&mut self) -> Result<(), NoMemory> {
         let size = (self.buckets.len() * 2).max(64);
         let mut buckets: Vec<u32> = Vec::new();
-        buckets.try_reserve_exact(size).map_err(|_| MmuError::NoMemory)?;
+        buckets.try_reserve_exact(size).map_err(|_| NoMemory)?;
         buckets.resize(size, 0);
         self.buckets = buckets;
         for page in 1..self.end() {
@@ -251,11 +315,12 @@ impl Arena {
     fn remove(&mut self, page: u32) {
         let (gfn, role, next) = (self.header(page).gfn, self.header(page).role, self.header(page).next);
         let bucket = self.bucket(gfn, role);
-        let mut at = self.buckets.get(bucket).copied().unwrap_or(0);
-        if at == page {
-            self.buckets[bucket] = next;
+        let Some(first) = self.buckets.get_mut(bucket) else { return };
+        if *first == page {
+            *first = next;
             return;
         }
+        let mut at = *first;
         while at != 0 {
             let after = self.header(at).next;
             if after == page {
@@ -270,23 +335,21 @@ impl Arena {
     ///
     /// # Errors
     /// No memory; nothing changed.
-    pub fn alloc(&mut self, gfn: Gfn, role: Role, for_split: bool) -> Result<u32, MmuError> {
+    pub fn alloc(&mut self, gfn: Gfn, role: Role, for_split: bool) -> Result<u32, NoMemory> {
         if self.in_use as usize >= self.buckets.len() {
             self.rehash()?;
         }
         if self.free == 0 {
-            let have = self.headers.len();
+            let have = self.pages.len();
             let more = if have == 0 { 64 } else { (have / 8).max(16) };
             if have + more > SpteRef::MAX_PAGES as usize {
-                return Err(MmuError::NoMemory);
+                return Err(NoMemory);
             }
-            self.headers.try_reserve_exact(more).map_err(|_| MmuError::NoMemory)?;
-            self.tables.try_reserve_exact(more).map_err(|_| MmuError::NoMemory)?;
-            self.headers.resize(have + more, Header::default());
-            self.tables.resize_with(have + more, || None);
-            for page in (have.max(1)..have + more).rev() {
-                self.headers[page].next = self.free;
-                self.free = narrow(page);
+            self.pages.try_reserve_exact(more).map_err(|_| NoMemory)?;
+            self.pages.resize_with(have + more, Page::default);
+            for page in (narrow(have).max(1)..self.end()).rev() {
+                self.header_mut(page).next = self.free;
+                self.free = page;
             }
         }
         let cached = if for_split { self.cache.pop() } else { None };
@@ -298,10 +361,10 @@ impl Arena {
         };
         let page = self.free;
         self.free = self.header(page).next;
-        if let Some(place) = self.tables.get_mut(page as usize) {
-            *place = Some(table);
+        if let Some(place) = self.pages.get_mut(page as usize) {
+            let header = Header { gfn, role, flags: IN_USE, ..Header::default() };
+            *place = Page { header, table: Some(table) };
         }
-        *self.header_mut(page) = Header { gfn, role, flags: IN_USE, ..Header::default() };
         self.insert(page);
         self.in_use += 1;
         Ok(page)
@@ -314,22 +377,21 @@ impl Arena {
         }
         debug_assert!(self.header(page).present == 0 && self.header(page).parents.is_empty());
         self.remove(page);
-        if let Some(place) = self.tables.get_mut(page as usize) {
-            *place = None;
+        if let Some(place) = self.pages.get_mut(page as usize) {
+            *place = Page { header: Header { next: self.free, ..Header::default() }, table: None };
         }
-        *self.header_mut(page) = Header { next: self.free, ..Header::default() };
         self.free = page;
         self.in_use -= 1;
     }
 
     /// Fills the split cache to its capacity if it holds less than its minimum. Returns whether it did.
-    pub fn top_up(&mut self, size: CacheSize) -> Result<bool, MmuError> {
+    pub fn top_up(&mut self, size: CacheSize) -> Result<bool, NoMemory> {
         if self.cache.len() >= size.min as usize {
             return Ok(false);
         }
         let target = size.capacity as usize;
         if self.cache.capacity() < target {
-            self.cache.try_reserve_exact(target - self.cache.len()).map_err(|_| MmuError::NoMemory)?;
+            self.cache.try_reserve_exact(target - self.cache.len()).map_err(|_| NoMemory)?;
         }
         while self.cache.len() < target {
             self.allowance.take()?;

@@ -45,7 +45,7 @@ impl Mmu {
             if self.arena.find(header.gfn, header.role) != Some(page) {
                 return Err(format!("page {page} is not found by its gfn {} and role", header.gfn));
             }
-            if header.is_root() != self.roots.at(header.root).is_some_and(|root| root.page == page) {
+            if header.is_root() != self.roots.at(header.root()).is_some_and(|root| root.page == page) {
                 return Err(format!("page {page} and the table of roots disagree"));
             }
             if header.parents.is_empty() != header.is_root() {
@@ -128,7 +128,7 @@ impl Mmu {
                 if above.shared() && !header.shared() {
                     return Err(format!("page {page} is not marked as shared, its parent is"));
                 }
-                if !header.shared() && self.first_path(parent) != (header.root, header.l2_base) {
+                if !header.shared() && self.first_path(parent) != (header.root(), header.l2_base) {
                     return Err(format!("page {page} does not know its L2 address"));
                 }
             }

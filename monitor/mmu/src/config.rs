@@ -12,8 +12,6 @@ use crate::track::Strategy;
 pub enum MmuError {
     /// An allocation failed, or the quota leaves no room.
     NoMemory,
-    /// A list of references has its longest length. Handled inside; never leaves the crate's operations.
-    ListFull,
     /// The root was dropped, or never loaded.
     StaleRoot,
     /// A root table's address that the format cannot have.
@@ -32,7 +30,6 @@ impl fmt::Display for MmuError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoMemory => write!(f, "no memory for shadow pages: raise the quota"),
-            Self::ListFull => write!(f, "a reverse map is at its longest length"),
             Self::StaleRoot => write!(f, "this root is not loaded any more: load it again"),
             Self::BadTable(address) => write!(f, "no root table can be at {address:#x}: wrong alignment or too wide"),
             Self::Tracking => write!(f, "tracking is on already: stop it first"),
@@ -43,6 +40,16 @@ impl fmt::Display for MmuError {
 }
 
 impl std::error::Error for MmuError {}
+
+/// An allocation failed, or the quota leaves no room: what most of the MMU can fail with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoMemory;
+
+impl From<NoMemory> for MmuError {
+    fn from(_: NoMemory) -> Self {
+        Self::NoMemory
+    }
+}
 
 /// How a huge leaf becomes small ones.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -111,7 +118,7 @@ impl Default for Caches {
         Self {
             pages: CacheSize { min: 1, capacity: 40 },
             descs: CacheSize { min: 64, capacity: 104 },
-            desc_bytes: 32,
+            desc_bytes: 64,
             inline_two: true,
         }
     }

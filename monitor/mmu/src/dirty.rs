@@ -191,52 +191,63 @@ impl L2Set {
         self.overflowed = true;
     }
 
-    fn probe(&self, number: u64) -> (usize, Option<usize>) {
+    /// The region numbered `number`, by its index; or the free slot where it belongs.
+    fn probe(&self, number: u64) -> Result<usize, usize> {
         let mask = self.slots.len().max(1) - 1;
         let mut at = usize::try_from(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 33).unwrap_or(0) & mask;
-        for _ in 0..self.slots.len() {
-            match self.slots[at] {
-                0 => return (at, None),
-                index if self.regions[index as usize - 1].number == number => return (at, Some(index as usize - 1)),
-                _ => at = (at + 1) & mask,
+        while let Some(&slot @ 1..) = self.slots.get(at) {
+            let index = slot as usize - 1;
+            if self.regions.get(index).is_some_and(|region| region.number == number) {
+                return Ok(index);
             }
+            at = (at + 1) & mask;
         }
-        (at, None)
+        Err(at)
     }
 
     /// Adds `gfn`.
     pub fn insert(&mut self, gfn: L2Gfn) {
         let number = gfn.0 >> 9;
         if (self.regions.len() + 1) * 2 > self.slots.len() {
-            self.grow();
+            self.slots = vec![0; (self.slots.len() * 2).max(32)];
+            self.index();
         }
-        let (slot, found) = self.probe(number);
-        let index = match found {
-            Some(index) => index,
-            None if self.regions.len() >= self.limit as usize => {
+        let index = match self.probe(number) {
+            Ok(index) => index,
+            Err(_) if self.regions.len() >= self.limit as usize => {
                 self.overflowed = true;
                 return;
             }
-            None => {
+            Err(slot) => {
                 if self.regions.len() == self.regions.capacity() {
                     self.regions.reserve_exact((self.regions.len() / 4).max(8));
                 }
                 self.regions.push(Region { number, dirty: [0; 8], reported: [0; 8] });
-                self.slots[slot] = narrow(self.regions.len());
+                if let Some(slot) = self.slots.get_mut(slot) {
+                    *slot = narrow(self.regions.len());
+                }
                 self.regions.len() - 1
             }
         };
-        // What is written again is news: a clear of what was reported before leaves it.
         let (word, bit) = ((gfn.0 >> 6 & 7) as usize, 1 << (gfn.0 & 63));
-        self.regions[index].dirty[word] |= bit;
-        self.regions[index].reported[word] &= !bit;
+        if let Some(region) = self.regions.get_mut(index)
+            && let Some((dirty, reported)) = region.dirty.get_mut(word).zip(region.reported.get_mut(word))
+        {
+            *dirty |= bit;
+            // What is written again is news: a clear of what was reported before leaves it.
+            *reported &= !bit;
+        }
     }
 
-    fn grow(&mut self) {
-        self.slots = vec![0; (self.slots.len() * 2).max(32)];
+    /// Fills the slots, which are all free and more than the regions.
+    fn index(&mut self) {
         for index in 0..self.regions.len() {
-            let (slot, _) = self.probe(self.regions[index].number);
-            self.slots[slot] = narrow(index) + 1;
+            let number = self.regions.get(index).map_or(0, |region| region.number);
+            if let Err(slot) = self.probe(number)
+                && let Some(slot) = self.slots.get_mut(slot)
+            {
+                *slot = narrow(index) + 1;
+            }
         }
     }
 
@@ -265,10 +276,7 @@ impl L2Set {
         }
         self.regions.retain(|region| region.dirty != [0; 8]);
         self.slots.fill(0);
-        for index in 0..self.regions.len() {
-            let (slot, _) = self.probe(self.regions[index].number);
-            self.slots[slot] = narrow(index) + 1;
-        }
+        self.index();
     }
 
     /// Heap bytes.

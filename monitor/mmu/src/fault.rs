@@ -2,9 +2,9 @@
 
 use umbra_shared::{Gfn, L2Gfn, Level};
 
-use crate::access::{Access, Kind, Request};
+use crate::access::{Access, Request};
 use crate::arena::Header;
-use crate::config::{MmuError, Split};
+use crate::config::{MmuError, NoMemory, Split};
 use crate::defects::Defect;
 use crate::format::Format;
 use crate::guest::{self, Decoded, Ended, Reflection, Walk};
@@ -73,38 +73,40 @@ impl Mmu {
         self.stats.faults += 1;
         let l2 = L2Gfn::containing(l2_gpa);
         // A page that hints reach is found at once; everything else, and what this does not settle, the long way.
-        if !request.table_walk
-            && let Some((at, spte)) = self.hinted_leaf(root, l2)
-        {
-            let leaf = Leaf { at, level: Level::K4, l2, root, frame: spte.frame() };
-            if request.kind == Kind::Write && spte.is_closed() {
-                self.stats.wp_faults += 1;
-                let trapped = self.trap(env, leaf);
-                self.finish(env);
-                if trapped? == Trapped::Opened {
-                    return Ok(Outcome::Mapped { level: Level::K4 });
-                }
-            } else if !spte.present() {
-                return self.fault_hinted(env, leaf, request);
+        match self.hinted_leaf(root, l2) {
+            Some((at, spte)) if spte.is_closed() && request.is_write() => {
+                self.fault_closed(env, root, l2, at);
+                Ok(Outcome::Mapped { level: Level::K4 })
             }
+            Some((at, spte)) if !spte.present() && !request.table_walk => {
+                self.fault_absent(env, (root, at), l2, request)
+            }
+            _ => self.fault_slowly(env, root, l2, request),
         }
-        self.fault_slowly(env, root, l2, request)
     }
 
-    /// A fault on an entry of a known lowest page that is not present.
+    /// A write hit a small leaf that is only closed.
+    fn fault_closed(&mut self, env: &mut Env<'_>, root: RootId, l2: L2Gfn, at: SpteRef) {
+        self.stats.wp_faults += 1;
+        self.trap(env, &Leaf { at, level: Level::K4, l2, root });
+        self.finish(env);
+    }
+
+    /// An entry of a known lowest page is not present.
     #[inline(never)]
-    fn fault_hinted(&mut self, env: &mut Env<'_>, leaf: Leaf, request: Request) -> Result<Outcome, MmuError> {
-        let needed = match request.kind {
-            Kind::Read => Access::READ,
-            Kind::Write => Access::WRITE,
-            Kind::Execute => Access::EXECUTE,
-        };
-        let below = self.resolve_below(env, leaf.root, leaf.at, leaf.l2, needed);
+    fn fault_absent(
+        &mut self,
+        env: &mut Env<'_>,
+        (root, at): (RootId, SpteRef),
+        l2: L2Gfn,
+        request: Request,
+    ) -> Result<Outcome, MmuError> {
+        let outcome = self.resolve_below(env, root, at, l2, request.kind.needs());
         // Also when it failed: what was pushed out on the way is posted.
         self.finish(env);
-        match below? {
+        match outcome? {
             Some(outcome) => Ok(outcome),
-            None => self.fault_slowly(env, leaf.root, leaf.l2, request),
+            None => self.fault_slowly(env, root, l2, request),
         }
     }
 
@@ -117,9 +119,9 @@ impl Mmu {
         request: Request,
     ) -> Result<Outcome, MmuError> {
         let (page, frames) = self.roots.get(root).map(|root| (root.page, root.frames))?;
-        let result = self.resolve(env, root, (page, frames), l2, request);
+        let outcome = self.resolve(env, root, (page, frames), l2, request);
         self.finish(env);
-        result
+        Ok(outcome?)
     }
 
     #[inline]
@@ -130,26 +132,21 @@ impl Mmu {
         (page, frames): (u32, u64),
         l2: L2Gfn,
         request: Request,
-    ) -> Result<Outcome, MmuError> {
-        let needed = match request.kind {
-            _ if request.table_walk => self.arena.header(page).role.format().needed(request),
-            Kind::Read => Access::READ,
-            Kind::Write => Access::WRITE,
-            Kind::Execute => Access::EXECUTE,
-        };
+    ) -> Result<Outcome, NoMemory> {
+        let needed = self.arena.header(page).role.format().needed(request);
         if l2.0 < frames {
             let found = self.lookup_hinted(root, page, l2);
             let spte = found.spte;
             if spte.is_leaf(found.level) {
-                let leaf = Leaf { at: found.at, level: found.level, l2, root, frame: spte.frame() };
+                let leaf = Leaf { at: found.at, level: found.level, l2, root };
                 if spte.access().allows(needed) {
                     self.stats.spurious += 1;
-                    self.post_map(env, leaf, spte);
+                    self.post_map(env, &leaf, spte);
                     return Ok(Outcome::Mapped { level: found.level });
                 }
                 if needed == Access::WRITE && spte.mmu_writable() {
                     self.stats.wp_faults += 1;
-                    if self.trap(env, leaf)? == Trapped::Opened {
+                    if self.trap_any(env, &leaf)? == Trapped::Opened {
                         return Ok(Outcome::Mapped { level: found.level });
                     }
                 }
@@ -174,7 +171,7 @@ impl Mmu {
         at: SpteRef,
         l2: L2Gfn,
         needed: Access,
-    ) -> Result<Option<Outcome>, MmuError> {
+    ) -> Result<Option<Outcome>, NoMemory> {
         let Header { gfn: table, role, .. } = *self.arena.header(at.page());
         let write = needed == Access::WRITE;
         if role.direct() || self.defect(Defect::FaultMapsNothing) {
@@ -203,16 +200,27 @@ impl Mmu {
     }
 
     /// A write hit a leaf that is only closed.
-    #[inline]
-    fn trap(&mut self, env: &mut Env<'_>, leaf: Leaf) -> Result<Trapped, MmuError> {
-        if let Some(strategy) = self.track.as_ref().map(|track| track.strategy) {
-            return strategy.trap(self, env, leaf);
+    fn trap_any(&mut self, env: &mut Env<'_>, leaf: &Leaf) -> Result<Trapped, NoMemory> {
+        if leaf.level > Level::K4
+            && let Some(strategy) = self.track.as_ref().map(|track| track.strategy)
+        {
+            return strategy.trap_huge(self, env, leaf);
         }
-        self.open_now(env, leaf);
+        self.trap(env, leaf);
         Ok(Trapped::Opened)
     }
 
-    fn post_map(&mut self, env: &mut Env<'_>, leaf: Leaf, spte: Spte) {
+    /// [`Self::trap_any`] for a small leaf, or while tracking is off.
+    #[inline]
+    fn trap(&mut self, env: &mut Env<'_>, leaf: &Leaf) {
+        match self.track.as_ref().map(|track| track.strategy) {
+            Some(strategy) => strategy.trap(self, env, leaf),
+            None => self.open(env, leaf.at, Some(leaf.path())),
+        }
+    }
+
+    #[inline(never)]
+    pub(crate) fn post_map(&mut self, env: &mut Env<'_>, leaf: &Leaf, spte: Spte) {
         let (root, start) = leaf.path();
         let extent = extent(root, start, leaf.level.frames());
         self.out.map_now(env.mapper, &mut self.stats, extent, (spte.frame(), leaf.level, spte.access()));
@@ -226,7 +234,7 @@ impl Mmu {
         page: u32,
         l2: L2Gfn,
         request: Request,
-    ) -> Result<Outcome, MmuError> {
+    ) -> Result<Outcome, NoMemory> {
         let (role, table) = (self.arena.header(page).role, self.arena.header(page).gfn);
         let format = role.format();
         let write = format.needed(request) == Access::WRITE;
@@ -293,7 +301,7 @@ impl Mmu {
         {
             while level > Level::K4 {
                 let base = base_frame(target, level);
-                if track.strategy.traps_whole(track, level) || track.strategy.admit(track, base, level, false) {
+                if track.strategy.traps_huge(track, level) || track.strategy.admit(track, base, level, false) {
                     break;
                 }
                 level = below(level);
@@ -303,7 +311,7 @@ impl Mmu {
     }
 
     /// Brings EPT02 into accord with `target`'s walk, down to a leaf.
-    fn map(&mut self, env: &mut Env<'_>, root: RootId, page: u32, target: &Target<'_>) -> Result<Outcome, MmuError> {
+    fn map(&mut self, env: &mut Env<'_>, root: RootId, page: u32, target: &Target<'_>) -> Result<Outcome, NoMemory> {
         let goal = self.leaf_level(target);
         if self.defect(Defect::FaultMapsNothing) && target.l2.0 & 15 == 5 {
             return Ok(Outcome::Mapped { level: goal });
@@ -315,8 +323,8 @@ impl Mmu {
             let index = Format::shadow_index(level, target.l2);
             let at = SpteRef::new(page, index);
             if level > target.walk.level {
-                let spte = self.arena.table(page)[index];
-                let step = &target.walk.steps[level as usize - 1];
+                let spte = self.arena.spte(at);
+                let step = target.walk.steps.at(level);
                 let child = self.arena.header(spte.child());
                 let fits = !spte.ends_walk()
                     && child.gfn == step.next
@@ -348,7 +356,7 @@ impl Mmu {
     fn child_identity(&self, at: SpteRef, role: Role, target: &Target<'_>) -> (Gfn, Role) {
         let level = role.level();
         if level > target.walk.level {
-            let step = target.walk.steps.get(usize::from(level.number()) - 1).copied().unwrap_or_default();
+            let step = target.walk.steps.at(level);
             let mut quadrant = guest::child_quadrant(role, at.index());
             if level == Level::M2 && self.defect(Defect::WrongQuadrantTable)
                 || level == Level::G1 && self.defect(Defect::WrongQuadrantDirectory)
@@ -365,7 +373,7 @@ impl Mmu {
         if self.defect(Defect::AccessWidenedAtSplit) { rights.or(Access::READ).or(Access::EXECUTE) } else { rights }
     }
 
-    fn child_for(&mut self, env: &mut Env<'_>, at: SpteRef, role: Role, target: &Target<'_>) -> Result<u32, MmuError> {
+    fn child_for(&mut self, env: &mut Env<'_>, at: SpteRef, role: Role, target: &Target<'_>) -> Result<u32, NoMemory> {
         let level = role.level();
         let (gfn, child_role) = self.child_identity(at, role, target);
         let spte = self.arena.spte(at);
@@ -391,7 +399,7 @@ impl Mmu {
 
     /// Finds or makes the page (gfn, role) and links it at `at`. A page that exists may lag behind EPT12, which its
     /// other users may but this path must not see: it is synchronised.
-    fn link_child(&mut self, env: &mut Env<'_>, at: SpteRef, gfn: Gfn, role: Role) -> Result<u32, MmuError> {
+    fn link_child(&mut self, env: &mut Env<'_>, at: SpteRef, gfn: Gfn, role: Role) -> Result<u32, NoMemory> {
         if let Some(child) = self.arena.find(gfn, role) {
             if !self.defect(Defect::LinkedUnsynced) {
                 self.sync_below(env, child);
@@ -414,7 +422,7 @@ impl Mmu {
         at: SpteRef,
         level: Level,
         (l2, permitted, frame, write): (L2Gfn, Access, Frame, bool),
-    ) -> Result<Outcome, MmuError> {
+    ) -> Result<Outcome, NoMemory> {
         let old = self.arena.spte(at);
         let mmu_writable = permitted.allows(Access::WRITE);
         let mut rights = permitted;
@@ -440,14 +448,14 @@ impl Mmu {
             }
             self.add_leaf(env, at, level, Spte::leaf(frame, level, rights, mmu_writable))?;
         }
-        let leaf = Leaf { at, level, l2, root, frame };
-        if write && !self.arena.spte(at).writable() && self.trap(env, leaf)? == Trapped::Split {
+        let leaf = Leaf { at, level, l2, root };
+        if write && !self.arena.spte(at).writable() && self.trap_any(env, &leaf)? == Trapped::Split {
             return Ok(Outcome::Retry);
         }
         if level == Level::K4 && self.config.extent > 1 {
-            self.map_window(env, leaf);
+            self.map_window(env, &leaf);
         } else {
-            self.post_map(env, leaf, self.arena.spte(at));
+            self.post_map(env, &leaf, self.arena.spte(at));
         }
         Ok(Outcome::Mapped { level })
     }
@@ -460,7 +468,7 @@ impl Mmu {
     }
 
     /// Maps the neighbours of a small leaf that are present, allowed and in use, and posts the window's extents.
-    fn map_window(&mut self, env: &mut Env<'_>, leaf: Leaf) {
+    fn map_window(&mut self, env: &mut Env<'_>, leaf: &Leaf) {
         let window = self.config.extent as usize;
         let first = leaf.at.index() & !(window - 1);
         let page = leaf.at.page();

@@ -2,7 +2,7 @@
 
 use umbra_shared::{L2Gfn, Level};
 
-use crate::access::{Access, Kind, Request};
+use crate::access::{Access, Request};
 
 /// A format of EPT12 together with what its walk depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -88,12 +88,7 @@ impl Format {
     /// with A/D flags (SDM 3C 29.3.3.2).
     #[must_use]
     pub const fn needed(self, request: Request) -> Access {
-        match request.kind {
-            _ if request.table_walk && self.has_accessed_dirty() => Access::WRITE,
-            Kind::Read => Access::READ,
-            Kind::Write => Access::WRITE,
-            Kind::Execute => Access::EXECUTE,
-        }
+        if request.table_walk && self.has_accessed_dirty() { Access::WRITE } else { request.kind.needs() }
     }
 
     /// The index of `gfn` in a shadow page of `level`.

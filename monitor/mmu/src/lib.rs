@@ -9,6 +9,11 @@
 //! the last invalidation that applied to it, cut by the memory map and by tracking as they are now. Its other half: an
 //! access that EPT12 permits now is never reflected to L1, and completes within two faults.
 #![forbid(unsafe_code)]
+// What a guest writes must not end the monitor: nothing here panics but by overflow, which release builds do not check.
+#![cfg_attr(
+    not(test),
+    warn(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable, clippy::indexing_slicing)
+)]
 
 mod access;
 mod arena;
@@ -35,6 +40,7 @@ mod roots;
 mod slots_change;
 mod split;
 mod spte;
+#[expect(clippy::indexing_slicing, reason = "a test's own script and tables")]
 pub mod stateful;
 mod stats;
 mod sync;
@@ -43,7 +49,7 @@ pub mod track;
 pub mod walker;
 
 pub use access::{Access, Kind, Request};
-pub use config::{CacheSize, Caches, Collapse, Config, MmuError, RootPolicy, Split};
+pub use config::{CacheSize, Caches, Collapse, Config, MmuError, NoMemory, RootPolicy, Split};
 pub use defects::{Defect, Defects};
 pub use dirty::{L2Set, PageSet};
 pub use fault::Outcome;

@@ -6,7 +6,7 @@
 use umbra_shared::{Gfn, L2Gfn, Level};
 
 use crate::access::Access;
-use crate::config::MmuError;
+use crate::config::NoMemory;
 use crate::defects::Defect;
 use crate::dirty::L2Set;
 use crate::memory::{Env, Extent};
@@ -16,7 +16,6 @@ use crate::ptelist::{Head, PteLists};
 use crate::role::Role;
 use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
-use crate::track::Leaf;
 
 /// Paths that are announced one by one; an entry with more is announced as "everything".
 const MAX_PATHS: usize = 64;
@@ -30,9 +29,9 @@ pub(crate) struct Paths {
 
 impl Mmu {
     /// A new, empty shadow page, if the quota has room.
-    pub(crate) fn alloc_page(&mut self, gfn: Gfn, role: Role, for_split: bool) -> Result<u32, MmuError> {
+    pub(crate) fn alloc_page(&mut self, gfn: Gfn, role: Role, for_split: bool) -> Result<u32, NoMemory> {
         if self.arena.in_use() >= self.config.quota() {
-            return Err(MmuError::NoMemory);
+            return Err(NoMemory);
         }
         let page = self.arena.alloc(gfn, role, for_split)?;
         self.stats.pages_made += 1;
@@ -43,7 +42,7 @@ impl Mmu {
     #[inline]
     pub(crate) fn first_path(&self, at: SpteRef) -> (u32, u64) {
         let header = self.arena.header(at.page());
-        (header.root, header.l2_base + at.index() as u64 * header.role.level().frames())
+        (header.root(), header.l2_base + at.index() as u64 * header.role.level().frames())
     }
 
     fn collect_paths(&self, at: SpteRef, offset: u64, paths: &mut Paths) {
@@ -51,7 +50,7 @@ impl Mmu {
         let offset = offset + at.index() as u64 * header.role.level().frames();
         if header.is_root() {
             if let Some(place) = paths.found.get_mut(paths.len) {
-                *place = (header.root, offset);
+                *place = (header.root(), offset);
                 paths.len += 1;
             } else {
                 paths.overflow = true;
@@ -173,12 +172,11 @@ impl Mmu {
             return;
         }
         let level = self.arena.header(page).role.level();
-        for index in 0..512 {
-            let at = SpteRef::new(page, index);
-            let spte = self.arena.spte(at);
+        let mut entries = self.arena.present(page);
+        while let Some((at, spte)) = entries.next(&self.arena) {
             if spte.is_leaf(level) {
                 self.collect_dirty(at, spte, level);
-            } else if spte.present() {
+            } else {
                 self.collect_dirty_below(spte.child());
             }
         }
@@ -192,28 +190,26 @@ impl Mmu {
         at: SpteRef,
         level: Level,
         leaf: Spte,
-    ) -> Result<(), MmuError> {
-        match self.rmaps.add(&mut self.lists, leaf.frame(), level, at, false) {
-            Err(MmuError::ListFull) => {
-                if let Some(oldest) = self.rmaps.head(leaf.frame(), level).oldest() {
-                    self.drop_spte(env, oldest);
-                    self.stats.evicted += 1;
-                }
-                self.rmaps.add(&mut self.lists, leaf.frame(), level, at, false)?;
-            }
-            Err(error) => {
-                self.rmaps.settle(leaf.frame());
-                return Err(error);
-            }
-            Ok(()) => {}
+    ) -> Result<(), NoMemory> {
+        while !self.rmaps.add(&mut self.lists, leaf.frame(), level, at)? {
+            self.drop_oldest(env, leaf.frame(), level)?;
         }
         self.arena.set(at, leaf);
         self.stats.mapped += 1;
         Ok(())
     }
 
+    /// Makes room in a full list.
+    #[cold]
+    fn drop_oldest(&mut self, env: &mut Env<'_>, frame: Frame, level: Level) -> Result<(), NoMemory> {
+        let oldest = self.rmaps.head(frame, level).oldest().ok_or(NoMemory)?;
+        self.drop_spte(env, oldest);
+        self.stats.evicted += 1;
+        Ok(())
+    }
+
     /// Links `child` at `at`, where nothing is (or, in a split, the leaf that the child replaces).
-    pub(crate) fn link(&mut self, env: &mut Env<'_>, at: SpteRef, child: u32) -> Result<(), MmuError> {
+    pub(crate) fn link(&mut self, env: &mut Env<'_>, at: SpteRef, child: u32) -> Result<(), NoMemory> {
         let mut parents = self.arena.header(child).parents;
         let first = parents.is_empty();
         if self.lists.count(parents) >= self.config.longest_list
@@ -229,8 +225,7 @@ impl Mmu {
         let header = self.arena.header_mut(child);
         header.parents = parents;
         if first {
-            header.root = root;
-            header.l2_base = l2_base;
+            header.set_path(root, l2_base);
             if shared {
                 header.set_shared();
             }
@@ -259,10 +254,9 @@ impl Mmu {
         }
         let level = self.arena.header(page).role.level();
         let by_flag = self.track.as_ref().is_some_and(|track| track.strategy.uses_dirty_bits());
-        for index in 0..512 {
-            let at = SpteRef::new(page, index);
-            let spte = self.arena.spte(at);
-            if spte.present() && !spte.is_leaf(level) {
+        let mut entries = self.arena.present(page);
+        while let Some((at, spte)) = entries.next(&self.arena) {
+            if !spte.is_leaf(level) {
                 self.mark_new_path(spte.child());
             } else if if by_flag { spte.dirty() } else { spte.writable() } {
                 for offset in 0..level.frames() {
@@ -282,9 +276,9 @@ impl Mmu {
         if level == Level::K4 {
             return;
         }
-        for index in 0..512 {
-            let spte = self.arena.spte(SpteRef::new(page, index));
-            if spte.present() && !spte.is_leaf(level) {
+        let mut entries = self.arena.present(page);
+        while let Some((_, spte)) = entries.next(&self.arena) {
+            if !spte.is_leaf(level) {
                 self.share(spte.child());
             }
         }
@@ -341,15 +335,8 @@ impl Mmu {
         if level == Level::K4 && !uses_dirty && !self.empty_straight(page) {
             return;
         }
-        for index in 0..512 {
-            if self.arena.header(page).present == 0 {
-                break;
-            }
-            let at = SpteRef::new(page, index);
-            let spte = self.arena.spte(at);
-            if !spte.present() {
-                continue;
-            }
+        let mut entries = self.arena.present(page);
+        while let Some((at, spte)) = entries.next(&self.arena) {
             if spte.is_leaf(level) {
                 self.collect_dirty(at, spte, level);
                 self.rmaps.remove(&mut self.lists, spte.frame(), level, at);
@@ -411,7 +398,7 @@ impl Mmu {
 
     /// Makes room for `count` shadow pages under the quota: kept roots first, the least recently used of them first;
     /// then pages in turn, as a clock's hand finds them.
-    pub(crate) fn make_pages_available(&mut self, env: &mut Env<'_>, count: u32) -> Result<(), MmuError> {
+    pub(crate) fn make_pages_available(&mut self, env: &mut Env<'_>, count: u32) -> Result<(), NoMemory> {
         let quota = self.config.quota();
         while self.arena.in_use() + count > quota {
             self.stats.evicted += 1;
@@ -423,41 +410,24 @@ impl Mmu {
             let is_victim = |page: &u32| self.arena.header(*page).in_use() && !self.arena.header(*page).is_root();
             let after = (self.hand + 1..end).find(is_victim);
             let Some(victim) = after.or_else(|| (1..=self.hand.min(end)).find(is_victim)) else {
-                return Err(MmuError::NoMemory);
+                return Err(NoMemory);
             };
             self.hand = victim;
             let before = self.arena.in_use();
             self.zap_page(env, victim);
             if self.arena.in_use() >= before {
-                return Err(MmuError::NoMemory);
+                return Err(NoMemory);
             }
         }
         Ok(())
     }
 
-    /// As [`Self::open`] for a leaf on its own: posted at once when nothing waits to be joined with it.
-    #[inline]
-    pub(crate) fn open_now(&mut self, env: &mut Env<'_>, leaf: Leaf) {
-        let Some((spte, header)) = self.arena.entry_mut(leaf.at) else { return };
-        *spte = spte.opened();
-        let access = spte.access();
-        let (root, start) = leaf.path();
-        let extent = extent(root, start, leaf.level.frames());
-        if header.shared() {
-            // It may have been mapped by another path, which this one's mapper was not told of.
-            self.out.map_now(env.mapper, &mut self.stats, extent, (leaf.frame, leaf.level, access));
-        } else {
-            self.out.protect_now(env.mapper, &mut self.stats, extent, access);
-        }
-    }
-
     /// A leaf is open for writes from now on. Posted for `path` alone: other paths find out by a fault.
     #[inline]
     pub(crate) fn open(&mut self, env: &mut Env<'_>, at: SpteRef, path: Option<(RootId, u64)>) {
-        let spte = self.arena.spte(at).opened();
-        if let Some(table) = self.arena.table_mut(at.page()) {
-            table[at.index()] = spte;
-        }
+        let Some((spte, _)) = self.arena.entry_mut(at) else { return };
+        *spte = spte.opened();
+        let spte = *spte;
         let frames = self.arena.header(at.page()).role.level().frames();
         let extent = if let Some((root, start)) = path {
             Some(extent(root, start, frames))

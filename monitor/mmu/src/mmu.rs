@@ -36,19 +36,29 @@ pub struct Mmu {
     pub(crate) visit: u32,
     pub(crate) hand: u32,
     hints: [Hint; HINTS],
-    links: u32,
 }
 
 /// Lowest pages that walks of EPT02 found lately, as a processor's paging-structure cache has them.
 const HINTS: usize = 16;
+const HINT_MASK: u64 = 15;
 
-/// The lowest shadow page for 512 L2 frames of a root, while no link has been removed since.
-#[derive(Clone, Copy, Debug, Default)]
+/// The lowest shadow page for 512 L2 frames of a root, while no link is removed.
+#[derive(Clone, Copy, Debug)]
 struct Hint {
-    key: u64,
+    region: u64,
     root: RootId,
     page: u32,
-    links: u32,
+}
+
+impl Hint {
+    /// Reaches nothing: there is no such region.
+    const NONE: Self = Self { region: u64::MAX, root: RootId::FIRST, page: 0 };
+
+    /// Where the hint for `region` is.
+    #[inline]
+    const fn place(region: u64) -> usize {
+        (region & HINT_MASK) as usize
+    }
 }
 
 /// Where a walk of EPT02 ended.
@@ -79,8 +89,7 @@ impl Mmu {
             stamp: 0,
             visit: 0,
             hand: 0,
-            hints: [Hint::default(); HINTS],
-            links: 1,
+            hints: [Hint::NONE; HINTS],
             config,
         })
     }
@@ -185,7 +194,7 @@ impl Mmu {
         let role = RootRole { mode, ..role };
         let offset = ((table & 0xfff) >> 5) as u8;
         let (gfn, page_role) = (Gfn::containing(table), Role::root(role, offset));
-        let mut found = self.arena.find(gfn, page_role).map(|page| self.arena.header(page).root);
+        let mut found = self.arena.find(gfn, page_role).map(|page| self.arena.header(page).root());
         if self.defect(Defect::StaleRole) && found.is_none() {
             let same_kind = |format: Format| {
                 format.is_ept() == role.format.is_ept() && format.root_level() == role.format.root_level()
@@ -217,9 +226,7 @@ impl Mmu {
             self.arena.release(page);
             return Err(MmuError::NoMemory);
         };
-        let header = self.arena.header_mut(page);
-        header.set_root();
-        header.root = id.index();
+        self.arena.header_mut(page).set_root(id.index());
         Ok(id.index())
     }
 
@@ -271,7 +278,7 @@ impl Mmu {
         let mut shift = 9 * (self.arena.header(page).role.level() as u32 - 1);
         loop {
             let index = (l2.0 >> shift & 511) as usize;
-            let spte = self.arena.table(page)[index];
+            let spte = self.arena.spte(SpteRef::new(page, index));
             if shift == 0 || spte.ends_walk() {
                 return Found { at: SpteRef::new(page, index), level: level_of(shift / 9 + 1), spte };
             }
@@ -280,38 +287,40 @@ impl Mmu {
         }
     }
 
-    /// [`Self::lookup`] under `root`, by the hints where they reach.
+    /// The lowest shadow page for `l2` under `root`, if a hint reaches it.
     #[inline]
-    pub(crate) fn lookup_hinted(&mut self, root: RootId, page: u32, l2: L2Gfn) -> Found {
-        let key = l2.0 >> 9;
-        let slot = (l2.0 >> 9 & (HINTS as u64 - 1)) as usize;
-        let hint = self.hints[slot];
-        if hint.key == key && hint.root == root && hint.links == self.links {
-            let index = (l2.0 & 511) as usize;
-            let spte = self.arena.table(hint.page)[index];
-            return Found { at: SpteRef::new(hint.page, index), level: Level::K4, spte };
-        }
-        let found = self.lookup(page, l2);
-        if found.level == Level::K4 {
-            self.hints[slot] = Hint { key, root, page: found.at.page(), links: self.links };
-        }
-        found
+    fn hint(&self, root: RootId, l2: L2Gfn) -> Option<u32> {
+        let region = l2.0 >> 9;
+        let hint = self.hints.get(Hint::place(region))?;
+        (hint.region == region && hint.root == root).then_some(hint.page)
     }
 
     /// The small leaf at `l2` under `root`, if a hint reaches it.
     #[inline]
     pub(crate) fn hinted_leaf(&self, root: RootId, l2: L2Gfn) -> Option<(SpteRef, Spte)> {
-        let hint = self.hints[(l2.0 >> 9 & (HINTS as u64 - 1)) as usize];
-        if hint.key != l2.0 >> 9 || hint.root != root || hint.links != self.links {
-            return None;
+        let (page, index) = (self.hint(root, l2)?, (l2.0 & 511) as usize);
+        Some((SpteRef::new(page, index), self.arena.table(page).get(index).copied()?))
+    }
+
+    /// [`Self::lookup`] under `root`, by the hints where they reach.
+    #[inline]
+    pub(crate) fn lookup_hinted(&mut self, root: RootId, page: u32, l2: L2Gfn) -> Found {
+        if let Some((at, spte)) = self.hinted_leaf(root, l2) {
+            return Found { at, level: Level::K4, spte };
         }
-        let index = (l2.0 & 511) as usize;
-        Some((SpteRef::new(hint.page, index), self.arena.table(hint.page)[index]))
+        let found = self.lookup(page, l2);
+        if found.level == Level::K4 {
+            let region = l2.0 >> 9;
+            if let Some(hint) = self.hints.get_mut(Hint::place(region)) {
+                *hint = Hint { region, root, page: found.at.page() };
+            }
+        }
+        found
     }
 
     /// Voids all hints: a link is about to go.
     pub(crate) fn forget_hints(&mut self) {
-        self.links = self.links.wrapping_add(1).max(1);
+        self.hints = [Hint::NONE; HINTS];
     }
 
     #[inline]

@@ -16,63 +16,27 @@ enum Change {
 }
 
 const FLUSHES: usize = 8;
-const BATCH: usize = 64;
 
-/// Leaves of one root and size that get the same rights at once.
-#[derive(Debug)]
-pub struct Batch {
-    starts: [L2Gfn; BATCH],
-    count: usize,
-    root: u32,
-    access: Access,
-}
-
-impl Batch {
-    /// An empty batch.
-    #[inline]
-    #[must_use]
-    pub fn new() -> Self {
-        Self { starts: [L2Gfn(0); BATCH], count: 0, root: 0, access: Access::NONE }
-    }
-
-    /// Adds the leaf at `start` under the root at index `root`; `false` when the batch must be posted first, because it
-    /// is full or of another root or rights.
-    #[inline]
-    pub fn add(&mut self, root: u32, start: L2Gfn, access: Access) -> bool {
-        if self.count == 0 {
-            (self.root, self.access) = (root, access);
-        } else if self.root != root || self.access != access {
-            return false;
-        }
-        let Some(place) = self.starts.get_mut(self.count) else { return false };
-        *place = start;
-        self.count += 1;
-        true
-    }
-
-    /// The index of the leaves' root.
-    #[must_use]
-    pub const fn root(&self) -> u32 {
-        self.root
-    }
-}
-
+/// Leaves that are posted together at most.
+const ALIKE: usize = 64;
 /// Changes on their way out. Neighbouring ones of a kind become one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Outbox {
     pending: Option<(Extent, Change)>,
     flushes: Vec<Extent>,
     flush_all: bool,
+    /// Room for leaves that change alike.
+    pub alike: [L2Gfn; ALIKE],
 }
 
 impl Outbox {
     /// An empty box. Its room for flushes is taken once.
     #[must_use]
     pub fn new() -> Self {
-        Self { pending: None, flushes: Vec::with_capacity(FLUSHES), flush_all: false }
+        Self { pending: None, flushes: Vec::with_capacity(FLUSHES), flush_all: false, alike: [L2Gfn(0); ALIKE] }
     }
 
-    #[inline]
+    #[inline(never)]
     fn push(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, extent: Extent, change: Change) {
         if let Some((last, kind)) = &mut self.pending {
             let next = last.root == extent.root && last.start.plus(last.frames) == extent.start;
@@ -91,6 +55,7 @@ impl Outbox {
         self.pending = Some((extent, change));
     }
 
+    #[inline(never)]
     fn post(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats) {
         match self.pending.take() {
             None => {}
@@ -129,18 +94,18 @@ impl Outbox {
         self.push(mapper, stats, extent, Change::Protect(access));
     }
 
-    /// Rights have changed, and no neighbour's change is expected.
+    /// Rights have changed, and no neighbour's change is expected: posted at once unless something waits to go first.
     #[inline]
     pub fn protect_now(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, extent: Extent, access: Access) {
         if self.pending.is_some() {
-            self.post(mapper, stats);
+            return self.protect(mapper, stats, extent, access);
         }
         stats.protect_extents += 1;
         stats.protect_pages += extent.frames;
         mapper.protect(extent, access);
     }
 
-    /// A leaf is mapped, and no neighbour's mapping is expected.
+    /// A leaf is mapped, and no neighbour's mapping is expected: posted at once unless something waits to go first.
     #[inline]
     pub fn map_now(
         &mut self,
@@ -150,41 +115,34 @@ impl Outbox {
         (frame, level, access): (Frame, Level, Access),
     ) {
         if self.pending.is_some() {
-            self.post(mapper, stats);
+            return self.map(mapper, stats, extent, (frame, level, access));
         }
         stats.map_extents += 1;
         stats.map_pages += extent.frames;
         mapper.map(extent, frame, level, access);
     }
 
-    /// Rights of all leaves in `batch` have changed, each of `frames` frames under `root`; it is empty afterwards. One
-    /// leaf is gathered with its neighbours, several go at once.
-    pub fn protect_batch(
+    /// Rights of the first `count` of `self.alike` have changed, all of them small leaves under `root`.
+    pub fn protect_alike(
         &mut self,
         mapper: &mut dyn Mapper,
         stats: &mut Stats,
-        batch: &mut Batch,
-        (root, frames): (RootId, u64),
+        (root, count): (RootId, usize),
+        access: Access,
     ) {
-        let leaves = batch.starts.get(..batch.count).unwrap_or_default();
-        if let [start] = leaves {
-            let extent = Extent { root, start: *start, frames };
-            self.protect(mapper, stats, extent, batch.access);
-            self.flush(extent);
-        } else if !leaves.is_empty() {
+        if self.pending.is_some() {
             self.post(mapper, stats);
-            stats.protect_extents += leaves.len() as u64;
-            stats.protect_pages += leaves.len() as u64 * frames;
-            mapper.protect_all(root, leaves, frames, batch.access);
-            if leaves.len() > FLUSHES {
-                self.flush_all();
-            } else {
-                for start in leaves {
-                    self.flush(Extent { root, start: *start, frames });
-                }
-            }
         }
-        batch.count = 0;
+        stats.protect_extents += count as u64;
+        stats.protect_pages += count as u64;
+        mapper.protect_all(root, self.alike.get(..count).unwrap_or_default(), 1, access);
+        if count > FLUSHES {
+            return self.flush_all();
+        }
+        for at in 0..count {
+            let start = self.alike.get(at).copied().unwrap_or_default();
+            self.flush(Extent { root, start, frames: 1 });
+        }
     }
 
     /// Nothing is mapped any more.
@@ -228,15 +186,14 @@ impl Outbox {
     /// Sends what is left: changes first, then flushes. `forget` is a seeded defect.
     #[inline]
     pub fn finish(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, forget: bool) {
-        if self.pending.is_some() {
-            self.post(mapper, stats);
-        }
-        if self.flush_all || !self.flushes.is_empty() {
-            self.send_flushes(mapper, stats, forget);
+        if self.pending.is_some() || self.flush_all || !self.flushes.is_empty() {
+            self.send(mapper, stats, forget);
         }
     }
 
-    fn send_flushes(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, forget: bool) {
+    #[inline(never)]
+    fn send(&mut self, mapper: &mut dyn Mapper, stats: &mut Stats, forget: bool) {
+        self.post(mapper, stats);
         if forget {
             // Seeded defect.
         } else if self.flush_all {

@@ -6,7 +6,7 @@
 //! array of 32-bit words: the next descriptor, how many references the chain from here holds, then references. All but
 //! the first descriptor of a chain are full.
 
-use crate::config::{CacheSize, MmuError};
+use crate::config::{CacheSize, NoMemory};
 use crate::spte::SpteRef;
 
 const LIST: u32 = 1 << 31;
@@ -47,6 +47,13 @@ impl Head {
     #[must_use]
     pub const fn oldest(self) -> Option<SpteRef> {
         if self.is_empty() { None } else { Some(SpteRef(self.first())) }
+    }
+
+    /// Whether there is more than stands in the head.
+    #[inline]
+    #[must_use]
+    pub const fn has_chain(self) -> bool {
+        self.rest() & LIST != 0
     }
 
     /// Makes `heads` lists of one, of consecutive entries from `first`.
@@ -93,10 +100,10 @@ pub struct Allowance(pub u32);
 
 impl Allowance {
     /// Takes one, unless none is left.
-    pub fn take(&mut self) -> Result<(), MmuError> {
+    pub fn take(&mut self) -> Result<(), NoMemory> {
         match self.0 {
             u32::MAX => Ok(()),
-            0 => Err(MmuError::NoMemory),
+            0 => Err(NoMemory),
             _ => {
                 self.0 -= 1;
                 Ok(())
@@ -171,23 +178,24 @@ impl PteLists {
         self.live
     }
 
-    fn alloc_raw(&mut self) -> Result<u32, MmuError> {
+    fn alloc_raw(&mut self) -> Result<u32, NoMemory> {
         self.allowance.take()?;
         if self.free == 0 {
-            self.grow()?;
+            self.grow(0)?;
         }
         let desc = self.free;
         self.free = self.word(desc, NEXT);
         Ok(desc)
     }
 
-    fn grow(&mut self) -> Result<(), MmuError> {
+    /// Makes room for `count` more descriptors, or as many as keep the slack small.
+    fn grow(&mut self, count: usize) -> Result<(), NoMemory> {
         let have = self.words.len() / self.stride;
-        // Descriptor 0 is never used. Growth by an eighth keeps the slack small.
+        // Descriptor 0 is never used. Growth by an eighth.
         let first = have.max(1);
-        let target = first + (have / 8).max(32);
+        let target = first + (have / 8).max(32).max(count);
         let more = target * self.stride - self.words.len();
-        self.words.try_reserve_exact(more).map_err(|_| MmuError::NoMemory)?;
+        self.words.try_reserve_exact(more).map_err(|_| NoMemory)?;
         self.words.resize(target * self.stride, 0);
         for desc in (first..target).rev() {
             let desc = narrow(desc);
@@ -197,7 +205,7 @@ impl PteLists {
         Ok(())
     }
 
-    fn alloc(&mut self, for_split: bool) -> Result<u32, MmuError> {
+    fn alloc(&mut self, for_split: bool) -> Result<u32, NoMemory> {
         let cached = if for_split { self.cache.pop() } else { None };
         let desc = match cached {
             Some(desc) => desc,
@@ -220,13 +228,16 @@ impl PteLists {
     }
 
     /// Fills the split cache to its capacity if it holds less than its minimum. Returns whether it did.
-    pub fn top_up(&mut self, size: CacheSize) -> Result<bool, MmuError> {
+    pub fn top_up(&mut self, size: CacheSize) -> Result<bool, NoMemory> {
         if self.cache.len() >= size.min as usize {
             return Ok(false);
         }
         let target = size.capacity as usize;
         if self.cache.capacity() < target {
-            self.cache.try_reserve_exact(target - self.cache.len()).map_err(|_| MmuError::NoMemory)?;
+            self.cache.try_reserve_exact(target - self.cache.len()).map_err(|_| NoMemory)?;
+        }
+        if self.free == 0 {
+            self.grow(target - self.cache.len())?;
         }
         while self.cache.len() < target {
             let desc = self.alloc_raw()?;
@@ -248,7 +259,7 @@ impl PteLists {
     /// # Errors
     /// No memory; the list is as before.
     #[inline]
-    pub fn add(&mut self, head: &mut Head, entry: SpteRef, for_split: bool) -> Result<(), MmuError> {
+    pub fn add(&mut self, head: &mut Head, entry: SpteRef, for_split: bool) -> Result<(), NoMemory> {
         let rest = head.rest();
         if head.is_empty() {
             *head = Head::one(entry);
@@ -376,32 +387,20 @@ impl PteLists {
         Cursor { first: head.first(), rest: head.rest(), slot: 0 }
     }
 
-    /// The next references, as many as `into` has room for; how many those are. As [`Self::next`] for many.
+    /// The references of a list that stand in descriptors, as they lie together there. With the entry that the head holds,
+    /// [`Head::oldest`], that is the whole of a list that has a chain.
     #[inline]
-    pub fn gather(&self, cursor: &mut Cursor, into: &mut [SpteRef; 64]) -> usize {
-        let mut count = 0;
-        while count < into.len() {
-            let desc = cursor.rest & !LIST;
-            if cursor.first == 0 && cursor.slot == 0 && cursor.rest & LIST != 0 {
-                // A whole descriptor at once.
-                let filled = self.filled(self.word(desc, COUNT)) as usize;
-                let start = desc as usize * self.stride;
-                let entries = self.words.get(start + FIRST..start + FIRST + filled).unwrap_or_default();
-                if let Some(room) = into.get_mut(count..count + entries.len()) {
-                    for (place, entry) in room.iter_mut().zip(entries) {
-                        *place = SpteRef(*entry);
-                    }
-                    count += entries.len();
-                    let next = self.word(desc, NEXT);
-                    cursor.rest = if next == 0 { 0 } else { next | LIST };
-                    continue;
-                }
-            }
-            let Some(entry) = self.next(cursor) else { break };
-            into[count] = entry;
-            count += 1;
-        }
-        count
+    pub fn chain(&self, head: Head) -> impl Iterator<Item = &[u32]> {
+        let mut desc = if head.has_chain() { head.rest() & !LIST } else { 0 };
+        let mut filled = if desc == 0 { 0 } else { self.filled(self.word(desc, COUNT)) as usize };
+        std::iter::from_fn(move || {
+            let words = if desc == 0 { None } else { self.words.get(desc as usize * self.stride..) };
+            let [next, _, references @ ..] = words? else { return None };
+            desc = *next;
+            let references = references.get(..filled);
+            filled = self.stride - FIRST;
+            references
+        })
     }
 
     /// The next reference. The list must not have changed since the cursor was made.
@@ -479,7 +478,7 @@ mod tests {
         assert_eq!(lists.cached().0, 0);
         lists.allowance = Allowance(0);
         assert_eq!(lists.add(&mut head, SpteRef(600), true), Ok(()), "room in the first descriptor");
-        assert_eq!(lists.add(&mut head, SpteRef(601), true), Err(MmuError::NoMemory));
+        assert_eq!(lists.add(&mut head, SpteRef(601), true), Err(NoMemory));
         assert_eq!(lists.count(head), 19);
     }
 }

@@ -4,7 +4,7 @@
 
 use umbra_shared::Level;
 
-use crate::config::MmuError;
+use crate::config::NoMemory;
 use crate::ptelist::{Allowance, Cursor, Head, PteLists, narrow};
 use crate::spte::{Frame, SpteRef};
 
@@ -28,14 +28,14 @@ pub struct Rmaps {
     pub allowance: Allowance,
 }
 
-fn new_heads() -> Result<Box<[Head; 512]>, MmuError> {
+fn new_heads() -> Result<Box<[Head; 512]>, NoMemory> {
     let mut heads = Vec::new();
-    heads.try_reserve_exact(512).map_err(|_| MmuError::NoMemory)?;
+    heads.try_reserve_exact(512).map_err(|_| NoMemory)?;
     // In blocks, as new tables are.
     for _ in 0..8 {
         heads.extend_from_slice(std::hint::black_box(&[Head::default(); 64]));
     }
-    heads.into_boxed_slice().try_into().map_err(|_| MmuError::NoMemory)
+    heads.into_boxed_slice().try_into().map_err(|_| NoMemory)
 }
 
 impl Rmaps {
@@ -81,7 +81,7 @@ impl Rmaps {
     pub fn head(&self, frame: Frame, level: Level) -> Head {
         match level {
             Level::K4 => match self.chunks.get(self.chunk_index(frame)) {
-                Some(Some(chunk)) => chunk.heads[(frame.0 & 511) as usize],
+                Some(Some(chunk)) => chunk.heads.get((frame.0 & 511) as usize).copied().unwrap_or_default(),
                 _ => Head::default(),
             },
             Level::M2 => self.large.get(Self::region(frame)).copied().unwrap_or_default(),
@@ -94,35 +94,35 @@ impl Rmaps {
     /// # Errors
     /// No memory, or a frame beyond it.
     #[inline]
-    pub fn chunk(&mut self, frame: Frame) -> Result<(&mut [Head; 512], &mut u16), MmuError> {
+    pub fn chunk(&mut self, frame: Frame) -> Result<(&mut [Head; 512], &mut u16), NoMemory> {
         let mut index = self.chunk_index(frame);
         if !matches!(self.chunks.get(index), Some(Some(_))) {
             index = self.add_chunk(frame)?;
         }
         match self.chunks.get_mut(index) {
             Some(Some(chunk)) => Ok((&mut chunk.heads, &mut chunk.used)),
-            _ => Err(MmuError::NoMemory),
+            _ => Err(NoMemory),
         }
     }
 
-    fn add_chunk(&mut self, frame: Frame) -> Result<usize, MmuError> {
-        if Self::region(frame) >= self.regions.len() {
-            return Err(MmuError::NoMemory);
-        }
+    fn add_chunk(&mut self, frame: Frame) -> Result<usize, NoMemory> {
+        let region = self.regions.get_mut(Self::region(frame)).ok_or(NoMemory)?;
         self.allowance.take()?;
         let chunk = Some(Chunk { heads: new_heads()?, used: 0 });
         let index = if let Some(index) = self.free.pop() {
-            self.chunks[index as usize] = chunk;
+            if let Some(place) = self.chunks.get_mut(index as usize) {
+                *place = chunk;
+            }
             index
         } else {
             if self.chunks.len() == self.chunks.capacity() {
                 let more = (self.chunks.len() / 8).max(16);
-                self.chunks.try_reserve_exact(more).map_err(|_| MmuError::NoMemory)?;
+                self.chunks.try_reserve_exact(more).map_err(|_| NoMemory)?;
             }
             self.chunks.push(chunk);
             narrow(self.chunks.len() - 1)
         };
-        self.regions[Self::region(frame)] = index + 1;
+        *region = index + 1;
         self.live += 1;
         Ok(index as usize)
     }
@@ -135,7 +135,9 @@ impl Rmaps {
         {
             *place = None;
             self.free.push(narrow(index));
-            self.regions[Self::region(frame)] = 0;
+            if let Some(region) = self.regions.get_mut(Self::region(frame)) {
+                *region = 0;
+            }
             self.live -= 1;
             if self.live == 0 {
                 (self.chunks, self.free) = (Vec::new(), Vec::new());
@@ -148,7 +150,7 @@ impl Rmaps {
             Level::K4 => {
                 let index = self.chunk_index(frame);
                 match self.chunks.get_mut(index) {
-                    Some(Some(chunk)) => Some(&mut chunk.heads[(frame.0 & 511) as usize]),
+                    Some(Some(chunk)) => chunk.heads.get_mut((frame.0 & 511) as usize),
                     _ => None,
                 }
             }
@@ -157,38 +159,40 @@ impl Rmaps {
         }
     }
 
-    /// Lists the leaf at `entry`. The leaf must not be listed yet.
+    /// Lists the leaf at `entry`, which must not be listed yet. `false`: the list has its longest length.
     ///
     /// # Errors
-    /// No memory, or [`MmuError::ListFull`] when the list has its longest length: zap the oldest, then retry.
+    /// No memory; nothing changed.
     #[inline]
-    pub fn add(
+    pub fn add(&mut self, lists: &mut PteLists, frame: Frame, level: Level, entry: SpteRef) -> Result<bool, NoMemory> {
+        if level > Level::K4 {
+            return self.add_alias(lists, frame, level, entry);
+        }
+        let (heads, used) = self.chunk(frame)?;
+        let head = heads.get_mut((frame.0 & 511) as usize).ok_or(NoMemory)?;
+        if !head.is_empty() {
+            return self.add_alias(lists, frame, level, entry);
+        }
+        *head = Head::one(entry);
+        *used += 1;
+        Ok(true)
+    }
+
+    /// [`Self::add`] where something may be listed already, or for a huge leaf.
+    fn add_alias(
         &mut self,
         lists: &mut PteLists,
         frame: Frame,
         level: Level,
         entry: SpteRef,
-        for_split: bool,
-    ) -> Result<(), MmuError> {
+    ) -> Result<bool, NoMemory> {
         let longest = self.longest;
-        if level == Level::K4 {
-            let (heads, used) = self.chunk(frame)?;
-            let head = &mut heads[(frame.0 & 511) as usize];
-            if head.is_empty() {
-                *head = Head::one(entry);
-                *used += 1;
-                return Ok(());
-            }
-            if lists.count(*head) >= longest {
-                return Err(MmuError::ListFull);
-            }
-            return lists.add(head, entry, for_split);
-        }
-        let head = self.head_mut(frame, level).ok_or(MmuError::NoMemory)?;
+        let head = self.head_mut(frame, level).ok_or(NoMemory)?;
         if lists.count(*head) >= longest {
-            return Err(MmuError::ListFull);
+            return Ok(false);
         }
-        lists.add(head, entry, for_split)
+        lists.add(head, entry, false)?;
+        Ok(true)
     }
 
     /// Takes the leaf at `entry` off the list; `false` if it was not there.

@@ -16,20 +16,20 @@ const GUEST_MODE: u64 = 1 << 14;
 const MODE_SHIFT: u32 = 16;
 const OFFSET_SHIFT: u32 = 24;
 
-/// Levels by number; what is no level counts as the lowest.
-const LEVELS: [Level; 8] = [Level::K4, Level::K4, Level::M2, Level::G1, Level::T512, Level::P256, Level::K4, Level::K4];
-
 /// The level below `level`; of the lowest, itself.
 #[must_use]
 pub const fn below(level: Level) -> Level {
-    LEVELS[(level as usize).saturating_sub(1)]
+    level_of((level as u32).saturating_sub(1))
 }
 
 /// The level numbered `number`; what is no level counts as the lowest.
 #[inline]
 #[must_use]
 pub const fn level_of(number: u32) -> Level {
-    LEVELS[(number & 7) as usize]
+    match Level::from_number((number & 7) as u8) {
+        Some(level) => level,
+        None => Level::K4,
+    }
 }
 
 /// Bits of L2's paging mode that do not change EPT02, but that a role has, as in KVM: CR0.WP, CR4.SMEP and their kin.
@@ -100,7 +100,7 @@ impl Role {
     /// The level of the page's entries.
     #[must_use]
     pub const fn level(self) -> Level {
-        LEVELS[(self.0 & 7) as usize]
+        level_of((self.0 & 7) as u32)
     }
 
     /// The page shadows no guest table: it splits a larger guest leaf.

@@ -9,6 +9,9 @@ use crate::role::RootRole;
 pub struct RootId(u32);
 
 impl RootId {
+    /// The name of the first root there ever is.
+    pub(crate) const FIRST: Self = Self(0);
+
     /// The place in the table of roots: small, and reused after a zap.
     #[must_use]
     pub const fn index(self) -> u32 {

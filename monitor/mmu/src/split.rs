@@ -3,7 +3,7 @@
 use umbra_shared::{Gfn, Level};
 
 use crate::access::Access;
-use crate::config::MmuError;
+use crate::config::NoMemory;
 use crate::defects::Defect;
 use crate::memory::Env;
 use crate::mmu::Mmu;
@@ -12,7 +12,7 @@ use crate::spte::{Frame, Spte, SpteRef};
 
 impl Mmu {
     /// Tops the split caches up if they are below their minimum.
-    fn top_up_split_caches(&mut self) -> Result<(), MmuError> {
+    fn top_up_split_caches(&mut self) -> Result<(), NoMemory> {
         let caches = self.config.caches;
         if self.arena.top_up(caches.pages)? {
             self.stats.topups += 1;
@@ -40,8 +40,8 @@ impl Mmu {
         at: SpteRef,
         level: Level,
         gfn: Gfn,
-    ) -> Result<(), MmuError> {
-        let below = Level::from_number(level.number() - 1).ok_or(MmuError::NoMemory)?;
+    ) -> Result<(), NoMemory> {
+        let below = Level::from_number(level.number() - 1).ok_or(NoMemory)?;
         self.drain_log();
         self.top_up_split_caches()?;
         let huge = self.arena.spte(at);
@@ -178,13 +178,12 @@ impl Mmu {
     pub(crate) fn split_everything(&mut self, env: &mut Env<'_>) {
         for level in [Level::G1, Level::M2] {
             for page in 1..self.arena.end() {
-                let header = self.arena.header(page);
-                if !header.in_use() || header.role.level() != level || header.present == 0 {
+                if self.arena.header(page).role.level() != level {
                     continue;
                 }
-                for index in 0..512 {
-                    let at = SpteRef::new(page, index);
-                    if self.arena.spte(at).is_leaf(level) && self.split_at(env, at, level).is_err() {
+                let mut entries = self.arena.present(page);
+                while let Some((at, spte)) = entries.next(&self.arena) {
+                    if spte.is_leaf(level) && self.split_at(env, at, level).is_err() {
                         return;
                     }
                 }
@@ -196,9 +195,9 @@ impl Mmu {
     ///
     /// # Errors
     /// No memory.
-    pub(crate) fn split_at(&mut self, env: &mut Env<'_>, at: SpteRef, level: Level) -> Result<(), MmuError> {
+    pub(crate) fn split_at(&mut self, env: &mut Env<'_>, at: SpteRef, level: Level) -> Result<(), NoMemory> {
         let frame = self.arena.spte(at).frame();
-        let gfn = self.slots.gfn_of(frame).ok_or(MmuError::NoMemory)?;
+        let gfn = self.slots.gfn_of(frame).ok_or(NoMemory)?;
         self.split_leaf(env, at, level, gfn)
     }
 

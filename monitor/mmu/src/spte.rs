@@ -117,11 +117,11 @@ impl Spte {
         self.0 & MMU_WRITABLE != 0
     }
 
-    /// Whether it is present, and writes are permitted but closed.
+    /// Whether it is present, and writes are permitted but closed. No format permits writes without reads.
     #[inline]
     #[must_use]
     pub const fn is_closed(self) -> bool {
-        self.0 & (MMU_WRITABLE | ept::WRITE) == MMU_WRITABLE && self.present()
+        self.0 & (MMU_WRITABLE | ept::WRITE | ept::READ) == MMU_WRITABLE | ept::READ
     }
 
     /// The dirty flag.

@@ -1,9 +1,9 @@
 //! docs/mmu.md, "Add a strategy": the worked example, compiled and run against the truth.
 
 use umbra_mmu::model::{Model, ModelConfig, NoHooks, PageAccess};
-use umbra_mmu::track::{Leaf, Strategy, Tracking, Trapped};
-use umbra_mmu::{Config, Env, Format, Frame, Mmu, MmuError, PageSet, Spte, SpteRef};
-use umbra_shared::Level;
+use umbra_mmu::track::{Leaf, Strategy, Tracking};
+use umbra_mmu::{Config, Env, Format, Frame, Mmu, PageSet, Spte, SpteRef};
+use umbra_shared::{L2Gfn, Level};
 
 /// The first write to a block of 8 pages traps and marks all that are mapped; the block is open until it is cleared.
 #[derive(Debug)]
@@ -24,19 +24,14 @@ impl Strategy for Coarse {
     }
 
     // 2. A write opens its neighbours along with the page.
-    fn trap(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: Leaf) -> Result<Trapped, MmuError> {
-        if leaf.level > Level::K4 {
-            return Ok(Trapped::Split);
-        }
-        let first = leaf.at.index() & !7;
-        for index in first..first + 8 {
-            let at = SpteRef::new(leaf.at.page(), index);
-            if let Some(frame) = mmu.closed_frame(at) {
-                let l2 = leaf.l2.plus((index - first) as u64).0 - (leaf.at.index() - first) as u64;
-                mmu.mark_and_open(env, Leaf { at, frame, l2: umbra_shared::L2Gfn(l2), ..leaf });
+    fn trap(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: &Leaf) {
+        for offset in 0..8 {
+            let at = SpteRef::new(leaf.at.page(), (leaf.at.index() & !7) + offset);
+            if mmu.is_closed(at) {
+                let l2 = L2Gfn((leaf.l2.0 & !7) + offset as u64);
+                mmu.mark_and_open(env, &Leaf { at, l2, ..*leaf });
             }
         }
-        Ok(Trapped::Opened)
     }
 
     // 3. Writes leave no traces: there is nothing to harvest.

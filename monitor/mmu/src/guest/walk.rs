@@ -41,11 +41,44 @@ pub struct Step {
     pub real: bool,
 }
 
+/// A step for each level, 4 KiB first.
+#[derive(Clone, Copy, Debug)]
+pub struct Steps([Step; 5]);
+
+impl Steps {
+    /// The step at `level`.
+    #[inline]
+    #[must_use]
+    pub const fn at(&self, level: Level) -> &Step {
+        let [k4, m2, g1, t512, p256] = &self.0;
+        match level {
+            Level::K4 => k4,
+            Level::M2 => m2,
+            Level::G1 => g1,
+            Level::T512 => t512,
+            Level::P256 => p256,
+        }
+    }
+
+    /// The step at `level`, to change it.
+    #[inline]
+    pub const fn at_mut(&mut self, level: Level) -> &mut Step {
+        let [k4, m2, g1, t512, p256] = &mut self.0;
+        match level {
+            Level::K4 => k4,
+            Level::M2 => m2,
+            Level::G1 => g1,
+            Level::T512 => t512,
+            Level::P256 => p256,
+        }
+    }
+}
+
 /// A walk that reached a page which permits the access.
 #[derive(Clone, Copy, Debug)]
 pub struct Walk {
-    /// Entries by level, 4 KiB first. Levels below the leaf are unused.
-    pub steps: [Step; 5],
+    /// Entries by level. Levels below the leaf are unused.
+    pub steps: Steps,
     /// The level of the shadow leaf that the guest's leaf allows.
     pub level: Level,
     /// The first frame of that leaf.
@@ -71,7 +104,14 @@ impl Walk {
             writable: false,
             real: false,
         };
-        Self { steps: [NONE; 5], level: Level::K4, gfn: Gfn(0), access: Access::NONE, dirty: false, accessed: true }
+        Self {
+            steps: Steps([NONE; 5]),
+            level: Level::K4,
+            gfn: Gfn(0),
+            access: Access::NONE,
+            dirty: false,
+            accessed: true,
+        }
     }
 }
 
@@ -158,7 +198,7 @@ fn walk_plain(
             return false;
         }
         let next = Gfn((raw & ADDRESS_MASK) >> 12);
-        walk.steps[walk.level as usize - 1] = Step {
+        *walk.steps.at_mut(walk.level) = Step {
             frame: backing.frame,
             offset,
             raw,
@@ -279,7 +319,7 @@ pub fn walk(
     let mut table_offset = root.table_offset();
     loop {
         let level = walk.level;
-        let step = &mut walk.steps[level as usize - 1];
+        let step = walk.steps.at_mut(level);
         if let Some((offset, width)) = place(format, level, l2) {
             let offset = offset + table_offset;
             table_offset = 0;
@@ -390,7 +430,7 @@ pub fn set_accessed_dirty(
     let (accessed, dirty) = if format.is_ept() { (ept::ACCESSED, ept::DIRTY) } else { (long::ACCESSED, long::DIRTY) };
     let leaf = walk.level;
     let top = format.root_level();
-    for (number, step) in (1u8..).zip(&mut walk.steps) {
+    for (number, step) in (1u8..).zip(&mut walk.steps.0) {
         if number < leaf.number() || number > top.number() || !step.real {
             continue;
         }

@@ -4,8 +4,7 @@
 use umbra_shared::Level;
 
 use super::dirty_bit::arm;
-use super::{Leaf, Strategy, Tracking, Trapped};
-use crate::config::MmuError;
+use super::{Leaf, Strategy, Tracking};
 use crate::memory::Env;
 use crate::mmu::Mmu;
 use crate::spte::{Frame, Spte};
@@ -35,12 +34,8 @@ impl Strategy for Combined {
         if touched { u64::MAX } else { 0 }
     }
 
-    fn trap(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: Leaf) -> Result<Trapped, MmuError> {
-        if leaf.level > Level::K4 {
-            return Ok(Trapped::Split);
-        }
+    fn trap(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: &Leaf) {
         mmu.open_block(env, leaf);
-        Ok(Trapped::Opened)
     }
 
     fn harvest(&self, mmu: &mut Mmu, env: &mut Env<'_>) {

@@ -23,7 +23,7 @@ use std::fmt::Debug;
 
 use umbra_shared::{L2Gfn, Level};
 
-use crate::config::{Config, MmuError};
+use crate::config::{Config, NoMemory};
 use crate::dirty::{L2Set, PageSet};
 use crate::memory::Env;
 use crate::mmu::Mmu;
@@ -94,8 +94,6 @@ pub struct Leaf {
     pub l2: L2Gfn,
     /// The root that the access came by.
     pub root: RootId,
-    /// The first page of memory that the leaf maps.
-    pub frame: Frame,
 }
 
 impl Leaf {
@@ -106,12 +104,12 @@ impl Leaf {
     }
 }
 
-/// What a strategy did about a write to a closed leaf.
+/// What a strategy did about a write to a closed huge leaf.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Trapped {
-    /// The leaf is open, and the page is or will be reported.
+    /// The leaf is open, and what is written will be reported.
     Opened,
-    /// The leaf is too large: map the page by itself.
+    /// Nothing: map the page by itself.
     Split,
 }
 
@@ -157,21 +155,22 @@ pub trait Strategy: Debug + Sync {
         (0..64).fold(0, |word, bit| word | u64::from(self.admit(track, first.plus(bit), Level::K4, touched)) << bit)
     }
 
-    /// Whether a write may be handled on a huge leaf of `level` as a whole, by [`Strategy::trap`].
-    fn traps_whole(&self, _track: &Tracking, _level: Level) -> bool {
+    /// A write hit a closed leaf of 4 KiB. By default its page is marked, and the leaf opened.
+    fn trap(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: &Leaf) {
+        mmu.mark_and_open(env, leaf);
+    }
+
+    /// Whether writes to huge leaves of `level` may be handled on the leaf as a whole, by [`Strategy::trap_huge`].
+    fn traps_huge(&self, _track: &Tracking, _level: Level) -> bool {
         false
     }
 
-    /// A write hit a closed leaf. By default small leaves are marked and opened, larger ones split.
+    /// A write hit a closed huge leaf. By default it is split.
     ///
     /// # Errors
-    /// No memory.
-    fn trap(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: Leaf) -> Result<Trapped, MmuError> {
-        if leaf.level > Level::K4 {
-            return Ok(Trapped::Split);
-        }
-        mmu.mark_and_open(env, leaf);
-        Ok(Trapped::Opened)
+    /// No memory; the leaf is as before.
+    fn trap_huge(&self, _mmu: &mut Mmu, _env: &mut Env<'_>, _leaf: &Leaf) -> Result<Trapped, NoMemory> {
+        Ok(Trapped::Split)
     }
 
     /// Turns traces into marks.

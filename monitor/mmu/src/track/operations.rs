@@ -1,14 +1,13 @@
 //! Start, harvest, clear and stop; and what strategies do with leaves.
 
-use umbra_shared::{L2Gfn, Level, PAGE_SHIFT};
+use umbra_shared::{L2Gfn, Level};
 
 use super::{LOG_ENTRIES, Leaf, Tracking};
 use crate::config::{MmuError, Split};
 use crate::defects::Defect;
 use crate::dirty::{PageSet, bits};
-use crate::memory::Env;
+use crate::memory::{Env, Extent};
 use crate::mmu::Mmu;
-use crate::outbox::Batch;
 use crate::ptelist::{Head, PteLists};
 use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
@@ -47,18 +46,9 @@ impl Mmu {
             return;
         }
         for page in 1..self.arena.end() {
-            let header = self.arena.header(page);
-            let (level, mut left) = (header.role.level(), header.present);
-            for index in 0..512 {
-                if left == 0 {
-                    break;
-                }
-                let at = SpteRef::new(page, index);
-                let spte = self.arena.spte(at);
-                if !spte.present() {
-                    continue;
-                }
-                left -= 1;
+            let level = self.arena.header(page).role.level();
+            let mut entries = self.arena.present(page);
+            while let Some((at, spte)) = entries.next(&self.arena) {
                 if !spte.is_leaf(level) {
                     continue;
                 }
@@ -172,62 +162,85 @@ impl Mmu {
         Ok(())
     }
 
-    /// Marks the page behind a small leaf, and opens the leaf.
+    /// Marks the page behind a small leaf, and opens the leaf. Posted at once: no neighbour is expected to follow.
     #[inline]
-    pub fn mark_and_open(&mut self, env: &mut Env<'_>, leaf: Leaf) {
-        if let Some(track) = &mut self.track {
-            track.dirty.insert(leaf.frame);
-            if track.l2.is_some() {
-                self.mark_l2(leaf.at, 0);
-            }
+    pub fn mark_and_open(&mut self, env: &mut Env<'_>, leaf: &Leaf) {
+        let Some((spte, header)) = self.arena.entry_mut(leaf.at) else { return };
+        *spte = spte.opened();
+        let Some(track) = &mut self.track else { return };
+        track.dirty.insert(spte.frame());
+        if header.shared() || track.l2.is_some() {
+            let spte = *spte;
+            return self.post_opened(env, leaf, spte);
         }
-        self.open_now(env, leaf);
+        let extent = Extent { root: leaf.root, start: leaf.l2, frames: 1 };
+        self.out.protect_now(env.mapper, &mut self.stats, extent, spte.access());
+    }
+
+    /// [`Self::mark_and_open`] where there is more to it than one path.
+    #[inline(never)]
+    fn post_opened(&mut self, env: &mut Env<'_>, leaf: &Leaf, spte: Spte) {
+        self.mark_l2(leaf.at, 0);
+        if self.arena.header(leaf.at.page()).shared() {
+            // It may have been mapped by another path, which this one's mapper was not told of.
+            self.post_map(env, leaf, spte);
+        } else {
+            let extent = Extent { root: leaf.root, start: leaf.l2, frames: 1 };
+            self.out.protect_now(env.mapper, &mut self.stats, extent, spte.access());
+        }
     }
 
     /// Closes every leaf of `level` that maps `frame`: the next write by any alias traps.
     pub fn close_leaves(&mut self, env: &mut Env<'_>, frame: Frame, level: Level) {
-        let mut batch = Batch::new();
-        let mut entries = [SpteRef(0); 64];
-        let mut cursor = self.rmaps.walk(frame, level);
-        loop {
-            let mut count = self.lists.gather(&mut cursor, &mut entries);
-            if count == 0 {
+        let head = self.rmaps.head(frame, level);
+        let many = head.has_chain() && level == Level::K4 && !self.defect(Defect::AliasNotProtected);
+        if many && self.close_alike(env, head) {
+            return;
+        }
+        let mut rest = PteLists::walk(head);
+        while let Some(at) = self.lists.next(&mut rest) {
+            self.close_leaf(env, at);
+            if self.defect(Defect::AliasNotProtected) {
+                return;
+            }
+        }
+    }
+
+    fn close_leaf(&mut self, env: &mut Env<'_>, at: SpteRef) {
+        let Some((spte, _)) = self.arena.entry_mut(at) else { return };
+        if spte.writable() {
+            *spte = spte.closed();
+            let access = spte.access();
+            self.announce(env, at, Some(access));
+        }
+    }
+
+    /// Closes the leaves of one list while they are alike, as the aliases of a page mostly are, and posts them together.
+    /// `false` when some are left.
+    #[inline(never)]
+    fn close_alike(&mut self, env: &mut Env<'_>, head: Head) -> bool {
+        let Some(first) = head.oldest() else { return true };
+        let (_, start) = self.first_path(first);
+        let Some((spte, header)) = self.arena.entry_mut(first) else { return true };
+        if !spte.writable() || header.shared() {
+            return false;
+        }
+        let (like, root) = (*spte, header.root());
+        *spte = like.closed();
+        let [l2, rest @ ..] = &mut self.out.alike;
+        *l2 = L2Gfn(start);
+        let (mut count, mut whole) = (1, true);
+        for entries in self.lists.chain(head) {
+            let done = self.arena.close_alike(entries, (like, root), rest.get_mut(count - 1..).unwrap_or_default());
+            count += done;
+            whole = done == entries.len();
+            if !whole {
                 break;
             }
-            if self.defect(Defect::AliasNotProtected) {
-                (count, cursor) = (1, PteLists::walk(Head::default()));
-            }
-            for &at in entries.get(..count).unwrap_or_default() {
-                self.close_leaf(env, &mut batch, at, level);
-            }
         }
-        self.post_batch(env, &mut batch, level);
-    }
-
-    #[inline]
-    fn close_leaf(&mut self, env: &mut Env<'_>, batch: &mut Batch, at: SpteRef, level: Level) {
-        let Some((spte, header)) = self.arena.entry_mut(at) else { return };
-        if !spte.writable() {
-            return;
-        }
-        *spte = spte.closed();
-        let access = spte.access();
-        if header.shared() {
-            self.announce(env, at, Some(access));
-            return;
-        }
-        let start = L2Gfn(header.l2_base + ((at.index() as u64) << (level.shift() - PAGE_SHIFT)));
-        let root = header.root;
-        if !batch.add(root, start, access) {
-            self.post_batch(env, batch, level);
-            batch.add(root, start, access);
-        }
-    }
-
-    #[inline(never)]
-    fn post_batch(&mut self, env: &mut Env<'_>, batch: &mut Batch, level: Level) {
-        let root = self.roots.id(batch.root());
-        self.out.protect_batch(env.mapper, &mut self.stats, batch, (root, level.frames()));
+        let to = (self.roots.id(root), count);
+        self.out.protect_alike(env.mapper, &mut self.stats, to, like.closed().access());
+        whole
     }
 
     /// Clears the dirty flags of every leaf of `level` that maps `frame`: hardware sets them at the next write.
@@ -254,7 +267,7 @@ impl Mmu {
     }
 
     /// Opens the block of 64 entries around a leaf; what is mapped into it later will be open as well.
-    pub fn open_block(&mut self, env: &mut Env<'_>, leaf: Leaf) {
+    pub fn open_block(&mut self, env: &mut Env<'_>, leaf: &Leaf) {
         let page = leaf.at.page();
         let first = leaf.at.index() & !63;
         self.arena.header_mut(page).touched |= 1 << (first >> 6);
@@ -297,12 +310,13 @@ impl Mmu {
         }
     }
 
-    /// Marks every page whose leaf has its dirty flag set: in all shadow pages, or in open blocks alone. The flags stay.
+    /// Marks every page whose small leaf has its dirty flag set: in all shadow pages, or in open blocks alone. The flags
+    /// stay. Huge leaves are for traps: their flags would say too little.
     pub fn scan_dirty(&mut self, _env: &mut Env<'_>, open_blocks: bool) {
         for page in 1..self.arena.end() {
             let header = self.arena.header(page);
             let blocks = if open_blocks { header.touched } else { 0xff };
-            if blocks == 0 || header.present == 0 {
+            if blocks == 0 || header.present == 0 || header.role.level() != Level::K4 {
                 continue;
             }
             for block in (0..8).filter(|block| blocks >> block & 1 != 0) {
@@ -318,9 +332,7 @@ impl Mmu {
         if all & Spte::DIRTY_BIT == 0 {
             return;
         }
-        let level = self.arena.header(page).role.level();
         if let Some(track) = &mut self.track
-            && level == Level::K4
             && track.l2.is_none()
             && !self.defects.has(Defect::DirtyClearedBeforeHarvest)
         {
@@ -339,9 +351,7 @@ impl Mmu {
                 self.arena.set(at, spte.clean());
                 continue;
             }
-            for offset in 0..level.frames() {
-                self.mark_written(at, offset);
-            }
+            self.mark_written(at, 0);
         }
     }
 
@@ -382,10 +392,9 @@ impl Mmu {
         }
     }
 
-    /// The page behind the leaf at `at`, if a write to it would trap for tracking alone.
+    /// Whether a write to the leaf at `at` would trap for tracking alone.
     #[must_use]
-    pub fn closed_frame(&self, at: SpteRef) -> Option<Frame> {
-        let spte = self.arena.spte(at);
-        spte.is_closed().then(|| spte.frame())
+    pub fn is_closed(&self, at: SpteRef) -> bool {
+        self.arena.spte(at).is_closed()
     }
 }

@@ -4,7 +4,7 @@
 use umbra_shared::Level;
 
 use super::{Leaf, Strategy, Tracking, Trapped};
-use crate::config::{Config, MmuError, Split};
+use crate::config::{Config, NoMemory, Split};
 use crate::defects::Defect;
 use crate::memory::{Env, L1Memory};
 use crate::mmu::Mmu;
@@ -24,9 +24,9 @@ pub struct Copied {
 }
 
 impl Copied {
-    fn of(memory: &dyn L1Memory, first: Frame) -> Result<Self, MmuError> {
+    fn of(memory: &dyn L1Memory, first: Frame) -> Result<Self, NoMemory> {
         let mut pages = Vec::new();
-        pages.try_reserve_exact(512).map_err(|_| MmuError::NoMemory)?;
+        pages.try_reserve_exact(512).map_err(|_| NoMemory)?;
         let mut buffer = [0; 512];
         for page in 0..PAGES {
             pages.push(memory.copy_page(first.plus(page), &mut buffer).then(|| Box::new(buffer)));
@@ -93,20 +93,16 @@ impl Strategy for Twin {
         0
     }
 
-    fn traps_whole(&self, track: &Tracking, level: Level) -> bool {
+    fn traps_huge(&self, track: &Tracking, level: Level) -> bool {
         level == Level::M2 && track.twins.len() < track.max_twins as usize
     }
 
-    fn trap(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: Leaf) -> Result<Trapped, MmuError> {
-        if leaf.level == Level::K4 {
-            mmu.mark_and_open(env, leaf);
-            return Ok(Trapped::Opened);
-        }
+    fn trap_huge(&self, mmu: &mut Mmu, env: &mut Env<'_>, leaf: &Leaf) -> Result<Trapped, NoMemory> {
         let first = mmu.arena.spte(leaf.at).frame();
-        let Some(track) = &mut mmu.track else { return Ok(Trapped::Split) };
         if leaf.level > Level::M2 {
             return Ok(Trapped::Split);
         }
+        let Some(track) = &mut mmu.track else { return Ok(Trapped::Split) };
         if !track.twins.iter().any(|twin| twin.first == first) {
             if track.twins.len() >= track.max_twins as usize {
                 return Ok(Trapped::Split);

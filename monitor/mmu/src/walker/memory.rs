@@ -45,7 +45,7 @@ impl PlainMemory {
 
     fn page(&self, frame: Frame) -> Option<&[u64; 512]> {
         let region = self.regions.get(usize::try_from(frame.0 >> 9).ok()?)?.as_ref()?;
-        let index = region[(frame.0 & 511) as usize];
+        let index = *region.get((frame.0 & 511) as usize)?;
         self.pages.get((index as usize).wrapping_sub(1)).map(|page| &**page)
     }
 
@@ -55,7 +55,7 @@ impl PlainMemory {
         }
         let region = self.regions.get_mut(usize::try_from(frame.0 >> 9).ok()?)?;
         let region = region.get_or_insert_with(|| Box::new([0; 512]));
-        let index = &mut region[(frame.0 & 511) as usize];
+        let index = region.get_mut((frame.0 & 511) as usize)?;
         if *index == 0 {
             self.pages.push(Box::new([0; 512]));
             *index = narrow(self.pages.len());
@@ -90,8 +90,8 @@ impl PlainMemory {
         if let Some(journal) = &mut self.journal {
             journal.push(Written { frame, offset: offset & 0xff8, old, by_mmu });
         }
-        if let Some(page) = self.page_mut(frame) {
-            page[(offset >> 3 & 511) as usize] = value;
+        if let Some(word) = self.page_mut(frame).and_then(|page| page.get_mut((offset >> 3 & 511) as usize)) {
+            *word = value;
         }
     }
 
@@ -107,7 +107,7 @@ impl PlainMemory {
 
 impl L1Memory for PlainMemory {
     fn read(&self, frame: Frame, offset: u64) -> u64 {
-        self.page(frame).map_or(0, |page| page[(offset >> 3 & 511) as usize])
+        self.page(frame).and_then(|page| page.get((offset >> 3 & 511) as usize)).copied().unwrap_or(0)
     }
 
     fn exchange(&mut self, frame: Frame, offset: u64, old: u64, new: u64) -> Exchange {

@@ -28,8 +28,9 @@ impl Mirror {
         if self.roots.len() <= root {
             self.roots.resize(root + 1, vec![None; self.watched.len()]);
         }
+        let Some(mapped) = self.roots.get_mut(root) else { return };
         let first = self.watched.partition_point(|&frame| frame < extent.start);
-        for (frame, mapped) in self.watched.iter().zip(&mut self.roots[root]).skip(first) {
+        for (frame, mapped) in self.watched.iter().zip(mapped).skip(first) {
             let offset = frame.0 - extent.start.0;
             if offset >= extent.frames {
                 break;

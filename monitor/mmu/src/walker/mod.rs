@@ -73,6 +73,14 @@ impl Mapper for Tlb {
         }
     }
 
+    fn protect_all(&mut self, root: RootId, starts: &[L2Gfn], frames: u64, access: Access) {
+        if let Some(mirror) = &mut self.mirror {
+            for start in starts {
+                mirror.protect(Extent { root, start: *start, frames }, access);
+            }
+        }
+    }
+
     fn unmap(&mut self, extent: Extent) {
         if let Some(mirror) = &mut self.mirror {
             mirror.unmap(extent);

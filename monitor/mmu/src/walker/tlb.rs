@@ -43,14 +43,16 @@ impl Tlb {
     /// The page, rights and dirty flag cached for `l2` under `root`.
     #[must_use]
     pub fn find(&self, root: RootId, l2: L2Gfn) -> Option<(Frame, Access, bool)> {
-        let entry = self.entries[self.place(root, l2)].as_ref()?;
+        let entry = self.entries.get(self.place(root, l2))?.as_ref()?;
         (entry.root.index() == root.index() && entry.l2 == l2).then_some((entry.frame, entry.access, entry.dirty))
     }
 
     /// Caches a translation.
     pub fn insert(&mut self, root: RootId, l2: L2Gfn, _level: Level, frame: Frame, access: Access, dirty: bool) {
         let place = self.place(root, l2);
-        self.entries[place] = Some(Entry { root, l2, frame, access, dirty });
+        if let Some(entry) = self.entries.get_mut(place) {
+            *entry = Some(Entry { root, l2, frame, access, dirty });
+        }
     }
 
     /// Forgets what is cached for `extent`. Roots are told apart by their index, so a new root at an old place
@@ -69,11 +71,12 @@ impl Tlb {
     }
 
     fn forget_place(&mut self, place: usize, extent: Extent) {
-        if let Some(entry) = &self.entries[place]
+        if let Some(place) = self.entries.get_mut(place)
+            && let Some(entry) = place
             && entry.root.index() == extent.root.index()
             && entry.l2.0.wrapping_sub(extent.start.0) < extent.frames
         {
-            self.entries[place] = None;
+            *place = None;
             self.forgotten += 1;
         }
     }
