@@ -229,8 +229,6 @@ const fn cases() -> [Case; COUNT] {
     filler.cases
 }
 
-const _: () = assert!(WRITE | READ | EXECUTE == RIGHTS);
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -244,7 +242,6 @@ mod tests {
             assert_eq!(case.address_bits & !ADDRESS_MASK, 0, "{case:?}");
             assert!(case.at >= case.leaf, "{case:?}");
         }
-        assert!(COUNT >= 40);
     }
 
     #[test]

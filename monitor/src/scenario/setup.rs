@@ -270,6 +270,12 @@ impl Setup {
         &self.trackers.rows
     }
 
+    /// Whether the processor is one of the lab's emulators'.
+    #[must_use]
+    pub fn in_lab(&self) -> bool {
+        self.host.ground == "lab"
+    }
+
     /// The same run with another share of writes.
     #[must_use]
     pub fn writing(&self, percent: u64) -> Self {
@@ -333,8 +339,7 @@ impl Setup {
     }
 
     fn not_here(&self, what: &str) -> Failure {
-        let where_else =
-            if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
+        let where_else = if self.in_lab() { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
         Failure::NotHere(format!("{what}{where_else}"))
     }
 

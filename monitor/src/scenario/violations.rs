@@ -1,6 +1,6 @@
 //! What L1 is told about an access of L2 that its table does not permit: the cases of [`umbra_shared::violation`], provoked one by one under KVM's own
 //! nesting, beside what Umbra's shadow MMU would reflect for the same entries. Exit reason, exit qualification and the entry's accessed and dirty
-//! flags have to be the same, bit by bit.
+//! flags have to be the same, bit by bit. What is excused, and why, says `as_bochs_says`.
 
 use super::Setup;
 use super::l2::Nesting;
@@ -19,6 +19,7 @@ use umbra_mmu::{Config, Env, Format, Frame, Kind, L1Memory as _, Mmu, NoMapper, 
 use umbra_shared::Level;
 use umbra_shared::nested::{Report, Way};
 use umbra_shared::paging::ADDRESS_MASK;
+use umbra_shared::paging::ept::qualification;
 use umbra_shared::protocol::Command;
 use umbra_shared::violation::{Access, CASES, Case, PROBE};
 
@@ -70,7 +71,8 @@ fn row(setup: &Setup, name: &str, progress: &Progress) -> Result<Row, Failure> {
     let plan = Plan { nested: Some(l2.nested(Way::Vmx)), vcpus: 1, ..setup.plan.clone() };
     progress.step(&format!("{name}: boot"));
     let machine = Machine::new(&plan, None, |_| Ok(()))?;
-    let mut counts = BTreeMap::from([("cases", 0), ("permitted", 0), ("violations", 0), ("misconfigurations", 0)]);
+    let mut counts =
+        BTreeMap::from([("cases", 0), ("permitted", 0), ("violations", 0), ("misconfigurations", 0), ("excused", 0)]);
     let mut row = Row { name: name.to_owned(), ..Row::default() };
     let (mut different, mut before) = (0, machine.nested_report()?);
     progress.step(&format!("{name}: {} cases", CASES.len()));
@@ -90,7 +92,9 @@ fn row(setup: &Setup, name: &str, progress: &Progress) -> Result<Row, Failure> {
             Some(_) => "violations",
         };
         *counts.entry(kind).or_default() += 1;
-        let difference = (found != expected).then(|| format!("KVM says {found}, Umbra {expected}"));
+        let excused = setup.in_lab() && as_bochs_says(case, expected) == Some(found);
+        *counts.entry("excused").or_default() += u64::from(excused);
+        let difference = (found != expected && !excused).then(|| format!("KVM says {found}, Umbra {expected}"));
         for what in fault.into_iter().chain(difference) {
             different += 1;
             if different <= NAMED {
@@ -119,6 +123,18 @@ fn answer_of_kvm(case: &Case, before: &Report, report: &Report) -> (Answer, Opti
     let expected = PROBE | address & ((1 << 30) - 1) & !0xfff | case.access.offset();
     let fault = (address != expected).then(|| format!("L1 is told of L2's address {address:#x}, not {expected:#x}"));
     (Answer { told: Some((report.last_code, report.last_qualification)), entry }, fault)
+}
+
+/// The one thing in which the lab's processor is not as the manual has it. Where accessed and dirty flags are in use, a walk of L2's own tables counts as a
+/// write, and a violation by it sets bits 0 *and* 1 of the qualification (SDM 3C, table 28-7, note 1). Bochs 2.7 makes a write of it
+/// (`translate_guest_physical` in its cpu/paging.cc) and sets bit 1 alone. KVM passes on what the processor told it of the access.
+fn as_bochs_says(case: &Case, expected: Answer) -> Option<Answer> {
+    match expected.told {
+        Some((VIOLATION, bits)) if case.accessed_dirty && case.access == Access::Walk => {
+            Some(Answer { told: Some((VIOLATION, bits & !qualification::READ)), ..expected })
+        }
+        _ => None,
+    }
 }
 
 /// Where the walker's copy of the tables is: EPT12's root first, then the tables below it, then the page.
@@ -213,6 +229,22 @@ mod tests {
             |reason: Option<u64>| answers.iter().filter(|it| it.told.map(|(reason, _)| reason) == reason).count();
         assert!(count(None) > 20 && count(Some(VIOLATION)) > 40 && count(Some(MISCONFIGURATION)) > 20, "{answers:?}");
         assert_eq!(count(None) + count(Some(VIOLATION)) + count(Some(MISCONFIGURATION)), CASES.len());
+    }
+
+    #[test]
+    fn bochs_is_excused_for_the_read_of_a_page_walk_and_for_nothing_else() {
+        for case in &CASES {
+            let expected = answer(*case);
+            let walk = case.access == Access::Walk && case.accessed_dirty;
+            match as_bochs_says(case, expected) {
+                Some(said) => {
+                    assert!(walk, "{case:?}");
+                    let (_, bits) = expected.told.unwrap();
+                    assert_eq!(said, Answer { told: Some((VIOLATION, bits ^ 1)), ..expected });
+                }
+                None => assert!(!walk || expected.told.is_none_or(|(reason, _)| reason != VIOLATION), "{case:?}"),
+            }
+        }
     }
 
     #[test]
