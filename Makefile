@@ -4,12 +4,17 @@
 #   SECONDS    how long soak and fuzz-tables run
 #   SEED, N    where fuzz begins and how many operations it does; a failure prints a script for REPLAY=FILE
 #   SUITES     the Debian releases that test-fresh tries
+#   A, B       two kernels for ab: names of the shelf, or files, whose modules are in A_MODULES and B_MODULES; without B it is A
+#   A_PARAMS, B_PARAMS   module parameters of both, and of B alone         make ab A=6.12 B_PARAMS=kvm.tdp_mmu=N
+#   S, OVER    the scenario with its options that ab compares by, and the percent above which it fails
 
 ARGS    ?=
 SECONDS ?= 60
 SEED    ?= 1
 N       ?= 10000000
 SUITES  ?= bookworm trixie
+S       ?= dirty-log
+OVER    ?= 1
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -118,6 +123,35 @@ soak: build ## two vCPUs write while every tracker harvests, on this machine's K
 bench-trackers: build shelf ## which tracker for a snapshot: a written and a clean page under each, in the lab and on this machine's KVM
 	@for backing in anonymous thp shmem; do $(UMBRA) lab snapshot --memory 16M --backing $$backing $(ARGS); done
 	for backing in anonymous thp shmem; do $(UMBRA) run snapshot --memory 16M --rounds 10 --backing $$backing $(ARGS) || [ $$? = 3 ]; done
+
+# Exit code 1 over the limit, 2 for bad input, 3 for what cannot be had; make itself ends with 2 whatever failed.
+.PHONY: ab
+ab: build ## S ("dirty-log ...") on the kernels A and B, compared; fails if a phase of B costs over OVER (1) percent more
+	@if [ -z '$(A)' ]; then
+	    echo 'ab compares two kernels: make ab A=6.12 B=arch/x86/boot/bzImage B_MODULES=DIR S="dirty-log --memory 16M"' >&2
+	    exit 2
+	fi
+	$(UMBRA) lab ab --kernel '$(A)' $(if $(A_MODULES),--modules '$(A_MODULES)') $(A_PARAMS:%=--param %) $(if $(B),--b-kernel '$(B)') \
+	    $(if $(B_MODULES),--b-modules '$(B_MODULES)') $(B_PARAMS:%=--b-param %) --fail-over $(OVER) $(S) $(ARGS)
+
+.PHONY: bench-peer
+bench-peer: build ## Umbra beside the kernel's own dirty_log_perf_test, phase by phase, in the lab
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/peer.toml --out target/bench/peer.json
+
+.PHONY: bench-history
+bench-history: build ## what a page costs on every kernel of the shelf, 5.10 to 7.3-rc
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/history.toml --out target/bench/history.json
+
+.PHONY: bench-collapse
+bench-collapse: build ## what logging leaves behind: huge mappings and speed after a stop, on every kernel and on the shadow MMU
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/collapse.toml --out target/bench/collapse.json
+
+.PHONY: noise
+noise: build ## the noise floor: one run in eight images that are merely shifted, on an old and a new kernel
+	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(ARGS); done
 
 .PHONY: bench-strategies
 bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse

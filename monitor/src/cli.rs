@@ -81,6 +81,28 @@ pub enum Command {
         #[command(flatten)]
         lab: LabArgs,
     },
+    /// One scenario on two kernels, or with two settings of one kernel's parameters, compared.
+    #[command(name = "lab-ab", bin_name = "umbra lab ab", hide = true)]
+    LabAb {
+        /// B's kernel (default: that of A, which --kernel names).
+        #[arg(long, value_name = "KERNEL")]
+        b_kernel: Option<String>,
+        /// Where B's modules are, if it is a kernel of your own.
+        #[arg(long, value_name = "DIR")]
+        b_modules: Option<PathBuf>,
+        /// A module parameter that B has beside A's; may be repeated.
+        #[arg(long = "b-param", value_name = "PARAM")]
+        b_params: Vec<String>,
+        /// Exit with 1 if a phase of B costs over so many percent more than in A.
+        #[arg(long, value_name = "PCT", value_parser = parse_percent)]
+        fail_over: Option<f64>,
+        /// How the boots share the machine.
+        #[command(flatten)]
+        boots: BootArgs,
+        /// A's machine, and the scenario of both.
+        #[command(flatten)]
+        lab: LabArgs,
+    },
     /// The shelf of kernels.
     Kernels {
         /// What to do with it.
@@ -144,6 +166,9 @@ pub struct RunArgs {
     /// Leaf size of the firmware's own page tables: 4k, 2m.
     #[arg(long, default_value = "4k")]
     pub guest_page: String,
+    /// Interrupt controllers: none, or kernel, which has KVM look after them at every exit as it does for most VMMs (none).
+    #[arg(long)]
+    pub irqchip: Option<String>,
     /// Trackers, separated by commas, or all (default: KVM's own; snapshot: all).
     #[arg(long, value_delimiter = ',')]
     pub tracker: Vec<String>,
@@ -257,7 +282,8 @@ impl ShadowArgs {
 #[derive(Clone, Debug, Args)]
 #[command(
     after_help = "`umbra lab history SCENARIO` runs it on every kernel of the shelf, `umbra lab matrix --spec FILE` what a file names, \
-`umbra lab noise SCENARIO` in shifted images; each has a --help of its own."
+`umbra lab noise SCENARIO` in shifted images, `umbra lab ab --kernel A --b-kernel B SCENARIO` on two kernels that are then compared; each has a \
+--help of its own."
 )]
 pub struct LabArgs {
     /// The emulated machine: svm (AMD, in QEMU) or vmx (Intel with EPT and PML, in Bochs).
@@ -318,6 +344,9 @@ impl RunArgs {
             ("guest-page".into(), self.guest_page.clone().into()),
         ]);
         config.extend(self.nested.given());
+        if let Some(irqchip) = &self.irqchip {
+            config.insert("irqchip".into(), irqchip.clone().into());
+        }
         if let Some(backing) = &self.backing {
             config.insert("backing".into(), backing.clone().into());
         }
@@ -345,10 +374,10 @@ impl RunArgs {
 pub fn parse<I: IntoIterator<Item = String>>(words: I) -> Result<Cli, Failure> {
     use clap::error::ErrorKind;
     let mut words: Vec<String> = words.into_iter().collect();
-    // `lab` takes a scenario, and these three are none: they are commands of their own under names that the parser can tell apart.
+    // `lab` takes a scenario, and these are none: they are commands of their own under names that the parser can tell apart.
     if let [_, lab, name, ..] = &words[..]
         && lab == "lab"
-        && matches!(name.as_str(), "matrix" | "history" | "noise")
+        && matches!(name.as_str(), "matrix" | "history" | "noise" | "ab")
     {
         words[1] = format!("lab-{}", words.remove(2));
     }

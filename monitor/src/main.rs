@@ -1,5 +1,6 @@
 //! The `umbra` command.
 
+use std::cell::RefCell;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,7 +12,8 @@ use umbra::lab::matrix::{self, Boots};
 use umbra::lab::{self, shelf};
 use umbra::probe::{self, Probe};
 use umbra::progress::Progress;
-use umbra::report::{Output, Record, compare, file, series, table};
+use umbra::report::record::Rows;
+use umbra::report::{Output, Record, compare, file, known, series, table};
 use umbra::{Failure, scenario};
 
 fn main() -> ExitCode {
@@ -36,18 +38,32 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Lab(args) => return measure(&args.run, |progress| lab::run(args, progress)),
         Command::LabMatrix { spec, boots, out } => {
             let spec = Spec::read(spec)?;
-            return many(&spec.runs, boots, spec.boot, out.as_deref(), &series::matrix);
+            let pinned: Vec<String> = shelf::shelf().kernels().iter().map(|kernel| kernel.version.clone()).collect();
+            let over = RefCell::new(Vec::new());
+            many(&spec.runs, boots, spec.boot, out.as_deref(), &|records| {
+                let (text, lines) = known::table(records, &spec.known, &pinned);
+                over.replace(lines);
+                series::matrix(records) + &text
+            })?;
+            return none_over(&over.into_inner());
         }
         Command::LabHistory { kernels, boots, lab } => {
             return many(&history(kernels, lab)?, boots, Boot::Shared, lab.run.out.as_deref(), &series::matrix);
         }
         Command::LabNoise { images, boots, lab } => return noise(*images, boots, lab),
+        Command::LabAb { b_kernel, b_modules, b_params, fail_over, boots, lab } => {
+            let mut b = lab.clone();
+            if b_kernel.is_some() {
+                (b.kernel, b.modules) = (b_kernel.clone(), None);
+            }
+            b.modules = b_modules.clone().or(b.modules);
+            b.params.extend(b_params.iter().cloned());
+            return ab(&[lab.clone(), b], boots, *fail_over);
+        }
         Command::Compare { a, b, fail_over } => {
             let comparison = compare::compare(&file::read(a)?, &file::read(b)?, *fail_over)?;
             show(&comparison.text)?;
-            if !comparison.over.is_empty() {
-                return Err(Failure::Check(comparison.over.join("\n")));
-            }
+            none_over(&comparison.over)?;
         }
         Command::Kernels { command: KernelsCommand::List } => show(&shelf::list()?)?,
         Command::Kernels { command: KernelsCommand::Fetch { kernels } } => {
@@ -70,7 +86,7 @@ fn many(
     show(&render(&outcome.records))?;
     let faults = outcome.records.iter().flat_map(Record::faults);
     let faults: Vec<String> = outcome.broken.iter().cloned().chain(faults).collect();
-    if faults.is_empty() { Ok(()) } else { Err(Failure::Check(faults.join("\n"))) }
+    none_over(&faults)
 }
 
 /// The same run on each of the kernels.
@@ -89,14 +105,35 @@ fn history(kernels: &[String], lab: &LabArgs) -> Result<Vec<LabArgs>, Failure> {
 fn noise(images: u64, boots: &BootArgs, lab: &LabArgs) -> Result<(), Failure> {
     scenario::check(&lab.run)?;
     let runs: Vec<_> = (0..images).map(|image| LabArgs { pad: 43 * image, ..lab.clone() }).collect();
-    let over = std::cell::RefCell::new(Vec::new());
+    let over = RefCell::new(Vec::new());
     many(&runs, boots, Boot::Shared, lab.run.out.as_deref(), &|records| {
         let (text, lines) = series::noise_of(records);
         over.replace(lines);
         text
     })?;
-    let over = over.into_inner();
-    if over.is_empty() { Ok(()) } else { Err(Failure::Check(over.join("\n"))) }
+    none_over(&over.into_inner())
+}
+
+/// The same scenario on two machines, a boot each, and what differs.
+fn ab(runs: &[LabArgs; 2], boots: &BootArgs, limit: Option<f64>) -> Result<(), Failure> {
+    scenario::check(&runs[0].run)?;
+    let progress = Arc::new(Progress::stderr());
+    let boots = Boots { at_a_time: boots.boots, sharing: Boot::Each };
+    let outcome = matrix::run(runs, boots, runs[0].run.out.as_deref(), progress)?;
+    none_over(&outcome.broken)?;
+    for (letter, record) in ["A", "B"].into_iter().zip(&outcome.records) {
+        if let (None, Some(Rows::NotHere { not_here, .. })) = (record.measured().next(), record.rows.first()) {
+            return Err(Failure::NotHere(format!("{letter}: {not_here}")));
+        }
+    }
+    let comparison = compare::compare(&outcome.records[..1], &outcome.records[1..], limit)?;
+    show(&comparison.text)?;
+    none_over(&comparison.over)
+}
+
+/// Exit code 1 where a check has anything to say.
+fn none_over(lines: &[String]) -> Result<(), Failure> {
+    if lines.is_empty() { Ok(()) } else { Err(Failure::Check(lines.join("\n"))) }
 }
 
 /// Prints `text`. A reader who has seen enough (`| head`) is no failure; a full disk is one.

@@ -83,6 +83,7 @@ fn program(name: &str) -> Result<(String, u64), umbra::guest::Error> {
         vcpus: 1,
         backing: Backing::Anonymous,
         guest_page: Level::K4,
+        irqchip: false,
         nested: None,
         image: Arc::new(Image::load(Some(&image(name))).expect("an image of ours")),
         timer: Timer::new(Clock::Nanoseconds),

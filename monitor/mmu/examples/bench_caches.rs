@@ -6,7 +6,7 @@
 use umbra_mmu::tables::Tables;
 use umbra_mmu::track::strategy;
 use umbra_mmu::walker::{PlainMemory, Walker};
-use umbra_mmu::{Access, CacheSize, Caches, Config, Format, Frame, Kind, Mmu, RootRole, Slot, Slots, Split};
+use umbra_mmu::{Access, CacheSize, Caches, Config, Format, Frame, Mmu, Request, RootRole, Slot, Slots, Split};
 use umbra_shared::{Gfn, L2Gfn, Level};
 
 /// 64 huge leaves.
@@ -40,10 +40,10 @@ fn run(every: u64, capacity: u32, desc_bytes: u32, inline_two: bool) -> Result<[
     let root = mmu.load_root(&mut walker.env(), RootRole::new(Format::EPT), tables.address());
     let root = root.map_err(|error| error.to_string())?;
     for page in (0..PAGES).step_by(512) {
-        walker.execute(&mut mmu, root, L2Gfn(page), Kind::Read, (0, 0));
+        walker.execute(&mut mmu, root, L2Gfn(page), Request::READ, (0, 0));
     }
     for page in (0..PAGES).filter(aliased) {
-        walker.execute(&mut mmu, root, L2Gfn(PAGES + page), Kind::Read, (0, 0));
+        walker.execute(&mut mmu, root, L2Gfn(PAGES + page), Request::READ, (0, 0));
     }
     mmu.start(&mut walker.env()).map_err(|error| error.to_string())?;
     mmu.audit()?;

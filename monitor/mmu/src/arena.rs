@@ -3,7 +3,8 @@
 use umbra_shared::{Gfn, L2Gfn};
 
 use crate::config::{CacheSize, NoMemory};
-use crate::ptelist::{Allowance, Head, narrow};
+use crate::head::Head;
+use crate::ptelist::{Allowance, narrow};
 use crate::role::Role;
 use crate::spte::{Spte, SpteRef};
 

@@ -71,6 +71,10 @@ defects! {
     RootZapUnflushed = "root-zap-unflushed",
     /// The harvest of `twin` leaves its leaves open.
     TwinLeftOpen = "twin-left-open",
+    /// A walk of L2's own tables is reflected as the access that it is for.
+    WalkTakenForAccess = "walk-taken-for-access",
+    /// A hint survives the link that it leads over.
+    HintOutlivesLink = "hint-outlives-link",
 }
 
 /// Which defects are switched on.

@@ -320,7 +320,9 @@ impl Mmu {
 
     /// Voids all hints: a link is about to go.
     pub(crate) fn forget_hints(&mut self) {
-        self.hints = [Hint::NONE; HINTS];
+        if !self.defect(Defect::HintOutlivesLink) {
+            self.hints = [Hint::NONE; HINTS];
+        }
     }
 
     #[inline]

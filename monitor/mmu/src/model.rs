@@ -4,12 +4,15 @@
 //! The caller drives the phases one by one and may time each from outside. What a phase returns are counts and bytes;
 //! what a harvest returns are page sets, to be compared with the truth that the caller knows.
 
+mod shape;
+
+pub use shape::{AliasKind, ModelConfig};
+
 use umbra_shared::{Gfn, L2Gfn, Level};
 
-use crate::access::{Access, Kind};
+use crate::access::Request;
 use crate::config::Config;
 use crate::dirty::PageSet;
-use crate::format::Format;
 use crate::memory::{Slot, Slots};
 use crate::mmu::Mmu;
 use crate::role::RootRole;
@@ -18,38 +21,6 @@ use crate::spte::Frame;
 use crate::stats::{Memory, Stats};
 use crate::tables::{Tables, span};
 use crate::walker::{Ended, PlainMemory, Walker};
-
-/// How the aliases of L1's pages lie in L2.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum AliasKind {
-    /// Each alias is a copy of the whole range, in order.
-    #[default]
-    Contiguous,
-    /// Each alias has the range's leaves in an order of its own.
-    Scattered,
-    /// Each alias is a copy in order, through the same lowest tables of EPT12.
-    SharedTables,
-}
-
-/// What is measured.
-#[derive(Clone, Copy, Debug)]
-pub struct ModelConfig {
-    /// Tracked pages of L1, from frame 0.
-    pub pages: u64,
-    /// The format of EPT12.
-    pub format: Format,
-    /// The leaves of EPT12.
-    pub leaf: Level,
-    /// L2 pages for each L1 page.
-    pub aliases: u64,
-    /// How they lie.
-    pub alias_kind: AliasKind,
-    /// EPT12 starts with accessed and dirty flags set, as a hypervisor does that does not want them: neighbours can be
-    /// mapped along, and a read maps for writing.
-    pub used: bool,
-    /// The MMU. `memory_frames` is set from the above.
-    pub mmu: Config,
-}
 
 /// One access of L2, by L2 page number (0 to `l2_pages`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,68 +99,6 @@ pub struct Model {
     mark: (Stats, u64),
 }
 
-const fn gcd(a: u64, b: u64) -> u64 {
-    if b == 0 { a } else { gcd(b, a % b) }
-}
-
-impl ModelConfig {
-    /// `pages` L1 pages without aliases under `format`, leaves of `leaf`, and an MMU configured as `mmu`.
-    #[must_use]
-    pub const fn new(pages: u64, format: Format, leaf: Level, mmu: Config) -> Self {
-        Self { pages, format, leaf, aliases: 1, alias_kind: AliasKind::Contiguous, used: true, mmu }
-    }
-
-    /// L2 frames from one alias of the range to the next.
-    fn stride(&self) -> u64 {
-        let unit = match self.alias_kind {
-            AliasKind::SharedTables => {
-                let above = Level::from_number(self.leaf.number() + 1).unwrap_or(Level::P256);
-                span(self.format, above).max(self.leaf.frames())
-            }
-            _ => span(self.format, self.leaf),
-        };
-        self.pages.div_ceil(unit) * unit
-    }
-
-    /// Refuses what makes no sense, in one line.
-    ///
-    /// # Errors
-    /// The reason, with what would be right.
-    pub fn check(&self) -> Result<(), String> {
-        let leaf = span(self.format, self.leaf);
-        if self.pages == 0 || self.pages > 1 << 32 {
-            return Err(format!("{} tracked pages: give 1 to 2^32", self.pages));
-        }
-        if self.leaf > self.format.max_leaf() {
-            return Err(format!(
-                "{:?} has no leaves of {:?}: its largest is {:?}",
-                self.format,
-                self.leaf,
-                self.format.max_leaf()
-            ));
-        }
-        if !self.pages.is_multiple_of(leaf) {
-            return Err(format!("{} tracked pages are no multiple of a leaf's {leaf}", self.pages));
-        }
-        if self.aliases == 0 {
-            return Err("no alias means no mapping: give 1 or more".into());
-        }
-        if self.alias_kind == AliasKind::SharedTables && self.format.has_4_byte_gpte() && self.leaf > Level::K4 {
-            return Err("32-bit directories are under no entry that aliases could share: take leaf 4k".into());
-        }
-        let need = self.stride().saturating_mul(self.aliases);
-        if need > self.format.frames() {
-            return Err(format!(
-                "{} aliases need {need} L2 pages, {:?} has {}",
-                self.aliases,
-                self.format,
-                self.format.frames()
-            ));
-        }
-        Ok(())
-    }
-}
-
 impl Model {
     /// Builds EPT12 and an MMU with its root loaded. Nothing is mapped yet.
     ///
@@ -211,12 +120,11 @@ impl Model {
         let mut mmu = Mmu::new(mmu_config, &slots).map_err(|error| error.to_string())?;
         // Only a strategy that compares contents needs contents.
         let content_from = if config.mmu.strategy.name() == "twin" { 0 } else { first_table };
-        let units = config.pages / span(config.format, config.leaf);
-        let multiplier = (units * 5 / 8..=units).find(|&step| gcd(step, units) == 1).unwrap_or(1);
+        let multiplier = config.multiplier();
         let mut walker = Walker::new(PlainMemory::new(frames, content_from), 9);
         let mut tables = Tables::new(config.format, first_table, frames);
-        let model = |l2| l1_page(&config, stride, multiplier, l2);
-        build(&config, stride, &mut tables, &mut walker.memory, model);
+        let model = |l2| shape::l1_page(&config, stride, multiplier, l2);
+        shape::build(&config, stride, &mut tables, &mut walker.memory, model);
         let address = tables.address();
         let root = mmu.load_root(&mut walker.env(), RootRole::new(config.format), address);
         Ok(Self {
@@ -243,7 +151,7 @@ impl Model {
     /// The L1 page behind L2 page `page`.
     #[must_use]
     pub fn l1_page(&self, page: u64) -> u64 {
-        l1_page(&self.config, self.stride, self.multiplier, self.l2_gfn(page))
+        shape::l1_page(&self.config, self.stride, self.multiplier, self.l2_gfn(page))
     }
 
     /// The L2 frame of L2 page `page`: aliases may lie apart.
@@ -282,12 +190,12 @@ impl Model {
         let (mut done, mut worst) = (0, 0);
         for PageAccess { page, write } in accesses {
             let l2 = self.l2_gfn(page);
-            let kind = if write { Kind::Write } else { Kind::Read };
+            let request = if write { Request::WRITE } else { Request::READ };
             self.value += 1;
             hooks.begin();
-            let ended = self.walker.execute(&mut self.mmu, self.root, l2, kind, (0, self.value));
+            let ended = self.walker.execute(&mut self.mmu, self.root, l2, request, (0, self.value));
             let Ended::Done { frame, faults, .. } = ended else {
-                return Err(format!("{kind:?} of L2 page {page} ended as {ended:?}"));
+                return Err(format!("{:?} of L2 page {page} ended as {ended:?}", request.kind));
             };
             hooks.end(faults);
             worst = worst.max(faults);
@@ -391,45 +299,10 @@ impl Model {
     }
 }
 
-fn l1_page(config: &ModelConfig, stride: u64, multiplier: u64, l2: L2Gfn) -> u64 {
-    let (alias, page) = (l2.0 / stride, l2.0 % stride);
-    match config.alias_kind {
-        AliasKind::Contiguous | AliasKind::SharedTables => page,
-        AliasKind::Scattered => {
-            let unit = span(config.format, config.leaf);
-            let units = config.pages / unit;
-            // A step coprime to their number visits every unit once.
-            let at = u128::from(page / unit) * u128::from(multiplier) + u128::from(alias * 7);
-            let at = u64::try_from(at % u128::from(units)).unwrap_or(0);
-            at * unit + page % unit
-        }
-    }
-}
-
-fn build(config: &ModelConfig, stride: u64, tables: &mut Tables, memory: &mut PlainMemory, l1: impl Fn(L2Gfn) -> u64) {
-    let unit = span(config.format, config.leaf);
-    let above = Level::from_number(config.leaf.number() + 1).unwrap_or(Level::P256);
-    let table_span = span(config.format, above).max(unit);
-    for alias in 0..config.aliases {
-        let base = alias * stride;
-        let mut page = 0;
-        while page < config.pages {
-            let l2 = L2Gfn(base + page);
-            if alias > 0 && config.alias_kind == AliasKind::SharedTables {
-                let table = tables.table(memory, L2Gfn(page), config.leaf);
-                tables.share(memory, l2, config.leaf, table);
-                page += table_span;
-                continue;
-            }
-            tables.map(memory, l2, Gfn(l1(l2)), config.leaf, Access::ALL, config.used);
-            page += unit;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Format;
     use crate::config::{Collapse, Split};
     use crate::track::STRATEGIES;
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use umbra_shared::{Gfn, L2Gfn};
 
-use crate::access::{Access, Kind};
+use crate::access::{Access, Kind, Request};
 use crate::format::Format;
 use crate::guest::{GuestCaps, Reflection};
 use crate::memory::{L1Memory, Slots};
@@ -202,15 +202,23 @@ impl Reference<'_> {
         if matches!(format, Format::Bits32 { .. }) { word >> shift & 0xffff_ffff } else { word }
     }
 
-    /// What EPT12 in `context` says about an access of `kind` to `l2` now.
+    /// The right that `request` needs. Walks of L2's tables are writes under nested paging, and under EPT with A/D flags.
     #[must_use]
-    pub fn verdict(&self, context: &Context, l2: L2Gfn, kind: Kind) -> Verdict {
-        let format = context.format;
-        let needed = match kind {
+    pub fn needed(format: Format, request: Request) -> Access {
+        let walks_write = !matches!(format, Format::Ept { accessed_dirty: false, .. });
+        Access::from_bits(match request.kind {
+            _ if request.table_walk && walks_write => W,
             Kind::Read => R,
             Kind::Write => W,
             Kind::Execute => X,
-        };
+        })
+    }
+
+    /// What EPT12 in `context` says about `request` to `l2` now.
+    #[must_use]
+    pub fn verdict(&self, context: &Context, l2: L2Gfn, request: Request) -> Verdict {
+        let format = context.format;
+        let needed = Self::needed(format, request).bits();
         let levels = Self::levels(format);
         let width = match format {
             Format::Pae { .. } | Format::Bits32 { .. } => 20,
@@ -218,7 +226,7 @@ impl Reference<'_> {
         };
         let mut rights = 7;
         if l2.0 >> width != 0 {
-            return Verdict::Reflected(Self::exit(format, kind, 0, 0));
+            return Verdict::Reflected(Self::exit(format, request, 0, 0));
         }
         let mut table = context.table;
         for level in (1..=levels).rev() {
@@ -228,9 +236,9 @@ impl Reference<'_> {
             };
             let entry = Self::entry(format, self.memory.read(Frame(place.0), place.1), shift);
             match self.meaning(format, level, entry, l2) {
-                Meaning::Nothing => return Verdict::Reflected(Self::exit(format, kind, 0, 0)),
+                Meaning::Nothing => return Verdict::Reflected(Self::exit(format, request, 0, 0)),
                 Meaning::Wrong if format.is_ept() => return Verdict::Reflected(Reflection::EptMisconfiguration),
-                Meaning::Wrong => return Verdict::Reflected(Self::exit(format, kind, 0, 9)),
+                Meaning::Wrong => return Verdict::Reflected(Self::exit(format, request, 0, 9)),
                 Meaning::Down(gfn, more) => {
                     rights &= more;
                     table = gfn.address();
@@ -238,7 +246,7 @@ impl Reference<'_> {
                 Meaning::Page(gfn, more) => {
                     rights &= more;
                     if rights & needed == 0 {
-                        return Verdict::Reflected(Self::exit(format, kind, rights, 1));
+                        return Verdict::Reflected(Self::exit(format, request, rights, 1));
                     }
                     return match self.slots.find(gfn) {
                         Some(backing) if backing.writable || needed != W => Verdict::Permitted(backing.frame),
@@ -247,18 +255,27 @@ impl Reference<'_> {
                 }
             }
         }
-        Verdict::Reflected(Self::exit(format, kind, 0, 0))
+        Verdict::Reflected(Self::exit(format, request, 0, 0))
     }
 
-    /// The exit for an access through a linear address; `code` is P | RSV for a nested page fault.
-    fn exit(format: Format, kind: Kind, rights: u64, code: u64) -> Reflection {
-        if format.is_ept() {
+    /// The exit for `request`; `code` is P | RSV for a nested page fault.
+    fn exit(format: Format, Request { kind, table_walk, linear }: Request, rights: u64, code: u64) -> Reflection {
+        if let Format::Ept { accessed_dirty, .. } = format {
             let access = match kind {
+                _ if table_walk && accessed_dirty => 3,
                 Kind::Read => 1,
                 Kind::Write => 2,
                 Kind::Execute => 4,
             };
-            return Reflection::EptViolation(access | rights << 3 | 0x180);
+            let address = match (linear, table_walk) {
+                (false, _) => 0,
+                (true, true) => 0x80,
+                (true, false) => 0x180,
+            };
+            return Reflection::EptViolation(access | rights << 3 | address);
+        }
+        if table_walk {
+            return Reflection::NestedPageFault(1 << 33 | 4 | 2 | code);
         }
         let nx = matches!(format, Format::Npt { nx: true, .. } | Format::Pae { nx: true });
         let access = match kind {

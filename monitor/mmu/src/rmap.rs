@@ -5,7 +5,8 @@
 use umbra_shared::Level;
 
 use crate::config::NoMemory;
-use crate::ptelist::{Allowance, Cursor, Head, PteLists, narrow};
+use crate::head::Head;
+use crate::ptelist::{Allowance, Cursor, PteLists, narrow};
 use crate::spte::{Frame, SpteRef};
 
 #[derive(Debug)]

@@ -5,9 +5,9 @@ use umbra_shared::{Gfn, Level};
 use crate::access::Access;
 use crate::config::NoMemory;
 use crate::defects::Defect;
+use crate::head::Head;
 use crate::memory::Env;
 use crate::mmu::Mmu;
-use crate::ptelist::Head;
 use crate::spte::{Frame, Spte, SpteRef};
 
 impl Mmu {

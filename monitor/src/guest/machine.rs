@@ -10,7 +10,7 @@ use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread};
 use crate::kvm::witness::Witness;
 use crate::kvm::{self, Backing, Vm};
 use crossbeam::channel::Receiver;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -50,6 +50,8 @@ pub struct Plan {
     pub backing: Backing,
     /// Leaf size of the firmware's own tables, and of its L2's.
     pub guest_page: Level,
+    /// Whether KVM has the interrupt controllers.
+    pub irqchip: bool,
     /// What the pattern's pages are, if not the tracked pages themselves.
     pub nested: Option<Nested>,
     /// The firmware.
@@ -117,11 +119,19 @@ impl Machine {
         });
         let cpuid =
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm::vm::failed("KVM_GET_SUPPORTED_CPUID"))?;
+        if plan.irqchip {
+            vm.fd().create_irq_chip().map_err(kvm::vm::failed("KVM_CREATE_IRQCHIP"))?;
+        }
         let vcpus = (0..plan.vcpus)
             .map(|index| {
                 let vcpu = vm.fd().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
                 vcpu.set_cpuid2(&cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
                 set_registers(&vcpu, index, &plan.image)?;
+                if plan.irqchip {
+                    // All but the first would wait for a start-up IPI.
+                    let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
+                    vcpu.set_mp_state(running).map_err(kvm::vm::failed("KVM_SET_MP_STATE"))?;
+                }
                 Ok(vcpu)
             })
             .collect::<Result<Vec<_>, kvm::Error>>()?;
@@ -168,8 +178,10 @@ impl Machine {
     /// # Errors
     /// [`Error::Broken`] and [`Error::Silent`].
     pub fn command(&self, command: Command, argument: u64) -> Result<Window, Error> {
-        std::thread::sleep(clock::SETTLE);
-        let before = Witness::beside_vcpus(self.clock).look();
+        std::thread::sleep(clock::settle(self.clock));
+        let mut before = Witness::beside_vcpus(self.clock).look();
+        clock::behind_a_tick(self.clock);
+        before.begin();
         self.begin(command, argument)?;
         let mut window = self.finish(0..self.threads.len(), name(command))?;
         window.clean = match self.clock {

@@ -4,8 +4,38 @@ use super::witness::Witness;
 use crate::ground::Clock;
 use std::time::{Duration, Instant};
 
-/// Long against the few microseconds that a thread needs to fall asleep, short against a phase.
-pub(crate) const SETTLE: Duration = Duration::from_millis(1);
+/// Long against the few microseconds that a thread needs to fall asleep, short against a phase. In the lab, where idle time costs nothing, also
+/// long against what the kernel puts off to the end of a grace period: kernels before 6.12 leave that to `ksoftirqd`, in the middle of the next window.
+pub(crate) const fn settle(clock: Clock) -> Duration {
+    match clock {
+        Clock::Instructions => Duration::from_millis(50),
+        Clock::Nanoseconds => Duration::from_millis(1),
+    }
+}
+
+/// Waits for the end of a timer interrupt, so that each window of the instruction clock begins at the same distance from one. How many
+/// fall into it follows from its length then, and not from what was done before it: else a tick more or less (2,800 instructions) tells images
+/// apart that do the same work.
+pub(crate) fn behind_a_tick(clock: Clock) {
+    /// Between two looks at the clock: far more than the loop takes, far less than an interrupt does.
+    const GAP: u64 = 500;
+    /// Some hundred ticks: a kernel whose tick does not come is not waited for.
+    const PATIENCE: u64 = 1 << 30;
+    if clock != Clock::Instructions {
+        return;
+    }
+    // SAFETY: see `Timer::now`.
+    let now = || unsafe { core::arch::x86_64::_rdtsc() };
+    let begin = now();
+    let mut last = begin;
+    while last - begin < PATIENCE {
+        let next = now();
+        if next - last > GAP {
+            return;
+        }
+        last = next;
+    }
+}
 
 /// Reads a clock. All values of one process compare.
 #[derive(Clone, Copy, Debug)]
@@ -73,8 +103,10 @@ impl Timer {
     /// Sleeps before the window begins, so that a thread which gave an order (or ended one) has gone to sleep itself: on one CPU its last
     /// steps would fall into the window. The witness looks outside the window.
     pub fn window<T>(&self, witness: Witness, work: impl FnOnce() -> T) -> (T, Window) {
-        std::thread::sleep(SETTLE);
-        let before = witness.look();
+        std::thread::sleep(settle(self.clock));
+        let mut before = witness.look();
+        behind_a_tick(self.clock);
+        before.begin();
         let begin = self.now();
         let result = work();
         let end = self.now();

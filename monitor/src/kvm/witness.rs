@@ -6,6 +6,7 @@
 use crate::ground::Clock;
 use std::collections::BTreeMap;
 use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Other tasks may take one part in so many of a window: a kernel thread that wakes for a moment takes about 6,000 instructions, which is nothing in
@@ -80,6 +81,13 @@ impl Witness {
 }
 
 impl Before {
+    /// The window begins now, some time after the look.
+    pub fn begin(&mut self) {
+        if let Self::Times(_, since) = self {
+            *since = Instant::now();
+        }
+    }
+
     /// Looks again after the window and compares.
     #[must_use]
     pub fn nobody_else_ran(&self) -> bool {
@@ -90,16 +98,30 @@ impl Before {
             Self::Times(before, since) => {
                 // In the kernel's time, as the tasks' is: the unit of the window may be another. The look itself is not in it.
                 let length = since.elapsed();
-                let others: u64 = times()
+                let others: Vec<(u64, u32)> = times()
                     .iter()
-                    .map(|(task, now)| (task, now.saturating_sub(before.get(task).copied().unwrap_or(0))))
-                    .filter(|(task, time)| *time > 0 && !works_for_rcu(**task))
-                    .map(|(_, time)| time)
-                    .sum();
-                Duration::from_nanos(others) <= length / SHARE
+                    .map(|(&task, now)| (now.saturating_sub(before.get(&task).copied().unwrap_or(0)), task))
+                    .filter(|&(time, task)| time > 0 && !works_for_rcu(task))
+                    .collect();
+                let clean = Duration::from_nanos(others.iter().map(|(time, _)| time).sum()) <= length / SHARE;
+                if let (false, Some(&(time, task))) = (clean, others.iter().max()) {
+                    *last_intruder() = format!("{} for {} us", name(task), time / 1000);
+                }
+                clean
             }
         }
     }
+}
+
+/// Who ran longest in the last window that was not clean, and how long.
+#[must_use]
+pub fn intruder() -> String {
+    last_intruder().clone()
+}
+
+fn last_intruder() -> MutexGuard<'static, String> {
+    static LAST: Mutex<String> = Mutex::new(String::new());
+    LAST.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Voluntary and involuntary context switches of the calling thread so far.
@@ -125,9 +147,14 @@ fn times() -> BTreeMap<u32, u64> {
         .collect()
 }
 
+fn name(task: u32) -> String {
+    let name = fs::read_to_string(format!("/proc/{task}/comm")).unwrap_or_default();
+    name.trim_end().to_owned()
+}
+
 /// Whether a task ends grace periods. A change of a memory slot waits for one (`synchronize_srcu`), so that its work is the ioctl's own.
 fn works_for_rcu(task: u32) -> bool {
-    let name = fs::read_to_string(format!("/proc/{task}/comm")).unwrap_or_default();
+    let name = name(task);
     name.starts_with("rcu_") || (name.starts_with("kworker/") && name.contains("rcu"))
 }
 
@@ -147,6 +174,7 @@ mod tests {
         other.kill().unwrap();
         other.wait().unwrap();
         assert!(!clean);
+        assert!(intruder().contains(" for "), "{}", intruder());
     }
 
     #[test]

@@ -13,13 +13,16 @@ use std::fmt::Write as _;
 /// The noise floor under the instruction clock, measured by `make noise` (eight images of 0 to 301 KiB more, 6.12 and 7.2): a figure's share in
 /// millionths,
 pub const NOISE_PPM: u64 = 300;
-/// and instructions, for what is too short to be hit by its share of timer interrupts.
-pub const NOISE_INSTRUCTIONS: u64 = 400;
+/// instructions, for what is too short to have a share,
+pub const NOISE_INSTRUCTIONS: u64 = 100;
+/// and for what changes a memory slot and waits for RCU's grace period, whose thread wakes once more or once less.
+pub const NOISE_GRACE_PERIOD: u64 = 1500;
 
-/// What the noise may make of a figure under the instruction clock.
+/// What the noise may make of a phase's figure under the instruction clock.
 #[must_use]
-pub fn noise(value: u64) -> u64 {
-    (value / 1_000_000 * NOISE_PPM + value % 1_000_000 * NOISE_PPM / 1_000_000).max(NOISE_INSTRUCTIONS)
+pub fn noise(phase: &str, value: u64) -> u64 {
+    let least = if matches!(phase, "enable" | "disable") { NOISE_GRACE_PERIOD } else { NOISE_INSTRUCTIONS };
+    (value / 1_000_000 * NOISE_PPM + value % 1_000_000 * NOISE_PPM / 1_000_000).max(least)
 }
 
 /// Two Records, or two lists of them, compared.
@@ -98,8 +101,14 @@ struct Pair<'a> {
 }
 
 impl Pair<'_> {
+    /// Instructions, or events where there is no clock: a second run gives the same figure.
     fn exact(&self) -> bool {
-        self.a.host.clock == "instructions"
+        self.a.host.clock != "nanoseconds"
+    }
+
+    /// Whether figures may differ although the work is the same: where timer interrupts are in them, in images that differ.
+    fn noisy(&self) -> bool {
+        self.a.host.clock == "instructions" && !self.one_image()
     }
 
     /// The same bytes booted: then even one instruction is a difference.
@@ -113,7 +122,8 @@ impl Pair<'_> {
     fn into(self, out: &mut Comparison) {
         out.text.push_str(&self.heading());
         let mut table = plain_table();
-        let clock = if self.exact() { "instructions" } else { self.a.host.clock.as_str() };
+        let phase = self.a.measured().find_map(|row| row.phases.first());
+        let clock = phase.map_or("", |phase| phase.unit.as_str());
         let last = if self.exact() { ["B - A", ""] } else { ["B / A", ""] };
         table.set_header([clock, "", "A", "B", last[0], last[1]].map(|text| right(text.to_owned())));
         let (mut tally, mut rest) = (Tally::default(), String::new());
@@ -124,11 +134,14 @@ impl Pair<'_> {
                 (Rows::NotHere { name, not_here }, _) => {
                     let _ = writeln!(rest, "{name}: not in A: {not_here}");
                 }
-                (Rows::Measured(a), Some(Rows::NotHere { not_here, .. })) => {
-                    let _ = writeln!(rest, "{}: not in B: {not_here}", a.name);
-                }
-                (Rows::Measured(a), None) => {
-                    let _ = writeln!(rest, "{}: only in A", a.name);
+                (Rows::Measured(a), in_b) => {
+                    let line = match in_b {
+                        Some(Rows::NotHere { not_here, .. }) => format!("{}: not in B: {not_here}", a.name),
+                        _ => format!("{}: only in A", a.name),
+                    };
+                    let _ = writeln!(rest, "{line}");
+                    // What is not there keeps no limit.
+                    out.over.extend(self.limit.map(|_| line));
                 }
             }
         }
@@ -147,6 +160,10 @@ impl Pair<'_> {
         let mut text = format!("{}: {}\n", self.a.scenario, options(self.a));
         for (letter, record) in [("A", self.a), ("B", self.b)] {
             let host = &record.host;
+            if host.ground == "model" {
+                let _ = writeln!(text, "  {letter}: Umbra's shadow MMU, umbra {}, no clock", host.umbra);
+                continue;
+            }
             let params: Vec<_> = host.params.iter().map(|(name, value)| format!("{name}={value}")).collect();
             let _ = writeln!(text, "  {letter}: Linux {}, KVM on {}; {}", host.kernel, host.vendor, params.join(" "));
         }
@@ -188,6 +205,9 @@ impl Pair<'_> {
                 self.change(in_a, in_b),
                 mark.to_owned(),
             ]);
+            if verdict == Verdict::Unclean && self.exact() && self.limit.is_some() {
+                out.over.push(format!("{}: {title} cannot be judged, another task ran in its window", a.name));
+            }
             if verdict == Verdict::Differs && self.limit.is_some_and(|limit| growth(in_a.value, in_b.value) > limit) {
                 out.over.push(format!("{}: {title} costs {}", a.name, percent(in_a.value, in_b.value)));
             }
@@ -242,7 +262,7 @@ impl Pair<'_> {
             Verdict::Equal
         } else if !(a.clean && b.clean) {
             Verdict::Unclean
-        } else if self.exact() && !self.one_image() && a.value.abs_diff(b.value) <= noise(a.value.max(b.value)) {
+        } else if self.noisy() && a.value.abs_diff(b.value) <= noise(&a.phase, a.value.max(b.value)) {
             Verdict::Noise
         } else {
             Verdict::Differs
@@ -277,12 +297,14 @@ impl Pair<'_> {
             tally.differ,
             if tally.unclean > 0 { format!(", {} of unclean windows", tally.unclean) } else { String::new() }
         );
-        let _ = if self.one_image() {
+        let _ = if self.a.host.clock == "none" {
+            writeln!(text, "Events, not time: they repeat exactly, so one more is a difference.")
+        } else if self.one_image() {
             writeln!(text, "Both booted the same image: one instruction is a difference.")
         } else {
             writeln!(
                 text,
-                "noise: up to {}.{:02}% or {NOISE_INSTRUCTIONS} instructions, which the same work shows in images that are merely shifted (`make noise`).",
+                "noise: up to {}.{:02}%, {NOISE_INSTRUCTIONS} instructions, or {NOISE_GRACE_PERIOD} in enable and disable, which the same work shows in images that are merely shifted (`make noise`).",
                 NOISE_PPM / 10_000,
                 NOISE_PPM % 10_000 / 100
             )
@@ -418,9 +440,10 @@ mod tests {
 
     #[test]
     fn short_phases_have_a_floor_of_their_own() {
-        assert_eq!(noise(3157), NOISE_INSTRUCTIONS);
-        assert_eq!(noise(26_000_000), 7_800);
-        assert_eq!(noise(u64::MAX) / 1_000_000, u64::MAX / 1_000_000 * NOISE_PPM / 1_000_000);
+        assert_eq!(noise("get", 3157), NOISE_INSTRUCTIONS);
+        assert_eq!(noise("disable", 3157), NOISE_GRACE_PERIOD);
+        assert_eq!(noise("dirty", 26_000_000), 7_800);
+        assert_eq!(noise("dirty", u64::MAX) / 1_000_000, u64::MAX / 1_000_000 * NOISE_PPM / 1_000_000);
     }
 
     #[test]
@@ -440,11 +463,15 @@ mod tests {
         if let Rows::Measured(row) = &mut b.rows[0] {
             row.phases[0].clean = false;
         }
-        let unclean = one(&a, &b, Some(1.0));
+        let unclean = one(&a, &b, None);
         assert!(unclean.over.is_empty() && unclean.text.contains("another task ran"), "{}", unclean.text);
+        // Nobody who set a limit may take it for kept.
+        assert_eq!(one(&a, &b, Some(1.0)).over, ["clear: enable cannot be judged, another task ran in its window"]);
         b.rows = vec![Rows::NotHere { name: "clear".into(), not_here: "KVM_CAP_X".into() }];
         let missing = one(&a, &b, Some(1.0));
         assert!(missing.text.contains("clear: not in B: KVM_CAP_X"), "{}", missing.text);
+        assert_eq!(missing.over, ["clear: not in B: KVM_CAP_X"]);
+        assert!(one(&a, &b, None).over.is_empty());
     }
 
     #[test]
@@ -456,5 +483,22 @@ mod tests {
         };
         let text = one(&wall(100_000), &wall(150_000), None).text;
         assert!(text.contains("~1.50") && text.contains("not exact"), "{text}");
+    }
+
+    #[test]
+    fn events_without_a_clock_are_exact() {
+        let events = |value| {
+            let mut record = record("1", value);
+            record.host.ground = "model".into();
+            record.host.clock = "none".into();
+            if let Rows::Measured(row) = &mut record.rows[0] {
+                row.phases.iter_mut().for_each(|phase| phase.unit = "faults".into());
+            }
+            record
+        };
+        let more = one(&events(100_000), &events(100_001), Some(0.0));
+        assert_eq!(more.over, ["clear: enable costs +0.00%"]);
+        assert!(more.text.contains("Events, not time") && more.text.contains("faults"), "{}", more.text);
+        assert!(!more.text.contains("Wall-clock") && !more.text.contains("noise:"), "{}", more.text);
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod compare;
 pub mod file;
+pub mod known;
 pub mod output;
 pub mod record;
 pub mod series;

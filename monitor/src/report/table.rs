@@ -211,6 +211,7 @@ pub(super) const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
     ("enter", "enter", Rounds::None, Share::One),
     ("fill", "fill", Rounds::None, Share::PatternPages),
     ("first touch", "first-touch", Rounds::None, Share::PatternPages),
+    ("baseline", "baseline", Rounds::None, Share::Accesses),
     ("enable", "enable", Rounds::None, Share::Pages),
     ("dirty 1", "dirty", Rounds::First, Share::Accesses),
     ("get 1", "get", Rounds::First, Share::Pages),
@@ -220,6 +221,7 @@ pub(super) const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
     ("clear 2+", "clear", Rounds::Later, Share::Pages),
     ("disable", "disable", Rounds::None, Share::Pages),
     ("retouch", "retouch", Rounds::None, Share::Accesses),
+    ("settled", "settled", Rounds::None, Share::Accesses),
 ];
 
 /// The smallest value of a column's phases in the timed pass: the minimum over later rounds is what repeats.
@@ -351,6 +353,9 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
     let mut text = String::new();
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
+    }
+    if record.scenario == "collapse" {
+        text.push_str("baseline, retouch, settled: a round before logging, right after it, and the one after that.\n");
     }
     if record.scenario == "nested" {
         text.push_str("enter: one entry into L2 and the hypercall that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");

@@ -1,6 +1,7 @@
 //! Scenarios: set up, run, check against the truth, return a Record. One file each.
 
 mod check;
+mod collapse;
 mod dirty_log;
 mod l2;
 mod model;
@@ -40,6 +41,9 @@ enum Work {
     Model,
 }
 
+/// The scenario that watches what is left behind.
+const COLLAPSE: &str = "collapse";
+
 /// The scenario without KVM.
 const MODEL: &str = "model";
 
@@ -50,6 +54,12 @@ pub const ALL: &[Scenario] = &[
         description: "what KVM's dirty tracking costs: populate, enable, rounds of dirty/get/clear, disable, retouch",
         trackers: &track::OF_KVM,
         work: Work::Kvm(dirty_log::run),
+    },
+    Scenario {
+        name: COLLAPSE,
+        description: "what logging leaves behind, stopped at rest or in mid-round: huge mappings and speed, when they are back",
+        trackers: &[Kind::Bitmap, Kind::ClearInitSet],
+        work: Work::Kvm(collapse::run),
     },
     Scenario {
         name: MODEL,
@@ -121,6 +131,12 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
 /// An option that would have no effect is refused.
 fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let name = args.scenario.as_str();
+    if name == COLLAPSE && args.vcpus != 1 {
+        return Err(Failure::Input(format!(
+            "--vcpus {}: collapse has one, since several would end in different rounds when it cancels",
+            args.vcpus
+        )));
+    }
     let has_l2 = setup::has_l2(name);
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(

@@ -7,7 +7,7 @@
 
 use super::Setup;
 use super::l2::{Format, L2Options, Nesting};
-use super::pass::{self, Case, ExplainedBy, Run};
+use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
 use crate::host;
@@ -83,7 +83,10 @@ fn row(
         Way::Svm | Way::Vmx => (begin_nested, ExplainedBy::L2),
     };
     let plan = Plan { nested: Some(l2.nested(way)), ..setup.plan.clone() };
-    pass::row(&Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin }, progress)
+    pass::row(
+        &Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin, ending: Ending::Stopped },
+        progress,
+    )
 }
 
 fn begin_plain(run: &mut Run) -> Result<(), Failure> {

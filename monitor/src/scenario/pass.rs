@@ -12,12 +12,13 @@ use crate::guest::{Machine, Plan};
 use crate::host;
 use crate::kvm;
 use crate::kvm::exits::{self, Exits};
-use crate::kvm::witness::Witness;
+use crate::kvm::witness::{self, Witness};
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::record::{Counter, Phase, Row, Stall};
 use crate::track::{Kind, Tracker};
 use std::collections::BTreeMap;
+use std::time::Duration;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::nested::{Nested, Way};
 use umbra_shared::protocol::Command;
@@ -71,7 +72,23 @@ pub struct Case<'a> {
     pub explained_by: ExplainedBy,
     /// The phases from the booted machine until every page of the pattern was written once, in ascending order.
     pub begin: fn(&mut Run) -> Result<(), Failure>,
+    /// How logging ends.
+    pub ending: Ending,
 }
+
+/// How logging ends, and what is looked at then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// The tracker stops, and one round shows what it has left behind.
+    Stopped,
+    /// The same, between a round before logging (`baseline`) and one more at the end (`settled`).
+    Watched,
+    /// The same, and the tracker stops in the middle of a round that the guest makes, as in a migration that is given up.
+    Cancelled,
+}
+
+/// How far the guest is in its round when the tracker stops in the middle: a few thousand pages' worth of faults.
+const INTO_THE_ROUND: Duration = Duration::from_millis(3);
 
 /// Whose mappings may be dropped, so that a read maps them again and KVM counts it as a write.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -94,7 +111,11 @@ pub fn row(case: &Case, progress: &Progress) -> Result<Row, Failure> {
         if row.phases.iter().all(|phase| phase.clean) || row.failed() || tries == 1 {
             break row;
         }
-        progress.step(&format!("{}: another task ran inside a window, the row runs again", case.name));
+        let unclean =
+            row.phases.iter().filter(|phase| !phase.clean).map(|phase| format!("{} {}", phase.phase, phase.round));
+        let (phases, who) = (unclean.collect::<Vec<_>>().join(", "), witness::intruder());
+        progress
+            .step(&format!("{}: another task ran inside a window ({phases}: {who}), the row runs again", case.name));
         tries -= 1;
     };
     let observed = Run::new(case, Pass::Observed, progress)?.finish()?;
@@ -147,13 +168,16 @@ impl<'a> Run<'a> {
         let booted = self.counters()?;
         (self.case.begin)(&mut self)?;
         self.check.populated();
+        let rounds = self.case.setup.rounds;
+        if self.case.ending != Ending::Stopped {
+            self.lone_round("baseline", rounds + 2)?;
+        }
         let before = self.counters()?;
 
         self.window("enable", 0, |tracker, machine| tracker.start(machine))?;
         if self.pass == Pass::Observed {
             self.machine.command(Command::ClearHistogram, 0)?;
         }
-        let rounds = self.case.setup.rounds;
         let mut reported = PageSet::new(self.case.plan.map().l1_pages());
         for round in 1..=rounds {
             self.round(round, &mut reported)?;
@@ -173,16 +197,49 @@ impl<'a> Run<'a> {
         }
 
         self.step("disable", 0);
-        self.window("disable", 0, |tracker, machine| tracker.stop(machine))?;
-        self.machine.command(Command::Plan, rounds + 1)?;
+        if self.case.ending == Ending::Cancelled {
+            self.cancel(rounds + 4)?;
+        } else {
+            self.window("disable", 0, |tracker, machine| tracker.stop(machine))?;
+        }
         let stopped = self.counters()?;
-        let window = self.machine.command(self.pass.command(), 0)?;
-        self.phase("retouch", 0, window.length(), window.clean);
-        self.check.executed(rounds + 1);
+        self.lone_round("retouch", rounds + 1)?;
         let end = self.counters()?;
-        self.count(&Statistics { booted, before, after, stopped, end })?;
+        let settled = if self.case.ending == Ending::Stopped {
+            None
+        } else {
+            self.lone_round("settled", rounds + 3)?;
+            Some(self.counters()?)
+        };
+        self.count(&Statistics { booted, before, after, stopped, end, settled })?;
         self.row.truth = self.check.finish(&self.machine);
         Ok(self.row)
+    }
+
+    /// A round outside of logging: number `round` of the pattern.
+    fn lone_round(&mut self, phase: &str, round: u64) -> Result<(), Failure> {
+        self.machine.command(Command::Plan, round)?;
+        let window = self.machine.command(self.pass.command(), 0)?;
+        self.phase(phase, 0, window.length(), window.clean);
+        self.check.executed(round);
+        Ok(())
+    }
+
+    /// The guest makes round `first` and goes on; the tracker stops in the middle of that round, and the guest at the end of the one that it is in
+    /// then. On one CPU the guest's work is in the figure too, as far as the tracker waits.
+    fn cancel(&mut self, first: u64) -> Result<(), Failure> {
+        let (timer, machine) = (self.case.plan.timer, &self.machine);
+        machine.begin(Command::FreeRun, first)?;
+        std::thread::sleep(INTO_THE_ROUND);
+        let begin = timer.now();
+        self.tracker.stop(machine)?;
+        let length = timer.now() - begin;
+        machine.stop_free_run()?;
+        machine.finish_all(Command::FreeRun)?;
+        let next = machine.rounds_done(0)?;
+        self.phase("disable", 0, length, true);
+        (first..next).for_each(|round| self.check.executed(round));
+        Ok(())
     }
 
     fn round(&mut self, round: u64, reported: &mut PageSet) -> Result<(), Failure> {
@@ -285,6 +342,7 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         let mut stats = statistics.of_rounds();
+        stats.extend(statistics.of_collapse());
         let mut own = self.tracker.counters(&self.machine);
         if let Some(nested) = self.nested() {
             stats.extend(statistics.of_nesting());
@@ -318,6 +376,8 @@ struct Statistics {
     after: BTreeMap<String, u64>,
     stopped: BTreeMap<String, u64>,
     end: BTreeMap<String, u64>,
+    /// After one more round, where there is one.
+    settled: Option<BTreeMap<String, u64>>,
 }
 
 impl Statistics {
@@ -331,6 +391,21 @@ impl Statistics {
             ("pages_2m_remapped", fallen("pages_2m", end, after)),
             ("pages_2m_after_disable", stopped.get("pages_2m").copied()),
             ("remote_tlb_flush", grown("remote_tlb_flush", before, after)),
+        ]
+    }
+
+    /// Huge mappings from before logging to the end, and the faults of the rounds after it.
+    fn of_collapse(&self) -> Vec<(&'static str, Option<u64>)> {
+        let Self { before, after, stopped, end, settled, .. } = self;
+        let Some(settled) = settled else { return Vec::new() };
+        let huge = |at: &BTreeMap<String, u64>| at.get("pages_2m").copied();
+        vec![
+            ("pages_2m_before", huge(before)),
+            ("pages_2m_logging", huge(after)),
+            ("pages_2m_after_retouch", huge(end)),
+            ("pages_2m_settled", huge(settled)),
+            ("pf_retouch", grown("pf_taken", stopped, end)),
+            ("pf_settled", grown("pf_taken", end, settled)),
         ]
     }
 

@@ -95,6 +95,7 @@ pub struct Options {
     backing: Option<Backing>,
     l2: Option<L2Options>,
     guest_page: Level,
+    irqchip: bool,
     image: Arc<Image>,
     trackers: Trackers,
     inject: Option<Fault>,
@@ -112,6 +113,11 @@ impl Options {
             "4k" => Level::K4,
             "2m" => Level::M2,
             other => return Err(input(format!("--guest-page {other}: it is 4k or 2m"))),
+        };
+        let irqchip = match args.irqchip.as_deref() {
+            None | Some("none") => false,
+            Some("kernel") => true,
+            Some(other) => return Err(input(format!("--irqchip {other}: it is none or kernel"))),
         };
         let has_l2 = has_l2(&args.scenario);
         let huge_leaves = guest_page == Level::M2 || args.shadow.leaf.as_deref() == Some("2m");
@@ -146,7 +152,7 @@ impl Options {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             config.insert("firmware".into(), format!("{name} sha256:{}", image.sha256).into());
         }
-        Ok(Self { pattern, slots: slots.collect(), backing, l2, guest_page, image, trackers, inject, config })
+        Ok(Self { pattern, slots: slots.collect(), backing, l2, guest_page, irqchip, image, trackers, inject, config })
     }
 
     /// The backing in effect. An L2's memory must be one that others can map, a memfd; many hosts have no huge pages there, so there the default
@@ -242,6 +248,7 @@ impl Setup {
             vcpus: args.vcpus,
             backing,
             guest_page: options.guest_page,
+            irqchip: options.irqchip,
             nested: None,
             image: options.image,
             timer: Timer::new(ground.clock()),

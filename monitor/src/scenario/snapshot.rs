@@ -1,5 +1,6 @@
 //! Which tracker for a snapshot: the phases of `dirty-log`, all trackers, for rounds in which no page is written, a few, some, and all.
 
+use super::pass::Ending;
 use super::{Setup, dirty_log};
 use crate::failure::Failure;
 use crate::progress::Progress;
@@ -12,9 +13,14 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let mut rows = Vec::new();
     for &kind in setup.trackers() {
         for percent in PERCENTS {
-            match dirty_log::row(&setup.writing(percent), kind, progress) {
-                Ok(mut row) => {
-                    row.name = format!("{kind} {percent}%");
+            match dirty_log::row(
+                &setup.writing(percent),
+                kind,
+                &format!("{kind} {percent}%"),
+                Ending::Stopped,
+                progress,
+            ) {
+                Ok(row) => {
                     rows.push(Rows::Measured(Box::new(row)));
                 }
                 Err(Failure::NotHere(reason)) => {

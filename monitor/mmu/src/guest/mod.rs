@@ -5,11 +5,13 @@
 mod ept;
 mod legacy;
 mod long;
+mod reflect;
 mod walk;
 
+pub use reflect::Reflection;
 pub use walk::{
-    Ended, Reflection, Step, Walk, child_quadrant, entry_place, place, plain_leaf, read_entry, set_accessed_dirty,
-    shadow_leaf, walk,
+    Ended, Step, Walk, child_quadrant, entry_place, place, plain_leaf, read_entry, set_accessed_dirty, shadow_leaf,
+    walk,
 };
 
 use umbra_shared::{Gfn, Level};

@@ -1,26 +1,15 @@
-//! The walk of EPT12, what it reflects to L1, and the A/D bits that it sets.
+//! The walk of EPT12, and the A/D bits that it sets.
 
-use umbra_shared::paging::ept::qualification;
-use umbra_shared::paging::{ADDRESS_MASK, ept, long, npf};
+use umbra_shared::paging::{ADDRESS_MASK, ept, long};
 use umbra_shared::{Gfn, L2Gfn, Level};
 
+use super::reflect::{Reflect, Reflection};
 use super::{Decoded, GuestCaps, GuestEntry, decode};
-use crate::access::{Access, Kind, Request};
+use crate::access::{Access, Request};
 use crate::format::Format;
 use crate::memory::{Exchange, L1Memory, Slots};
 use crate::role::{Role, below};
 use crate::spte::Frame;
-
-/// What L1 is told about an access that EPT12 does not permit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reflection {
-    /// Basic exit reason 48 with this exit qualification (SDM 3C table 28-7).
-    EptViolation(u64),
-    /// Basic exit reason 49, which has no qualification.
-    EptMisconfiguration,
-    /// `VMEXIT_NPF` (400h) with this EXITINFO1 (APM 15.25.6).
-    NestedPageFault(u64),
-}
 
 /// One entry that a walk used.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -363,53 +352,6 @@ pub const fn shadow_leaf(format: Format, level: Level, gfn: Gfn, l2: L2Gfn) -> G
     match (format, level) {
         (Format::Bits32 { .. }, Level::M2) => Gfn(gfn.0 | l2.0 & 512),
         _ => gfn,
-    }
-}
-
-struct Reflect {
-    format: Format,
-    request: Request,
-    rights: Access,
-}
-
-impl Reflect {
-    fn violation(&self) -> Reflection {
-        let Request { kind, table_walk, linear } = self.request;
-        let access = match kind {
-            // Table 28-7, footnote: with A/D flags such an access sets both bits.
-            _ if table_walk && self.format.has_accessed_dirty() => qualification::READ | qualification::WRITE,
-            Kind::Read => qualification::READ,
-            Kind::Write => qualification::WRITE,
-            Kind::Execute => qualification::FETCH,
-        };
-        let valid = if linear { qualification::LINEAR_VALID } else { 0 };
-        let last = if linear && !table_walk { qualification::LINEAR_FINAL } else { 0 };
-        Reflection::EptViolation(access | self.rights.bits() << qualification::RIGHTS_SHIFT | valid | last)
-    }
-
-    fn fault(&self, cause: u64) -> Reflection {
-        let Request { kind, table_walk, .. } = self.request;
-        let nx = matches!(self.format, Format::Npt { nx: true, .. } | Format::Pae { nx: true });
-        let access = match kind {
-            _ if table_walk => npf::WRITE,
-            Kind::Write => npf::WRITE,
-            Kind::Execute if nx => npf::FETCH,
-            Kind::Read | Kind::Execute => 0,
-        };
-        let stage = if table_walk { npf::TABLE_WALK } else { npf::FINAL };
-        Reflection::NestedPageFault(npf::USER | cause | access | stage)
-    }
-
-    fn not_present(&self) -> Reflection {
-        if self.format.is_ept() { self.violation() } else { self.fault(0) }
-    }
-
-    fn denied(&self) -> Reflection {
-        if self.format.is_ept() { self.violation() } else { self.fault(npf::PRESENT) }
-    }
-
-    fn reserved(&self) -> Reflection {
-        if self.format.is_ept() { Reflection::EptMisconfiguration } else { self.fault(npf::PRESENT | npf::RESERVED) }
     }
 }
 

@@ -1,24 +1,23 @@
 //! The world of an episode: L1's memory and tables, the MMU under the walker, and the model of both.
 
+mod guest;
+mod tracked;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use umbra_shared::{Gfn, L2Gfn, Level};
 
-use super::draw::{DATA, Episode, Rng, Setup, TABLES};
+use super::draw::{Episode, Rng, Setup, TABLES};
 use super::op::{Action, Op};
-use crate::access::{Access, Kind};
-use crate::config::MmuError;
+use crate::access::{Access, Kind, Request};
 use crate::defects::Defects;
 use crate::dirty::PageSet;
-use crate::format::Format;
 use crate::memory::{L1Memory, Slot, Slots};
 use crate::mmu::Mmu;
 use crate::reference::{Context, History, Reference, Verdict};
-use crate::role::{ModeBits, RootRole, below};
+use crate::role::RootRole;
 use crate::roots::RootId;
 use crate::spte::Frame;
-use crate::sync::Invalidation;
-use crate::tables::{Tables, leaf_entry, place, table_entry};
 use crate::walker::{Ended, Mirror, PlainMemory, Walker};
 
 /// 2 MiB regions of L2 that are used: both halves of a 4 MiB page, all four quadrants, neighbours, aliases.
@@ -74,7 +73,7 @@ impl World {
         let mut mmu = Mmu::new(setup.config, &slots).map_err(|error| error.to_string())?;
         mmu.set_defects(defects);
         let mut memory = PlainMemory::new(frames, 0);
-        let roots = build(&setup, &mut memory);
+        let roots = guest::build(&setup, &mut memory);
         memory.keep_journal();
         let mut walker = Walker::new(memory, 9);
         let watched = REGIONS.into_iter().flat_map(|region| PAGES.map(|page| L2Gfn(region << 9 | page)));
@@ -189,12 +188,18 @@ impl World {
         match action {
             Action::Access => {
                 let kind = [Kind::Read, Kind::Write, Kind::Write, Kind::Execute][index(c, 4)];
-                self.access(c >> 4, self.l2(a, b), kind, c)
+                let request = match c >> 12 & 15 {
+                    // The processor reads an entry of L2's own tables, or sets its flags.
+                    0 | 1 if kind != Kind::Execute => Request { kind, ..Request::TABLE_WALK },
+                    2 => Request { linear: false, ..Request::of(kind) },
+                    _ => Request::of(kind),
+                };
+                self.access(c >> 4, self.l2(a, b), request, c)
             }
             Action::Sweep => {
                 let start = self.l2(a, b);
                 for page in 0..(600 * u64::from(c.is_multiple_of(7))).max(u64::from(c) % 70) {
-                    self.access(c >> 8, start.plus(page), Kind::Write, c)?;
+                    self.access(c >> 8, start.plus(page), Request::WRITE, c)?;
                     self.read_journal();
                 }
                 Ok(())
@@ -233,7 +238,7 @@ impl World {
         }
     }
 
-    fn access(&mut self, which: u32, l2: L2Gfn, kind: Kind, c: u32) -> Result<(), String> {
+    fn access(&mut self, which: u32, l2: L2Gfn, request: Request, c: u32) -> Result<(), String> {
         if self.loaded.is_empty() {
             self.load(which, c)?;
         }
@@ -241,40 +246,41 @@ impl World {
         self.history.now += 1;
         let Some(loaded) = self.loaded.get(index(which, self.loaded.len())) else { return Ok(()) };
         let (root, number) = (loaded.id, loaded.context);
-        let expected = self.reference().verdict(&self.contexts[number].1, l2, kind);
+        let expected = self.reference().verdict(&self.contexts[number].1, l2, request);
         // Now and then L2 writes what is there already.
         self.fresh += 1;
         let value = if c.is_multiple_of(13) { u64::MAX } else { self.fresh };
-        let ended = self.walker.execute(&mut self.mmu, root, l2, kind, (u64::from(c) & 0xff8, value));
+        let right = Reference::needed(self.contexts[number].1.format, request);
+        let ended = if request.table_walk {
+            self.walker.access(&mut self.mmu, root, l2, request, right)
+        } else {
+            self.walker.execute(&mut self.mmu, root, l2, request, (u64::from(c) & 0xff8, value))
+        };
         // L2 may have written a table, even one on this walk.
         self.read_journal();
         let context = &self.contexts[number].1;
-        let right = match kind {
-            Kind::Read => Access::READ,
-            Kind::Write => Access::WRITE,
-            Kind::Execute => Access::EXECUTE,
-        };
         match ended {
             Ended::Done { frame, cached, faults } => {
                 if faults > 2 {
-                    return Err(format!("{kind:?} of L2 {l2} took {faults} faults"));
+                    return Err(format!("{request:?} of L2 {l2} took {faults} faults"));
                 }
                 if !self.reference().granted(context, l2, right, frame) {
-                    return Err(format!("{kind:?} of L2 {l2} reached {frame:?} (cached: {cached}), never granted"));
+                    return Err(format!("{request:?} of L2 {l2} reached {frame:?} (cached: {cached}), never granted"));
                 }
                 let mirror = self.walker.tlb.mirror.as_ref().and_then(|mirror| mirror.find(root, l2));
                 if let (1.., Some(mapped)) = (faults, mirror)
                     && !mapped.is_some_and(|(at, access)| at == frame && access.allows(right))
                 {
                     return Err(format!(
-                        "{kind:?} of L2 {l2} faulted and nothing was posted that allows it: {mapped:?}"
+                        "{request:?} of L2 {l2} faulted and nothing was posted that allows it: {mapped:?}"
                     ));
                 }
-                let flags = self.reference().flags_set(context, l2, kind == Kind::Write);
+                let flags = self.reference().flags_set(context, l2, right == Access::WRITE);
                 if flags == Some(false) {
-                    return Err(format!("{kind:?} of L2 {l2} left A/D flags of EPT12 clear"));
+                    return Err(format!("{request:?} of L2 {l2} left A/D flags of EPT12 clear"));
                 }
-                if kind == Kind::Write {
+                // What counts as a write is reported, whether it changes anything or not.
+                if right == Access::WRITE {
                     self.truth.insert(frame);
                     self.truth_l2.insert(l2, frame);
                     self.ever_l2.insert(l2.0 & 511);
@@ -284,7 +290,7 @@ impl World {
             Ended::Reflected(reflection) => {
                 if expected != Verdict::Reflected(reflection) {
                     return Err(format!(
-                        "{kind:?} of L2 {l2} was reflected as {reflection:x?}, expected {expected:x?}"
+                        "{request:?} of L2 {l2} was reflected as {reflection:x?}, expected {expected:x?}"
                     ));
                 }
                 let now = self.history.now;
@@ -292,266 +298,11 @@ impl World {
                 Ok(())
             }
             Ended::WantsMemory(gfn) if expected == Verdict::NoMemory(gfn) => Ok(()),
-            Ended::WantsMemory(gfn) => Err(format!("{kind:?} of L2 {l2} wants {gfn}, expected {expected:x?}")),
+            Ended::WantsMemory(gfn) => Err(format!("{request:?} of L2 {l2} wants {gfn}, expected {expected:x?}")),
             Ended::NoMemory if self.starved => Ok(()),
-            Ended::NoMemory => Err(format!("{kind:?} of L2 {l2} found no memory")),
-            Ended::Stuck => Err(format!("{kind:?} of L2 {l2} is stuck, expected {expected:x?}")),
+            Ended::NoMemory => Err(format!("{request:?} of L2 {l2} found no memory")),
+            Ended::Stuck => Err(format!("{request:?} of L2 {l2} is stuck, expected {expected:x?}")),
         }
-    }
-
-    /// L1 changes one entry on the way to an address, or any entry of any table.
-    fn edit(&mut self, a: u32, b: u32, c: u32) {
-        let format = self.setup.formats[0];
-        let l2 = self.l2(a, b);
-        let mut rng = Rng(u64::from(c) << 32 | u64::from(a ^ b));
-        let root = Gfn(rng.pick(&self.roots) >> 12);
-        let mut table = root;
-        let mut level = format.root_level();
-        let stop = rng.pick(&[Level::K4, Level::K4, Level::K4, Level::M2, Level::M2, Level::G1, Level::T512]);
-        while level > stop {
-            if let Some(at) = place(format, level, l2) {
-                let entry = Tables::read(&self.walker.memory, table, at);
-                let next = (entry & umbra_shared::paging::ADDRESS_MASK) >> 12;
-                let in_pool = (self.setup.tables..self.setup.tables + TABLES).contains(&next);
-                if !in_pool || entry.trailing_zeros() >= 3 || entry & 0x80 != 0 {
-                    break;
-                }
-                table = Gfn(next);
-            }
-            level = below(level);
-        }
-        let Some(at) = place(format, level, l2) else { return };
-        let old = Tables::read(&self.walker.memory, table, at);
-        let entry = self.new_entry(&mut rng, format, level, l2, old);
-        Tables::write(&mut self.walker.memory, table, at, entry);
-    }
-
-    fn new_entry(&self, rng: &mut Rng, format: Format, level: Level, l2: L2Gfn, old: u64) -> u64 {
-        let (accessed, dirty, rights) = if format.is_ept() { (1 << 8, 1 << 9, 7) } else { (1 << 5, 1 << 6, 6) };
-        match rng.below(16) {
-            0 => 0,
-            1 => rng.draw(),
-            2 => old ^ 1 << rng.below(64),
-            3 => old & !accessed,
-            4 => old & !dirty,
-            5 => old & !(accessed | dirty),
-            6 => old & !2,
-            7 => old | rights | 1,
-            8 if format.is_ept() => old & !7 | rng.pick(&[1, 3, 4, 5, 7]),
-            8 => old ^ 1 << 63,
-            9 if level > Level::K4 => table_entry(format, level, Gfn(self.setup.tables + rng.below(TABLES))),
-            _ => {
-                let block = rng.below(9) * 512;
-                let access = rng.pick(&[Access::ALL, Access::ALL, Access::READ, Access::READ.or(Access::WRITE)]);
-                let used = !rng.once_in(3);
-                match level {
-                    Level::K4 => {
-                        let page = if rng.once_in(2) { l2.0 & 511 } else { rng.pick(&PAGES) };
-                        leaf_entry(format, level, Gfn(block | page), access, used)
-                    }
-                    Level::M2 if format.max_leaf() >= level => {
-                        let large = if format.has_4_byte_gpte() { block & !1023 } else { block };
-                        leaf_entry(format, level, Gfn(large), access, used)
-                    }
-                    Level::G1 if format.max_leaf() >= level => {
-                        leaf_entry(format, level, Gfn(rng.below(2) << 18), access, used)
-                    }
-                    _ => old,
-                }
-            }
-        }
-    }
-
-    fn invalidate(&mut self, a: u32) {
-        let now = self.history.now;
-        let picked = self.loaded.get(index(a >> 3, self.loaded.len())).map(|loaded| (loaded.id, loaded.context));
-        let what = match (a % 8, picked) {
-            (0 | 1, _) | (_, None) => Invalidation::All,
-            (2 | 3, _) => Invalidation::Table(self.roots[index(a >> 3, self.roots.len())]),
-            (4, Some((id, _))) => Invalidation::Root(id),
-            (5, Some((id, _))) => Invalidation::Invlpga(id),
-            (6, _) => Invalidation::Invvpid,
-            (_, _) => Invalidation::L2Cr3,
-        };
-        for (number, (_, context)) in self.contexts.iter_mut().enumerate() {
-            let applies = match what {
-                Invalidation::All => true,
-                Invalidation::Table(table) => context.table == table,
-                Invalidation::Root(_) | Invalidation::Invlpga(_) => picked.is_some_and(|(_, at)| at == number),
-                Invalidation::Invvpid | Invalidation::L2Cr3 => false,
-            };
-            if applies {
-                context.since = now;
-                context.violated.clear();
-            }
-        }
-        self.mmu.invalidate(&mut self.walker.env(), what);
-        let oldest = self.contexts.iter().map(|(_, context)| context.since).min().unwrap_or(now);
-        self.history.prune(oldest);
-    }
-
-    fn load(&mut self, a: u32, b: u32) -> Result<(), String> {
-        if self.loaded.len() >= 4 {
-            return Ok(());
-        }
-        let format = self.setup.formats[index(a >> 2, self.setup.formats.len())];
-        let role = RootRole {
-            format,
-            smm: b.is_multiple_of(5),
-            guest_mode: true,
-            mode: ModeBits(u8::from(b.is_multiple_of(3))),
-        };
-        let table = self.roots[index(a, self.roots.len())];
-        if b % 31 == 1 {
-            let refused = self.mmu.load_root(&mut self.walker.env(), role, table | 8);
-            return if refused == Err(MmuError::BadTable(table | 8)) { Ok(()) } else { Err(format!("{refused:?}")) };
-        }
-        let id = match self.mmu.load_root(&mut self.walker.env(), role, table) {
-            Ok(id) => id,
-            Err(MmuError::NoMemory) if self.starved => return Ok(()),
-            Err(error) => return Err(error.to_string()),
-        };
-        let now = self.history.now;
-        let known = self.contexts.iter().position(|(known, context)| *known == role && context.table == table);
-        let context = known.unwrap_or_else(|| {
-            let context = Context { format, table, since: now, violated: BTreeMap::new() };
-            self.contexts.push((role, context));
-            self.contexts.len() - 1
-        });
-        match self.loaded.iter_mut().find(|loaded| loaded.id == id) {
-            Some(loaded) => {
-                // Roles that a policy does not tell apart share a root. It must then be of the same table and format.
-                let held = &self.contexts[loaded.context].1;
-                if (held.format, held.table) != (format, table) {
-                    return Err(format!("{id:?} serves two formats or tables"));
-                }
-                loaded.count += 1;
-                // What applies to one applies to all that the root serves.
-                let since = held.since.min(self.contexts[context].1.since);
-                let held = loaded.context;
-                self.contexts[held].1.since = since;
-            }
-            None => self.loaded.push(Loaded { id, context, count: 1 }),
-        }
-        Ok(())
-    }
-
-    fn drop_root(&mut self, a: u32) -> Result<(), String> {
-        if self.loaded.is_empty() {
-            return Ok(());
-        }
-        let at = index(a, self.loaded.len());
-        self.mmu.drop_root(&mut self.walker.env(), self.loaded[at].id).map_err(|error| error.to_string())?;
-        self.loaded[at].count -= 1;
-        if self.loaded[at].count == 0 {
-            self.loaded.swap_remove(at);
-        }
-        Ok(())
-    }
-
-    fn start(&mut self) -> Result<(), String> {
-        match self.mmu.start(&mut self.walker.env()) {
-            Ok(()) if !self.tracking => {}
-            Err(MmuError::Tracking) if self.tracking => return Ok(()),
-            other => return Err(format!("{other:?}")),
-        }
-        self.tracking = true;
-        self.forget_truth();
-        if self.setup.config.strategy.starts_all_set() {
-            for slot in self.slots.slots() {
-                self.initial.insert_range(slot.first, slot.frames);
-            }
-        }
-        Ok(())
-    }
-
-    fn forget_truth(&mut self) {
-        let frames = self.setup.config.memory_frames;
-        self.truth.clear();
-        self.truth_l2.clear();
-        self.ever_l2.clear();
-        self.before.clear();
-        (self.reported, self.initial) = (PageSet::new(frames), PageSet::new(frames));
-    }
-
-    fn harvest(&mut self) -> Result<(), String> {
-        if !self.tracking {
-            let refused = self.mmu.harvest(&mut self.walker.env(), &mut self.harvested);
-            return if refused == Err(MmuError::NotTracking) { Ok(()) } else { Err(format!("{refused:?}")) };
-        }
-        let count = self.mmu.harvest(&mut self.walker.env(), &mut self.harvested).map_err(|error| error.to_string())?;
-        if count != self.harvested.len() {
-            return Err(format!("{count} pages counted, {} reported", self.harvested.len()));
-        }
-        let twin = self.setup.config.strategy.name() == "twin";
-        for &frame in &self.truth {
-            let seen = self.harvested.contains(frame) || twin && self.unchanged(frame);
-            if !seen {
-                return Err(format!("{frame:?} was written and is not reported"));
-            }
-        }
-        for frame in self.harvested.iter() {
-            let explained = self.truth.contains(&frame)
-                || self.initial.contains(frame)
-                || twin && (self.reported.contains(frame) || self.before.contains_key(&frame));
-            if !explained {
-                return Err(format!("{frame:?} is reported and was not written"));
-            }
-        }
-        self.harvest_l2()?;
-        self.reported.union(&self.harvested);
-        self.before.clear();
-        Ok(())
-    }
-
-    fn unchanged(&self, frame: Frame) -> bool {
-        let mut now = [0; 512];
-        self.walker.memory.copy_page(frame, &mut now);
-        self.before.get(&frame).is_none_or(|before| **before == now)
-    }
-
-    fn harvest_l2(&mut self) -> Result<(), String> {
-        if !self.setup.config.by_l2 {
-            return Ok(());
-        }
-        let Some(frames) = self.mmu.harvest_l2().map_err(|error| error.to_string())? else { return Ok(()) };
-        let frames: BTreeSet<L2Gfn> = frames.into_iter().collect();
-        if let Some((l2, frame)) = self.truth_l2.iter().find(|(l2, _)| !frames.contains(l2)) {
-            return Err(format!("L2 {l2} ({frame:?}) was written and is not reported by L2 frame"));
-        }
-        // Other frames can only be there because they share a shadow page, and so their place in a table.
-        match frames.iter().find(|l2| !self.ever_l2.contains(&(l2.0 & 511))) {
-            Some(l2) => Err(format!("L2 {l2} is reported, shares no table with a written one")),
-            None => Ok(()),
-        }
-    }
-
-    fn clear(&mut self, first: u64, count: u64) -> Result<(), String> {
-        let result = self.mmu.clear(&mut self.walker.env(), Frame(first), count);
-        if !self.tracking {
-            return if result == Err(MmuError::NotTracking) { Ok(()) } else { Err(format!("{result:?}")) };
-        }
-        result.map_err(|error| error.to_string())?;
-        let end = first + count;
-        let cleared: Vec<Frame> = self.reported.iter().filter(|frame| (first..end).contains(&frame.0)).collect();
-        for frame in cleared {
-            self.reported.remove(frame);
-            self.initial.remove(frame);
-            self.truth.remove(&frame);
-            self.truth_l2.retain(|_, written| *written != frame);
-        }
-        Ok(())
-    }
-
-    fn stop(&mut self) -> Result<(), String> {
-        match self.mmu.stop(&mut self.walker.env()) {
-            Ok(()) if self.tracking => {}
-            Err(MmuError::NotTracking) if !self.tracking => return Ok(()),
-            other => return Err(format!("{other:?}")),
-        }
-        self.tracking = false;
-        self.forget_truth();
-        Ok(())
     }
 
     fn change_slots(&mut self, a: u32) -> Result<(), String> {
@@ -634,51 +385,3 @@ impl World {
         Ok(())
     }
 }
-
-/// L1's tables at the start. Returns the root tables' addresses.
-fn build(setup: &Setup, memory: &mut PlainMemory) -> Vec<u64> {
-    let mut rng = Rng(setup.seed);
-    let format = setup.formats[0];
-    let mut tables = Tables::new(format, setup.tables, setup.tables + TABLES);
-    let regions: Vec<u64> = REGIONS.into_iter().filter(|region| region << 9 < format.frames()).collect();
-    let mut small = Vec::new();
-    for (number, &region) in regions.iter().enumerate() {
-        let l2 = L2Gfn(region << 9);
-        let block = rng.below(5) * 512;
-        let access = rng.pick(&[Access::ALL, Access::ALL, Access::ALL, Access::READ.or(Access::EXECUTE)]);
-        match rng.below(6) {
-            0 | 1 if format.max_leaf() >= Level::M2 => {
-                let block = if format.has_4_byte_gpte() { block & !1023 } else { block };
-                tables.map(memory, l2, Gfn(block), Level::M2, access, !rng.once_in(3));
-            }
-            2 if format.max_leaf() == Level::G1 && setup.giant && region.is_multiple_of(512) => {
-                tables.map(memory, l2, Gfn(0), Level::G1, access, true);
-            }
-            3 if !small.is_empty() && !format.has_4_byte_gpte() => {
-                let other = rng.pick(&small);
-                tables.share(memory, l2, Level::K4, other);
-            }
-            4 if number > 5 => {}
-            _ => {
-                let straight = rng.once_in(2);
-                for run in [0..24, 60..70, 96..132, 316..324, 506..512] {
-                    for page in run {
-                        let target = if straight { page } else { page * 37 % 512 };
-                        let used = !rng.once_in(4);
-                        tables.map(memory, l2.plus(page), Gfn(block + target), Level::K4, access, used);
-                    }
-                }
-                small.push(tables.table(memory, l2, Level::K4));
-            }
-        }
-    }
-    // A second root that shares the first one's tables, with one entry of its own.
-    let second = tables.allocate();
-    for offset in (0..4096).step_by(8) {
-        let value = memory.read(Frame(tables.root.0), offset);
-        memory.write(Frame(second.0), offset, value);
-    }
-    vec![tables.address(), second.address()]
-}
-
-const _: () = assert!(DATA.is_multiple_of(512));

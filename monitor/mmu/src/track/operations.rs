@@ -6,9 +6,10 @@ use super::{LOG_ENTRIES, Leaf, Tracking};
 use crate::config::{MmuError, Split};
 use crate::defects::Defect;
 use crate::dirty::{PageSet, bits};
+use crate::head::Head;
 use crate::memory::{Env, Extent};
 use crate::mmu::Mmu;
-use crate::ptelist::{Head, PteLists};
+use crate::ptelist::PteLists;
 use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
 

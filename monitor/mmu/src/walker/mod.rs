@@ -12,7 +12,7 @@ pub use tlb::Tlb;
 
 use umbra_shared::{L2Gfn, PAGE_SHIFT};
 
-use crate::access::{Access, Kind, Request};
+use crate::access::{Access, Request};
 use crate::config::MmuError;
 use crate::fault::Outcome;
 use crate::guest::Reflection;
@@ -151,22 +151,19 @@ impl Walker {
         }
     }
 
-    /// Executes one access of L2: translates it, and for a write stores `value` at `offset` of the page.
+    /// Executes an access of L2 itself: translates it, and for a write stores `value` at `offset` of the page.
     pub fn execute(
         &mut self,
         mmu: &mut Mmu,
         root: RootId,
         l2: L2Gfn,
-        kind: Kind,
+        request: Request,
         (offset, value): (u64, u64),
     ) -> Ended {
-        let needed = match kind {
-            Kind::Read => Access::READ,
-            Kind::Write => Access::WRITE,
-            Kind::Execute => Access::EXECUTE,
-        };
-        let ended = self.access(mmu, root, l2, Request::of(kind), needed);
-        if let (Ended::Done { frame, .. }, Kind::Write) = (ended, kind) {
+        let ended = self.access(mmu, root, l2, request, request.kind.needs());
+        if let Ended::Done { frame, .. } = ended
+            && request.is_write()
+        {
             self.memory.store(frame, offset, value);
         }
         ended

@@ -8,12 +8,14 @@
 //! "kvm.eager_page_split" = ["Y", "N"]
 //! [[run]]                           # none, or several: axes that replace or add to those above
 //! tracker = ["bitmap", "clear+init-set"]
+//! [run.known]                       # figures of the same work from elsewhere, which this run is held against (report/known.rs)
 //! ```
 //!
 //! An axis is an option of `umbra lab` by its name, or a module's parameter.
 
 use crate::cli::{self, Cli, Command, LabArgs};
 use crate::failure::Failure;
+use crate::report::known::Known;
 use crate::scenario;
 use clap::CommandFactory as _;
 use serde::Deserialize;
@@ -32,7 +34,15 @@ struct Text {
     #[serde(default)]
     axes: BTreeMap<String, Value>,
     #[serde(default)]
-    run: Vec<BTreeMap<String, Value>>,
+    run: Vec<Run>,
+}
+
+/// One `[[run]]`.
+#[derive(Debug, Default, Deserialize)]
+struct Run {
+    known: Option<Known>,
+    #[serde(flatten)]
+    axes: BTreeMap<String, Value>,
 }
 
 /// What shares a boot.
@@ -53,6 +63,8 @@ pub struct Spec {
     pub boot: Boot,
     /// Its runs, in order.
     pub runs: Vec<LabArgs>,
+    /// For each run what is known of it from elsewhere.
+    pub known: Vec<Option<Known>>,
 }
 
 impl Spec {
@@ -71,19 +83,23 @@ impl Spec {
             let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
             format!("line {line}: {}", error.message().replace('\n', " "))
         })?;
-        let tables = if text.run.is_empty() { vec![BTreeMap::new()] } else { text.run };
-        let mut runs = Vec::new();
-        for table in tables {
+        let tables = if text.run.is_empty() { vec![Run::default()] } else { text.run };
+        let (mut runs, mut figures) = (Vec::new(), Vec::new());
+        for Run { known, axes: own } in tables {
+            if let Some(known) = &known {
+                known.check()?;
+            }
             let mut axes = text.axes.clone();
-            axes.extend(table);
+            axes.extend(own);
             for words in combinations(&axes)? {
                 if runs.len() == MOST {
                     return Err(format!("more than {MOST} runs"));
                 }
                 runs.push(run(&words)?);
+                figures.push(known.clone());
             }
         }
-        Ok(Self { boot: text.boot, runs })
+        Ok(Self { boot: text.boot, runs, known: figures })
     }
 }
 
@@ -212,6 +228,10 @@ mod tests {
             ("[axes]\nbacking = \"floppy\"", "--backing floppy"),
             ("[axes]\nscenario = \"dirty-lag\"", "dirty-lag: there is no such scenario"),
             ("[axis]\nmemory = 1", "line 1: unknown field `axis`"),
+            (
+                "[[run]]\n[run.known]\nsource = \"x\"\nwithin = 3\nper = \"page\"\nfigures.bitmap.\"dirty x\" = 1",
+                "known: dirty x",
+            ),
             ("boot = \"never\"", "unknown variant `never`"),
             ("[axes", "line 1"),
         ] {
