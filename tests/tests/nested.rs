@@ -55,6 +55,7 @@ fn results() -> &'static [Result<Record, Failure>] {
             emulator: Emulator::Qemu,
             kernel,
             clock: Clock::Instructions,
+            cpus: None,
             params: Vec::new(),
             init: umbra_tests::binary(),
             append: String::new(),

@@ -53,6 +53,7 @@ fn records() -> &'static [Record] {
             emulator: Emulator::Bochs,
             kernel,
             clock: Clock::Instructions,
+            cpus: None,
             params: Vec::new(),
             init: umbra_tests::binary(),
             append: String::new(),

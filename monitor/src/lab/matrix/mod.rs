@@ -120,8 +120,8 @@ fn finish(state: State, runs: &[LabArgs], output: Option<Output>) -> Result<Outc
 /// Numbers of runs that share a boot, in the order of the first of each.
 fn shared(runs: &[LabArgs], sharing: Boot) -> Vec<Vec<usize>> {
     let machine = |args: &LabArgs| {
-        let LabArgs { machine, kernel, modules, clock, params, append, pad, run: _ } = args.clone();
-        (machine, kernel, modules, clock, params, append, pad)
+        let LabArgs { machine, kernel, modules, clock, cpus, params, append, pad, run: _ } = args.clone();
+        (machine, kernel, modules, clock, cpus, params, append, pad)
     };
     let mut groups: Vec<Vec<usize>> = Vec::new();
     for (number, args) in runs.iter().enumerate() {
@@ -150,6 +150,7 @@ fn prepare(runs: &[LabArgs], numbers: Vec<usize>, progress: &Progress) -> Result
         &image.sha256,
         &args.machine,
         &args.clock,
+        &machine.cpus().to_string(),
         &machine.append,
     ];
     let key = digest::of(parts.map(String::as_str).join("\n").as_bytes());
