@@ -108,7 +108,7 @@ pub enum Command {
     /// L1 alone: make all entries of its table for L2's pages that are not there yet.
     Fill = 8,
     /// L1 alone: provoke case `argument` of [`crate::violation::CASES`], and report what L1 was told ([`crate::nested::Report`]).
-    Provoke = 10,
+    Provoke = 12,
 }
 
 impl Command {
@@ -124,7 +124,7 @@ impl Command {
             6 => Some(Self::ClearHistogram),
             7 => Some(Self::Enter),
             8 => Some(Self::Fill),
-            10 => Some(Self::Provoke),
+            12 => Some(Self::Provoke),
             _ => None,
         }
     }

@@ -80,7 +80,9 @@ fn row(setup: &Setup, name: &str, progress: &Progress) -> Result<Row, Failure> {
         if case.accessed_dirty && !offered.accessed_dirty {
             continue;
         }
-        machine.command(Command::Provoke, number)?;
+        // Nothing is timed, so nothing need settle.
+        machine.begin(Command::Provoke, number)?;
+        machine.finish_all(Command::Provoke)?;
         let report = machine.nested_report()?;
         let (found, fault) = answer_of_kvm(case, &before, &report);
         before = report;
