@@ -149,15 +149,23 @@ bench-collapse: build ## what logging leaves behind: huge mappings and speed aft
 	@mkdir -p target/bench
 	$(UMBRA) lab matrix --spec images/specs/collapse.toml --out target/bench/collapse.json
 
+.PHONY: bench-dirty-rate
+bench-dirty-rate: build shelf ## what dirty-rate tools find, what they cost the guest and leave behind: three rates, in the lab
+	@for rate in 10 50 150; do $(UMBRA) lab dirty-rate --rate $$rate $(ARGS); done
+
+.PHONY: bench-memory
+bench-memory: build ## what KVM's own MMU takes in bytes, on four kernels, beside umbra-mmu
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/memory.toml --out target/bench/memory.json
+	for alias in 1 4; do $(UMBRA) run model --memory 16M --format npt --alias $$alias --alias-kind scattered --strategy write-protect; done
+
 .PHONY: noise
 noise: build ## the noise floor: one run in eight images that are merely shifted, on an old and a new kernel
 	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(ARGS); done
 
 .PHONY: bench-strategies
-bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse
-	@for how in '--split lazy' '--split shatter' '--split eager --collapse in-place' '--split eager-clear --collapse lazy'; do
-	    $(UMBRA) lab model --leaf 2m $$how $(ARGS)
-	done
+bench-strategies: build shelf ## the shadow MMU's strategies on one run, in one table: each way to split and collapse, in the lab
+	@$(UMBRA) lab matrix --spec images/specs/strategies.toml $(ARGS)
 
 # The shadow MMU's own programs (monitor/mmu/examples).
 mmu = cargo run --locked --quiet --release --package umbra-mmu --example

@@ -1,12 +1,13 @@
 //! The first Rust code of each vCPU, at ring 3: checks the boot page, builds the final page tables, starts the payload.
 
-use crate::arch::{idt, space, vcpu};
+use crate::arch::{idt, paging, smm, space, vcpu};
 use crate::nested::table;
 use crate::{abi, console, selftest, workload};
 use core::fmt;
 use core::sync::atomic::Ordering::Relaxed;
 use umbra_shared::layout::{MAX_SLOTS, MAX_VCPUS, Slot};
 use umbra_shared::nested::{Nested, Way};
+use umbra_shared::paging::Mode;
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage, ENTERED_BY_MONITOR};
 use umbra_shared::{Gfn, Level};
@@ -30,6 +31,8 @@ pub enum Error {
     Nested,
     /// The plans are too small for that many accesses.
     Plans(u64),
+    /// No paging mode.
+    Mode(u64),
 }
 
 impl fmt::Display for Error {
@@ -42,6 +45,7 @@ impl fmt::Display for Error {
             Self::Pages(found) => write!(f, "{found} pages, which is not what the slots add up to"),
             Self::Pattern => write!(f, "the pattern cannot be decoded, or is for another number of pages"),
             Self::Nested => write!(f, "L2's options cannot be decoded, or are for another number of pages"),
+            Self::Mode(found) => write!(f, "paging mode {found}, there are 0 to 2"),
             Self::Plans(accesses) => write!(f, "no room to plan {accesses} accesses"),
         }
     }
@@ -58,6 +62,8 @@ pub struct Setup {
     pub leaf: Level,
     /// What the pattern's pages are, if not the tracked ones themselves.
     pub nested: Option<Nested>,
+    /// The mode in which the tracked pages are touched.
+    pub mode: Mode,
 }
 
 impl Setup {
@@ -82,7 +88,8 @@ impl Setup {
         }
         let pattern = Pattern::decode(&page.pattern).ok_or(Error::Pattern)?;
         let nested = Nested::decode(&page.nested).ok_or(Error::Nested)?;
-        let setup = Self { page, pattern, leaf, nested };
+        let mode = Mode::from_number(page.guest_paging).ok_or(Error::Mode(page.guest_paging))?;
+        let setup = Self { page, pattern, leaf, nested, mode };
         if page.pages == 0 || setup.slots().try_fold(0_u64, |sum, slot| sum.checked_add(slot.pages)) != Some(page.pages)
         {
             return Err(Error::Pages(page.pages));
@@ -135,6 +142,17 @@ unsafe impl Sync for Arguments {}
 
 static ARGUMENTS: Arguments = Arguments([c"umbra".as_ptr().cast(), core::ptr::null()]);
 
+/// The tables of a mode before long mode, where one is asked for.
+fn create_legacy(setup: &Setup) -> Result<(), paging::Error> {
+    #[cfg(not(test))]
+    if setup.mode != Mode::Long {
+        let (tables, bytes) = (setup.page.legacy_tables, setup.page.legacy_table_bytes);
+        return crate::arch::legacy::create(tables, bytes, setup.slots(), setup.leaf, setup.mode);
+    }
+    let _ = setup;
+    Ok(())
+}
+
 /// Where the entry code leads each vCPU: ring 3, on its own stack.
 pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
     let monitor = entered_by == ENTERED_BY_MONITOR;
@@ -153,8 +171,11 @@ pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
             }
             _ => space::create(tables, bytes, setup.slots(), setup.leaf),
         };
-        if let Err(error) = created {
+        if let Err(error) = created.and_then(|()| create_legacy(&setup)) {
             panic!("page tables: {error}");
+        }
+        if setup.page.smram != 0 {
+            (0..setup.page.vcpus as usize).for_each(smm::install);
         }
     }
     let tracked = space::enter();
@@ -214,6 +235,7 @@ mod tests {
         assert_eq!(fault(|page| page.pattern[4] = 31), Error::Pattern);
         assert_eq!(fault(|page| page.plan_entries = 59), Error::Plans(60));
         assert_eq!(fault(|page| page.nested[0] = 9), Error::Nested);
+        assert_eq!(fault(|page| page.guest_paging = 3), Error::Mode(3));
     }
 
     #[test]

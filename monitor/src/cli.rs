@@ -166,6 +166,12 @@ pub struct RunArgs {
     /// Leaf size of the firmware's own page tables: 4k, 2m.
     #[arg(long, default_value = "4k")]
     pub guest_page: String,
+    /// The paging mode in which the firmware touches its tracked memory: 64bit, pae, 32bit (64bit).
+    #[arg(long)]
+    pub guest_paging: Option<String>,
+    /// Accesses per million TSC ticks, for dirty-rate (100).
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    pub rate: Option<u64>,
     /// Interrupt controllers: none, or kernel, which has KVM look after them at every exit as it does for most VMMs (none).
     #[arg(long)]
     pub irqchip: Option<String>,
@@ -175,6 +181,9 @@ pub struct RunArgs {
     /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).
     #[arg(long)]
     pub chunk: Option<u64>,
+    /// What `roots` changes, there and back, separated by commas; with @all by every vCPU (default: all that this host has).
+    #[arg(long, value_delimiter = ',')]
+    pub toggle: Vec<String>,
     /// The shadow MMU, for `model`; what of it concerns L1's table also for `nested`.
     #[command(flatten)]
     pub shadow: ShadowArgs,
@@ -347,14 +356,18 @@ impl RunArgs {
             ("guest-page".into(), self.guest_page.clone().into()),
         ]);
         config.extend(self.nested.given());
-        if let Some(irqchip) = &self.irqchip {
-            config.insert("irqchip".into(), irqchip.clone().into());
+        for (name, value) in [("irqchip", &self.irqchip), ("guest-paging", &self.guest_paging)] {
+            config.extend(value.as_ref().map(|value| (name.to_owned(), value.clone().into())));
         }
+        config.extend(self.rate.map(|rate| ("rate".to_owned(), rate.into())));
         if let Some(backing) = &self.backing {
             config.insert("backing".into(), backing.clone().into());
         }
         if !self.tracker.is_empty() {
             config.insert("tracker".into(), self.tracker.join(",").into());
+        }
+        if !self.toggle.is_empty() {
+            config.insert("toggle".into(), self.toggle.join(",").into());
         }
         if let Some(chunk) = self.chunk {
             config.insert("chunk".into(), chunk.into());

@@ -4,6 +4,7 @@
 //! GPA
 //! 0x0000_0000  system slot: one memory slot, never tracked
 //!   0x0000_1000   boot page (BootPage)
+//!   0x0003_0000   where SMM has its SMRAM, 64 KiB for each vCPU (smm); ordinary memory to everybody else
 //!   0x0010_0000   firmware image (link address), at most 5 MiB
 //!   0x0060_0000   one area of 256 KiB for each vCPU (vcpu_area): mailbox, histogram, what its L2 needs, stacks
 //!   0x0080_0000   plans: the accesses of one round, 4 bytes each
@@ -18,6 +19,7 @@
 //! is in. The gaps exist because dirty-log bugs hide where slots do not adjoin (firecracker #5696).
 
 use crate::gfn::{Gfn, Level, PAGE_SIZE};
+use crate::paging::Mode;
 
 /// Where the boot page lies.
 pub const BOOT_PAGE: u64 = 0x1000;
@@ -37,6 +39,10 @@ pub const PLANS: u64 = VCPU_AREAS + MAX_VCPUS as u64 * VCPU_AREA_BYTES;
 pub const SYSTEM_LIMIT: u64 = 1 << 30;
 /// Where the first tracked slot begins.
 pub const TRACKED_GPA: u64 = 4 << 30;
+/// Linear address of the first tracked page in the modes before long mode, and where the first tracked slot begins then: behind the system slot.
+pub const LEGACY_BASE: u64 = SYSTEM_LIMIT;
+/// In these modes all tracked memory lies below: what is above belongs to devices.
+pub const LEGACY_LIMIT: u64 = 3 << 30;
 /// Guest physical bytes between two tracked slots.
 pub const SLOT_GAP: u64 = 64 << 20;
 /// Linear address of the first tracked page: the second entry of the PML4.
@@ -52,6 +58,8 @@ pub mod vcpu_area {
     pub const HISTOGRAM: u64 = 0x1000;
     /// What L1 reports about its L2 ([`crate::nested::Report`]).
     pub const NESTED_REPORT: u64 = 0x9000;
+    /// What SMM's handler reports to everybody: 8 bytes, the SMIs that it has handled.
+    pub const SMM_REPORT: u64 = 0x9800;
     /// The VMCB or VMCS of this vCPU's L2.
     pub const CONTROL_BLOCK: u64 = 0xa000;
     /// What the processor keeps for L1: where VMRUN saves its state (SVM), or the VMXON region (VMX).
@@ -91,6 +99,12 @@ pub struct Slot {
 /// takes the rest. Returns `None` if a slot would be empty or there are more than [`MAX_SLOTS`].
 #[must_use]
 pub fn slots(pages: u64, count: usize, granule: Level) -> Option<impl Iterator<Item = Slot> + Clone> {
+    slots_at(TRACKED_GPA, pages, count, granule)
+}
+
+/// The same with the first slot at `base`, which is a multiple of 2 MiB.
+#[must_use]
+pub fn slots_at(base: u64, pages: u64, count: usize, granule: Level) -> Option<impl Iterator<Item = Slot> + Clone> {
     if count == 0 || count > MAX_SLOTS {
         return None;
     }
@@ -101,7 +115,7 @@ pub fn slots(pages: u64, count: usize, granule: Level) -> Option<impl Iterator<I
     // A gap keeps the alignment of 2 MiB that huge pages need, whatever the length of the slot before it.
     let stride = (each * PAGE_SIZE).next_multiple_of(Level::M2.bytes()) + SLOT_GAP;
     Some((0..count as u64).map(move |index| Slot {
-        base: Gfn::containing(TRACKED_GPA + index * stride),
+        base: Gfn::containing(base + index * stride),
         pages: if index + 1 == count as u64 { pages - each * index } else { each },
         first_page: each * index,
     }))
@@ -123,6 +137,19 @@ pub const fn table_bytes(pages: u64, leaf: Level) -> u64 {
     let directory_pointers = linear.div_ceil(Level::T512.bytes());
     // PML4, and one PDPT and one directory for the system slot.
     (3 + page_tables + directories + directory_pointers) * PAGE_SIZE
+}
+
+/// Bytes of page tables that the firmware needs for `pages` tracked pages in a mode before long mode; 0 for long mode.
+#[must_use]
+pub const fn legacy_table_bytes(pages: u64, leaf: Level, mode: Mode) -> u64 {
+    let tables = match (mode, leaf) {
+        (Mode::Long, _) => return 0,
+        // The pointers' page and four directories.
+        (Mode::Pae, Level::K4) => 5 + pages.div_ceil(512),
+        (Mode::Pae, _) => 5,
+        (Mode::Bits32, _) => 1 + pages.div_ceil(1024),
+    };
+    tables * PAGE_SIZE
 }
 
 #[cfg(test)]
@@ -165,7 +192,7 @@ mod tests {
         assert!(size_of::<Mailbox>() as u64 <= vcpu_area::HISTOGRAM);
         let histogram_end = vcpu_area::HISTOGRAM + size_of::<Histogram>() as u64;
         assert!(histogram_end <= vcpu_area::NESTED_REPORT);
-        assert!(size_of::<crate::nested::Report>() as u64 <= vcpu_area::CONTROL_BLOCK - vcpu_area::NESTED_REPORT);
+        assert!(size_of::<crate::nested::Report>() as u64 <= vcpu_area::SMM_REPORT - vcpu_area::NESTED_REPORT);
         assert_eq!(vcpu_area::IO_MAP + 3 * PAGE_SIZE, vcpu_area::MSR_MAP);
         const {
             assert!(vcpu_area::MSR_MAP + 2 * PAGE_SIZE < vcpu_area::L2_STACK_TOP);

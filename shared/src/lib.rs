@@ -12,6 +12,8 @@ pub mod nested;
 pub mod paging;
 pub mod pattern;
 pub mod protocol;
+pub mod smm;
+pub mod toggle;
 pub mod violation;
 
 pub use gfn::{Gfn, L2Gfn, Level, PAGE_SHIFT, PAGE_SIZE};

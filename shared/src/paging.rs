@@ -3,6 +3,45 @@
 //! Constants alone: who reads an entry decides what a bit means for it. Sections are those of the Intel SDM, volume 3,
 //! as of 2023 (in editions before, chapter 29 is 28), and of the AMD APM, volume 2, revision 3.40.
 
+/// The paging mode in which a guest touches its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Mode {
+    /// Long mode: four levels of 8-byte entries.
+    #[default]
+    Long = 0,
+    /// PAE: three levels of 8-byte entries.
+    Pae = 1,
+    /// 32-bit paging: two levels of 4-byte entries.
+    Bits32 = 2,
+}
+
+impl Mode {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Self; 3] = [Self::Long, Self::Pae, Self::Bits32];
+
+    /// The mode of that number, or `None`.
+    #[must_use]
+    pub const fn from_number(number: u64) -> Option<Self> {
+        match number {
+            0 => Some(Self::Long),
+            1 => Some(Self::Pae),
+            2 => Some(Self::Bits32),
+            _ => None,
+        }
+    }
+
+    /// Its name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Long => "64bit",
+            Self::Pae => "pae",
+            Self::Bits32 => "32bit",
+        }
+    }
+}
+
 /// Bits 51:12, the frame in every 8-byte format (SDM 3A 4.5, table 4-15; APM 5.3.3).
 pub const ADDRESS_MASK: u64 = 0x000f_ffff_ffff_f000;
 

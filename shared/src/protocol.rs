@@ -33,6 +33,8 @@ pub enum Doorbell {
     Panic = 5,
     /// This vCPU lacks what the firmware was asked for: `Mailbox::text` says what.
     NotHere = 6,
+    /// The chipset's SMI command: the monitor sends this vCPU an SMI and enters it again.
+    Smi = 7,
 }
 
 impl Doorbell {
@@ -46,6 +48,7 @@ impl Doorbell {
             4 => Some(Self::Exception),
             5 => Some(Self::Panic),
             6 => Some(Self::NotHere),
+            7 => Some(Self::Smi),
             _ => None,
         }
     }
@@ -81,6 +84,16 @@ pub struct BootPage {
     pub nested_tables: u64,
     /// Bytes of them.
     pub nested_table_bytes: u64,
+    /// Not 0: SMRAM is open, and the firmware shall install its handler there ([`crate::smm`]).
+    pub smram: u64,
+    /// The mode in which tracked pages are touched ([`crate::paging::Mode`]).
+    pub guest_paging: u64,
+    /// Physical address of that mode's tables, if it is not long mode's.
+    pub legacy_tables: u64,
+    /// Bytes of them.
+    pub legacy_table_bytes: u64,
+    /// TSC ticks from one access of [`Command::PacedRun`] to the next, at least.
+    pub pace: u64,
     /// Slots in use.
     pub slot_count: u64,
     /// First frame and pages of each tracked slot.
@@ -107,6 +120,11 @@ pub enum Command {
     Enter = 7,
     /// L1 alone: make all entries of its table for L2's pages that are not there yet.
     Fill = 8,
+    /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took.
+    Toggle = 9,
+    /// As `FreeRun`, but each access waits until [`BootPage::pace`] ticks after the one before it, and is timed into the histogram.
+    /// [`Mailbox::accesses_done`] counts them.
+    PacedRun = 10,
     /// L1 alone: provoke case `argument` of [`crate::violation::CASES`], and report what L1 was told ([`crate::nested::Report`]).
     Provoke = 12,
 }
@@ -124,6 +142,8 @@ impl Command {
             6 => Some(Self::ClearHistogram),
             7 => Some(Self::Enter),
             8 => Some(Self::Fill),
+            9 => Some(Self::Toggle),
+            10 => Some(Self::PacedRun),
             12 => Some(Self::Provoke),
             _ => None,
         }
@@ -169,6 +189,8 @@ pub struct Mailbox {
     pub ticks: u64,
     /// Rounds that [`Command::FreeRun`] has finished, counted from its argument: the number of the next round.
     pub rounds_done: u64,
+    /// Accesses that [`Command::PacedRun`] has made since it began.
+    pub accesses_done: u64,
     /// With [`Doorbell::Exit`].
     pub exit_code: u64,
     /// With [`Doorbell::Exception`].

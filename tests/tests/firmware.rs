@@ -84,6 +84,8 @@ fn program(name: &str) -> Result<(String, u64), umbra::guest::Error> {
         backing: Backing::Anonymous,
         guest_page: Level::K4,
         irqchip: false,
+        mode: umbra_shared::paging::Mode::Long,
+        pace: 0,
         nested: None,
         image: Arc::new(Image::load(Some(&image(name))).expect("an image of ours")),
         timer: Timer::new(Clock::Nanoseconds),

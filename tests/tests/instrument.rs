@@ -34,16 +34,20 @@ fn grown(record: &Record, thousandths: u64) -> Record {
     other
 }
 
-/// The spec: the shelf's kernel, the same kernel as if it were the user's own with a second run in its boot (so its image is shifted), and a
-/// parameter that no kernel has.
+/// The spec: the shelf's kernel, the same kernel as if it were the user's own with other runs in its boot (so its image is shifted), and a
+/// parameter that no kernel has. The other runs are the scenarios that watch what tracking leaves behind, and the guest's older paging modes.
 fn spec(directory: &Path) -> PathBuf {
     let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&Progress::stderr()).expect("the kernel");
     let image = kernel.vmlinuz();
     let modules = image.parent().expect("a directory");
     let own = format!("kernel = \"{}\"\nmodules = \"{}\"\n", words(&image), words(modules));
     let text = format!(
-        "[axes]\nmemory = \"4M\"\ntracker = \"bitmap,clear\"\n\n[[run]]\nkernel = \"6.12\"\n\n[[run]]\n{own}\n[[run]]\n{own}\
-         memory = \"2M\"\n\n[[run]]\nkernel = \"6.12\"\n\"kvm.no_such_parameter\" = \"1\"\n"
+        "[axes]\nmemory = \"4M\"\ntracker = \"bitmap,clear\"\n\n[[run]]\nkernel = \"6.12\"\n\n[[run]]\n{own}\n\
+         [[run]]\n{own}scenario = \"collapse\"\ntracker = \"bitmap\"\n\n\
+         [[run]]\n{own}scenario = \"dirty-rate\"\nrate = 50\ntracker = \"bitmap,pagemap-2step\"\n\n\
+         [[run]]\n{own}guest-paging = [\"pae\", \"32bit\"]\nbacking = \"anonymous\"\nslots = 2\npattern = \"random\"\n\
+         write-percent = 50\n\n\
+         [[run]]\nkernel = \"6.12\"\n\"kvm.no_such_parameter\" = \"1\"\n"
     );
     let path = directory.join("spec.toml");
     fs::write(&path, text).expect("a spec");
@@ -81,13 +85,48 @@ fn a_matrix_goes_on_where_it_was_killed_and_shifted_images_are_equal() {
     assert!(run.stdout.contains("not here: --param kvm.no_such_parameter=1"), "{}", run.stdout);
 
     let records: Vec<Record> = serde_json::from_slice(&fs::read(&out).unwrap()).unwrap();
-    let [shelf, own, _, skipped] = &records[..] else { panic!("{} Records", records.len()) };
+    let [shelf, own, collapse, rate, pae, bits32, skipped] = &records[..] else { panic!("{} Records", records.len()) };
+    for record in [shelf, own, collapse, rate, pae, bits32] {
+        assert_eq!(record.faults(), [""; 0], "{:?}", record.config);
+    }
+    huge_pages_come_back(collapse);
+    rates_are_right(rate);
+    for (record, mode) in [(pae, "pae"), (bits32, "32bit")] {
+        assert_eq!(record.config["guest-paging"], mode);
+        for row in record.measured() {
+            // Three rounds of two passes, half of 1024 pages each.
+            assert_eq!(row.truth.pages.written, 6 * 512, "{mode} {}", row.name);
+        }
+    }
     assert!(matches!(&skipped.rows[..], [Rows::NotHere { .. }]));
     let package = own.host.kernel_package.as_deref().unwrap_or_default();
     assert!(package.starts_with("own 6.12") && package.contains("modules "), "{package}");
     assert_eq!(own.host.kernel, shelf.host.kernel);
     assert_ne!(own.host.image_sha256, shelf.host.image_sha256, "the second image is not shifted");
     compares(directory.path(), shelf, own);
+}
+
+/// Two huge mappings are split for the log, and there again when the guest has touched its pages afterwards; then nothing faults.
+fn huge_pages_come_back(collapse: &Record) {
+    let names: Vec<&str> = collapse.measured().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["bitmap", "bitmap cancelled"]);
+    for row in collapse.measured() {
+        let counted = |name: &str| row.counters[name].value;
+        let huge = ["pages_2m_before", "pages_2m_logging", "pages_2m_settled"].map(counted);
+        assert_eq!((huge, counted("pf_settled")), ([2, 0, 2], 0), "{}", row.name);
+    }
+}
+
+/// KVM's log and the pagemap find the rate to 2%; sampling has a row.
+fn rates_are_right(record: &Record) {
+    for row in record.measured() {
+        let rate = row.rate.as_ref().expect("a rate");
+        assert!(rate.found > 0 && rate.certain > 0 && rate.certain <= rate.possible, "{}: {rate:?}", row.name);
+        if row.name != "sampling" {
+            assert!(rate.error_permille.abs() <= 20, "{}: {rate:?}", row.name);
+        }
+    }
+    assert_eq!(record.measured().count(), 3);
 }
 
 /// `a` and `b` are the same work in images that are merely shifted.

@@ -18,8 +18,12 @@ pub const USER_DATA: u16 = 0x18 | 3;
 /// Selector of ring 3's code segment, with its RPL.
 #[cfg_attr(test, allow(dead_code))]
 pub const USER_CODE: u16 = 0x20 | 3;
+/// Selector of ring 0's data segment.
+pub const KERNEL_DATA: u16 = 0x10;
+/// Selector of ring 0's 32-bit code segment: the way out of long mode leads through it.
+pub const KERNEL_CODE_32: u16 = 0x28;
 /// Selector of vCPU 0's TSS; the others follow, 16 bytes each.
-pub const FIRST_TSS: u16 = 0x28;
+pub const FIRST_TSS: u16 = 0x30;
 
 /// `link.ld` puts the TSSs here.
 const TASK_STATES_ADDRESS: u64 = layout::IMAGE_START + 0x1000;
@@ -107,6 +111,7 @@ pub static GDT: Gdt = {
     entries[2] = DescriptorFlags::KERNEL_DATA.bits();
     entries[3] = DescriptorFlags::USER_DATA.bits();
     entries[4] = DescriptorFlags::USER_CODE64.bits();
+    entries[5] = DescriptorFlags::KERNEL_CODE32.bits();
     let mut vcpu = 0;
     while vcpu < MAX_VCPUS {
         let Task { selector, base, .. } = task(vcpu);

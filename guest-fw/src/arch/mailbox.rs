@@ -24,6 +24,8 @@ pub struct LiveMailbox {
     pub ticks: AtomicU64,
     /// The number of the next round of a free run.
     pub rounds_done: AtomicU64,
+    /// Accesses of a paced run.
+    pub accesses_done: AtomicU64,
     /// Of a program that ended.
     pub exit_code: AtomicU64,
     /// Filled by the exception stubs.
@@ -41,6 +43,7 @@ const _: () = {
     assert!(offset_of!(LiveMailbox, writes) == offset_of!(Mailbox, writes));
     assert!(offset_of!(LiveMailbox, ticks) == offset_of!(Mailbox, ticks));
     assert!(offset_of!(LiveMailbox, rounds_done) == offset_of!(Mailbox, rounds_done));
+    assert!(offset_of!(LiveMailbox, accesses_done) == offset_of!(Mailbox, accesses_done));
     assert!(offset_of!(LiveMailbox, exit_code) == offset_of!(Mailbox, exit_code));
     assert!(offset_of!(LiveMailbox, exception) == offset_of!(Mailbox, exception));
     assert!(offset_of!(LiveMailbox, text_bytes) == offset_of!(Mailbox, text_bytes));

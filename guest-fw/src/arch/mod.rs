@@ -8,9 +8,13 @@ pub mod idt;
 pub mod l2;
 #[cfg(not(test))]
 mod lang;
+#[cfg(not(test))]
+pub mod legacy;
 pub mod lock;
 pub mod mailbox;
+pub mod modes;
 pub mod paging;
+pub mod paging_legacy;
 pub mod port;
 mod privileged;
 pub mod probe;
@@ -19,9 +23,11 @@ pub mod provoke;
 mod pvh;
 mod registers;
 pub mod ring0;
+pub mod smm;
 pub mod space;
 pub mod svm;
 pub mod tracked;
 pub mod tsc;
+mod unpaged;
 pub mod vcpu;
 pub mod vmx;

@@ -7,16 +7,18 @@ use crate::arch::mailbox::LiveMailbox;
 use crate::arch::svm::Svm;
 use crate::arch::tracked::{Executed, Tracked};
 use crate::arch::vmx::Vmx;
-use crate::arch::{port, vcpu};
+use crate::arch::{modes, port, tsc, vcpu};
 use crate::boot::Setup;
 use crate::nested::Hypervisor;
 use crate::{console, selftest};
+use core::ops::Range;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 use plan::Plan;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{Command, Doorbell};
+use umbra_shared::toggle::Toggle;
 use umbra_shared::violation::CASES;
 
 /// Whether the workload does what it is told.
@@ -34,6 +36,11 @@ pub struct Worker {
     pub pattern: Pattern,
     /// Where they go.
     pub tracked: Tracked,
+    /// The same memory in a mode before long mode, where that is asked for.
+    #[cfg(not(test))]
+    legacy: Option<crate::arch::legacy::Legacy>,
+    /// TSC ticks between the accesses of a paced run.
+    pace: u64,
     /// This vCPU's index, and how many take part.
     vcpu: u64,
     vcpus: u64,
@@ -57,6 +64,9 @@ impl Worker {
         Self {
             pattern: setup.pattern,
             tracked,
+            #[cfg(not(test))]
+            legacy: crate::arch::legacy::Legacy::enter(setup.mode),
+            pace: setup.page.pace,
             vcpu,
             vcpus,
             plan: Plan::new(memory.plan),
@@ -86,17 +96,46 @@ impl Worker {
                 self.make_plan(argument);
                 Executed::default()
             }
-            Command::Timed => self.tracked.timed(&self.plan, self.round),
-            Command::Observed => self.tracked.observed(&self.plan, self.round, self.histogram),
-            Command::Populate => self.tracked.populate(self.pattern.populate_share(self.vcpu, self.vcpus), argument),
+            Command::Timed => self.timed(),
+            Command::Observed => self.observed(),
+            Command::Populate => self.populate(self.pattern.populate_share(self.vcpu, self.vcpus), argument),
             Command::FreeRun => self.free_run(argument),
+            Command::PacedRun => self.paced_run(argument),
             Command::ClearHistogram => {
                 *self.histogram = Histogram::default();
                 Executed::default()
             }
+            Command::Toggle => {
+                let Some(toggle) = Toggle::from_number(argument) else { panic!("there is no toggle {argument}") };
+                Executed { writes: 0, ticks: modes::toggle(toggle) }
+            }
             // What only a hypervisor does.
             Command::Enter | Command::Fill | Command::Provoke => Executed::default(),
         }
+    }
+
+    fn timed(&mut self) -> Executed {
+        #[cfg(not(test))]
+        if let Some(legacy) = self.legacy {
+            return legacy.timed(&mut self.plan, self.round);
+        }
+        self.tracked.timed(&self.plan, self.round)
+    }
+
+    fn observed(&mut self) -> Executed {
+        #[cfg(not(test))]
+        if let Some(legacy) = self.legacy {
+            return legacy.observed(&mut self.plan, self.round, self.histogram);
+        }
+        self.tracked.observed(&self.plan, self.round, self.histogram)
+    }
+
+    fn populate(&self, pages: Range<u64>, round: u64) -> Executed {
+        #[cfg(not(test))]
+        if let Some(legacy) = self.legacy {
+            return legacy.populate(pages, round);
+        }
+        self.tracked.populate(pages, round)
     }
 
     fn make_plan(&mut self, round: u64) {
@@ -108,19 +147,57 @@ impl Worker {
         self.mailbox.accesses.store(self.plan.entries().len() as u64, Relaxed);
     }
 
+    fn paced_run(&mut self, first: u64) -> Executed {
+        let mut all = Executed::default();
+        let (mailbox, pace, mut last, mut done) = (self.mailbox, self.pace, tsc::now(), 0_u64);
+        mailbox.accesses_done.store(0, Release);
+        let mut round = first;
+        while mailbox.stop.load(Relaxed) == 0 {
+            self.make_plan(round);
+            let executed = self.tracked.paced(&self.plan, round, self.histogram, || {
+                // All accesses before this one are made.
+                mailbox.accesses_done.store(done, Release);
+                let due = due(&mut last, pace, mailbox);
+                done += u64::from(due);
+                due
+            });
+            all.writes += executed.writes;
+            all.ticks += executed.ticks;
+            round += 1;
+        }
+        mailbox.accesses_done.store(done, Release);
+        all
+    }
+
     fn free_run(&mut self, first: u64) -> Executed {
         let mut all = Executed::default();
         let mut round = first;
         self.mailbox.rounds_done.store(round, Release);
         while self.mailbox.stop.load(Relaxed) == 0 {
             self.make_plan(round);
-            let executed = self.tracked.timed(&self.plan, round);
+            let executed = self.timed();
             all.writes += executed.writes;
             all.ticks += executed.ticks;
             round += 1;
             self.mailbox.rounds_done.store(round, Release);
         }
         all
+    }
+}
+
+/// Whether the next access of a paced run may be made: waits until `pace` ticks after the last one, or until the monitor ends the run. An
+/// access that was late is not made up for: the guest lost that time.
+fn due(last: &mut u64, pace: u64, mailbox: &LiveMailbox) -> bool {
+    loop {
+        if mailbox.stop.load(Relaxed) != 0 {
+            return false;
+        }
+        let now = tsc::now();
+        if now.wrapping_sub(*last) >= pace {
+            // A little late is the loop's own grain; more is somebody else's work.
+            *last = if now.wrapping_sub(*last) < 2 * pace { last.wrapping_add(pace) } else { now };
+            return true;
+        }
     }
 }
 

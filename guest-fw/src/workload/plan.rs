@@ -39,6 +39,16 @@ impl<'a> Plan<'a> {
         &self.buffer[..self.planned]
     }
 
+    /// The entries as they lie in memory, for code that cannot take a slice.
+    pub fn entries_mut(&mut self) -> &mut [u32] {
+        &mut self.buffer[..self.planned]
+    }
+
+    /// Gives the entries away, to be overwritten: the plan is empty then.
+    pub fn consume(&mut self) -> &mut [u32] {
+        &mut self.buffer[..core::mem::take(&mut self.planned)]
+    }
+
     /// Pages that the plan may touch: `0..pages`.
     #[must_use]
     pub const fn pages(&self) -> u64 {
@@ -83,6 +93,14 @@ mod tests {
         assert_eq!(writes(&plan), 4);
         plan.cut_last_write();
         assert_eq!(writes(&plan), 3);
+    }
+
+    #[test]
+    fn a_consumed_plan_is_empty() {
+        let mut buffer = [0; 8];
+        let mut plan = Plan::new(&mut buffer);
+        plan.fill(&PATTERN, 0, 0..8);
+        assert_eq!((plan.entries_mut().len(), plan.consume().len(), plan.entries().len()), (8, 8, 0));
     }
 
     #[test]

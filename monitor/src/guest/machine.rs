@@ -3,21 +3,23 @@
 use super::{Error, Image};
 use crate::ground::Clock;
 use crate::kvm::clock::{self, Timer, Window};
-use crate::kvm::exits::Exits;
+use crate::kvm::exits::{Exits, Hits};
 use crate::kvm::ring::Rings;
 use crate::kvm::stats::Stats;
-use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread};
+use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread, Work};
 use crate::kvm::witness::Witness;
 use crate::kvm::{self, Backing, Vm};
 use crossbeam::channel::Receiver;
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::{self, Slot, vcpu_area};
 use umbra_shared::nested::{Map, Nested, Report};
+use umbra_shared::paging::Mode;
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage, Command, Doorbell, ENTERED_BY_MONITOR, ExceptionReport, Mailbox};
 use umbra_shared::{Level, PAGE_SIZE};
@@ -52,6 +54,10 @@ pub struct Plan {
     pub guest_page: Level,
     /// Whether KVM has the interrupt controllers.
     pub irqchip: bool,
+    /// The mode in which the firmware touches the tracked slots, which lie below 3 GiB if it is not long mode.
+    pub mode: Mode,
+    /// TSC ticks between the accesses of a paced run.
+    pub pace: u64,
     /// What the pattern's pages are, if not the tracked pages themselves.
     pub nested: Option<Nested>,
     /// The firmware.
@@ -178,12 +184,20 @@ impl Machine {
     /// # Errors
     /// [`Error::Broken`] and [`Error::Silent`].
     pub fn command(&self, command: Command, argument: u64) -> Result<Window, Error> {
+        self.command_of(0..self.threads.len(), command, argument)
+    }
+
+    /// The same for some of the vCPUs, while the others wait where they are.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn command_of(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<Window, Error> {
         std::thread::sleep(clock::settle(self.clock));
         let mut before = Witness::beside_vcpus(self.clock).look();
         clock::behind_a_tick(self.clock);
         before.begin();
-        self.begin(command, argument)?;
-        let mut window = self.finish(0..self.threads.len(), name(command))?;
+        self.begin_of(vcpus.clone(), command, argument)?;
+        let mut window = self.finish(vcpus, name(command))?;
         window.clean = match self.clock {
             // A vCPU thread that was never switched away had the CPU for itself; else the other tasks' time decides.
             Clock::Instructions => window.clean || before.nobody_else_ran(),
@@ -197,13 +211,26 @@ impl Machine {
     /// # Errors
     /// [`Error::Memory`] if the mailboxes are not there.
     pub fn begin(&self, command: Command, argument: u64) -> Result<(), Error> {
-        for vcpu in 0..self.threads.len() {
+        self.begin_of(0..self.threads.len(), command, argument)
+    }
+
+    fn begin_of(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<(), Error> {
+        for vcpu in vcpus.clone() {
             self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, command), command as u64)?;
             self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, argument), argument)?;
             self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, stop), 0)?;
         }
-        self.threads.iter().for_each(VcpuThread::run);
+        self.threads[vcpus].iter().for_each(VcpuThread::run);
         Ok(())
+    }
+
+    /// Lets each of `vcpus`, which wait at a doorbell, do the work that `work` makes for it on its own thread.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] with the error of the work.
+    pub fn work(&self, vcpus: Range<usize>, work: impl Fn() -> Work) -> Result<Window, Error> {
+        self.threads[vcpus.clone()].iter().for_each(|thread| thread.work(work()));
+        self.finish(vcpus, "work of the monitor's")
     }
 
     /// Waits until all vCPUs have done what [`Self::begin`] told them.
@@ -222,7 +249,7 @@ impl Machine {
         (0..self.threads.len()).try_for_each(|vcpu| self.write_mailbox(vcpu, std::mem::offset_of!(Mailbox, stop), 1))
     }
 
-    fn run(&self, vcpus: std::ops::Range<usize>, what: &'static str) -> Result<(), Error> {
+    fn run(&self, vcpus: Range<usize>, what: &'static str) -> Result<(), Error> {
         if vcpus.is_empty() {
             return Ok(());
         }
@@ -231,13 +258,13 @@ impl Machine {
     }
 
     /// Collects one stop from each of `vcpus`. Output that the guest prints on the way goes to stderr.
-    fn finish(&self, vcpus: std::ops::Range<usize>, what: &'static str) -> Result<Window, Error> {
+    fn finish(&self, vcpus: Range<usize>, what: &'static str) -> Result<Window, Error> {
         let mut windows = Vec::with_capacity(vcpus.len());
         let mut waiting: Vec<usize> = vcpus.collect();
         while let Some(&first) = waiting.first() {
             let Ok(stop) = self.stops.recv_timeout(PATIENCE) else { return Err(self.silent(first, what)) };
             match stop.exit {
-                Exit::Doorbell(Doorbell::Ready) => {
+                Exit::Doorbell(Doorbell::Ready) | Exit::Worked => {
                     windows.push(stop.window);
                     waiting.retain(|&vcpu| vcpu != stop.vcpu);
                 }
@@ -245,6 +272,7 @@ impl Machine {
                     eprint!("{}", self.text(stop.vcpu)?);
                     self.threads[stop.vcpu].run();
                 }
+                Exit::NotHere { what } => return Err(Error::NotHere(what)),
                 Exit::Doorbell(Doorbell::NotHere) => return Err(Error::NotHere(self.text(stop.vcpu)?)),
                 exit => return Err(self.broken(stop.vcpu, exit)),
             }
@@ -278,6 +306,8 @@ impl Machine {
             Exit::Doorbell(doorbell) => format!("it rang {doorbell:?} where Ready was expected"),
             Exit::Broken { what, rip } => format!("{what} at {}", self.image.place(rip)),
             Exit::Kicked { rip } => format!("it was stopped at {}", self.image.place(rip)),
+            Exit::NotHere { what } => what,
+            Exit::Worked => "it was not asked to work".to_owned(),
         };
         Error::Broken { vcpu, what }
     }
@@ -308,7 +338,19 @@ impl Machine {
     /// # Errors
     /// [`Error::Memory`] if it is not there.
     pub fn rounds_done(&self, vcpu: usize) -> Result<u64, Error> {
-        let address = vcpu_area(vcpu) + vcpu_area::MAILBOX + std::mem::offset_of!(Mailbox, rounds_done) as u64;
+        self.load_mailbox(vcpu, std::mem::offset_of!(Mailbox, rounds_done))
+    }
+
+    /// Accesses that a vCPU's paced run has made, read while the guest runs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn accesses_done(&self, vcpu: usize) -> Result<u64, Error> {
+        self.load_mailbox(vcpu, std::mem::offset_of!(Mailbox, accesses_done))
+    }
+
+    fn load_mailbox(&self, vcpu: usize, field: usize) -> Result<u64, Error> {
+        let address = vcpu_area(vcpu) + vcpu_area::MAILBOX + field as u64;
         self.vm
             .system()
             .load(GuestAddress(address), std::sync::atomic::Ordering::Acquire)
@@ -382,12 +424,12 @@ impl Machine {
         Ok(sums)
     }
 
-    /// Begins to count the vCPUs' exits by reason, which makes each of them some hundred instructions longer.
+    /// Begins to count what the vCPUs hit, which makes each hit some hundred instructions longer.
     ///
     /// # Errors
     /// As [`Exits::count`].
-    pub fn count_exits(&self, reasons: &[(&'static str, Option<u32>)]) -> Result<Exits, kvm::Error> {
-        Exits::count(&self.threads.iter().map(VcpuThread::id).collect::<Vec<_>>(), reasons)
+    pub fn count_hits(&self, what: &[Hits]) -> Result<Exits, kvm::Error> {
+        Exits::count(&self.threads.iter().map(VcpuThread::id).collect::<Vec<_>>(), what)
     }
 
     /// The VM.
@@ -436,6 +478,8 @@ struct SystemPlace {
     table_bytes: u64,
     nested_tables: u64,
     nested_table_bytes: u64,
+    legacy_tables: u64,
+    legacy_table_bytes: u64,
 }
 
 impl SystemPlace {
@@ -445,14 +489,25 @@ impl SystemPlace {
         let table_bytes = layout::table_bytes(pages, plan.guest_page);
         let nested_tables = tables + table_bytes;
         let nested_table_bytes = plan.nested.map_or(0, |nested| nested.table_bytes(plan.guest_page));
-        let bytes = (nested_tables + nested_table_bytes).next_multiple_of(Level::M2.bytes());
+        let legacy_tables = nested_tables + nested_table_bytes;
+        let legacy_table_bytes = layout::legacy_table_bytes(pages, plan.guest_page, plan.mode);
+        let bytes = (legacy_tables + legacy_table_bytes).next_multiple_of(Level::M2.bytes());
         if bytes > layout::SYSTEM_LIMIT {
             return Err(Error::Memory(format!(
                 "{pages} pages with {plan_entries} accesses a round need {bytes} bytes of tables and plans, and there is room for {} (ask for less memory or --guest-page 2m)",
                 layout::SYSTEM_LIMIT
             )));
         }
-        Ok(Self { bytes, plan_entries, tables, table_bytes, nested_tables, nested_table_bytes })
+        Ok(Self {
+            bytes,
+            plan_entries,
+            tables,
+            table_bytes,
+            nested_tables,
+            nested_table_bytes,
+            legacy_tables,
+            legacy_table_bytes,
+        })
     }
 }
 
@@ -471,6 +526,10 @@ fn write_boot_page(memory: &GuestMemoryMmap, plan: &Plan, place: &SystemPlace, t
         nested: plan.nested.map_or([0; 8], |nested| nested.encode()),
         nested_tables: place.nested_tables,
         nested_table_bytes: place.nested_table_bytes,
+        guest_paging: plan.mode as u64,
+        legacy_tables: place.legacy_tables,
+        legacy_table_bytes: place.legacy_table_bytes,
+        pace: plan.pace,
         slot_count: plan.slots.len() as u64,
         ..BootPage::default()
     };
@@ -536,9 +595,11 @@ const fn name(command: Command) -> &'static str {
         Command::Observed => "an observed round",
         Command::Populate => "populating",
         Command::FreeRun => "a free run",
+        Command::PacedRun => "a paced run",
         Command::ClearHistogram => "clearing the histogram",
         Command::Enter => "entering L2",
         Command::Fill => "filling L1's table",
+        Command::Toggle => "a toggle",
         Command::Provoke => "provoking a violation",
     }
 }

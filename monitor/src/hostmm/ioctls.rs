@@ -55,6 +55,7 @@ pub struct ScanArgument {
 ioctl_iowr_nr!(UFFDIO_API, UFFDIO, 0x3f, Api);
 ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, 0x00, Register);
 ioctl_ior_nr!(UFFDIO_UNREGISTER, UFFDIO, 0x01, Range);
+ioctl_ior_nr!(UFFDIO_WAKE, UFFDIO, 0x02, Range);
 ioctl_iowr_nr!(UFFDIO_WRITEPROTECT, UFFDIO, 0x06, WriteProtect);
 ioctl_io_nr!(USERFAULTFD_IOC_NEW, UFFDIO, 0x00);
 ioctl_iowr_nr!(PAGEMAP_SCAN, b'f' as u32, 16, ScanArgument);
@@ -66,8 +67,8 @@ mod tests {
     /// As the C compiler computes them from the headers.
     #[test]
     fn numbers_are_the_kernels() {
-        let numbers = [UFFDIO_API(), UFFDIO_REGISTER(), UFFDIO_UNREGISTER(), UFFDIO_WRITEPROTECT()];
-        assert_eq!(numbers, [0xc018_aa3f, 0xc020_aa00, 0x8010_aa01, 0xc018_aa06]);
+        let numbers = [UFFDIO_API(), UFFDIO_REGISTER(), UFFDIO_UNREGISTER(), UFFDIO_WAKE(), UFFDIO_WRITEPROTECT()];
+        assert_eq!(numbers, [0xc018_aa3f, 0xc020_aa00, 0x8010_aa01, 0x8010_aa02, 0xc018_aa06]);
         assert_eq!((USERFAULTFD_IOC_NEW(), PAGEMAP_SCAN()), (0xaa00, 0xc060_6610));
     }
 }

@@ -7,8 +7,8 @@
 //! *Asynchronous*: the kernel takes it off itself, and pagemap tells afterwards.
 
 use super::ioctls::{
-    Api, Range, Register, UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WRITEPROTECT, USERFAULTFD_IOC_NEW,
-    WriteProtect,
+    Api, Range, Register, UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT,
+    USERFAULTFD_IOC_NEW, WriteProtect,
 };
 use super::{Hva, Stretch, missing};
 use crate::kvm::Error;
@@ -145,7 +145,8 @@ impl Userfault {
         })
     }
 
-    /// Ends the registration: protection goes, and who slept wakes.
+    /// Ends the registration: protection goes, and who slept wakes. The kernel itself wakes those alone who wait for a missing page
+    /// (`userfaultfd_unregister`); who writes in this moment to a protected one would sleep for ever.
     ///
     /// # Errors
     /// The system's.
@@ -153,7 +154,10 @@ impl Userfault {
         let mut range = range(stretch);
         // SAFETY: as above.
         check(unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_UNREGISTER(), &mut range) })
-            .map_err(|error| Error::call("UFFDIO_UNREGISTER", error))
+            .map_err(|error| Error::call("UFFDIO_UNREGISTER", error))?;
+        // SAFETY: as above.
+        check(unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_WAKE(), &mut range) })
+            .map_err(|error| Error::call("UFFDIO_WAKE", error))
     }
 
     /// Protects pages, or takes their protection off and wakes who slept on them. Huge pages of hugetlb must be covered whole.

@@ -1,5 +1,5 @@
-//! VM exits counted by their reason. KVM's statistics do not tell them apart, its tracepoint `kvm_exit` does: a perf event for each
-//! reason and vCPU thread counts the hits that its filter lets through, and nothing is recorded.
+//! Hits of KVM's tracepoints, counted. KVM's statistics do not tell exits apart, and older kernels have none; a perf event for each filter and
+//! vCPU thread counts the hits that the filter lets through, and nothing is recorded.
 
 use super::{Error, ioctls};
 use rustix::process::Pid;
@@ -8,30 +8,37 @@ use std::fs;
 use std::fs::File;
 use std::io::{self, Read as _};
 
-/// Intel's basic exit reasons (SDM 3, appendix C) that dirty logging is about, by the name of their counter.
-pub const PML: &[(&str, Option<u32>)] = &[("vm_exits", None), ("ept_violation", Some(48)), ("pml_full", Some(62))];
+/// Something to count: the counter's name, KVM's event, and a filter on the event's fields if not every hit counts
+/// (Documentation/trace/events.rst, 5).
+pub type Hits<'a> = (&'static str, &'static str, Option<&'a str>);
 
-/// Where the tracepoint's number is.
-const TRACEPOINT: &str = "/sys/kernel/tracing/events/kvm/kvm_exit/id";
+/// Intel's basic exit reasons (SDM 3, appendix C) that dirty logging is about.
+pub const PML: &[Hits] = &[
+    ("vm_exits", "kvm_exit", None),
+    ("ept_violation", "kvm_exit", Some("exit_reason==48")),
+    ("pml_full", "kvm_exit", Some("exit_reason==62")),
+];
+
+/// Where the tracepoints' numbers are.
+const EVENTS: &str = "/sys/kernel/tracing/events/kvm";
 
 /// Running counters.
 #[derive(Debug)]
 pub struct Exits(Vec<(&'static str, File)>);
 
 impl Exits {
-    /// Begins to count the exits of these threads, all of them under a name without a reason.
+    /// Begins to count the hits of these threads.
     ///
     /// # Errors
     /// [`Error::Call`] where tracefs is not mounted, or perf events are not for this user.
-    pub fn count(threads: &[Pid], reasons: &[(&'static str, Option<u32>)]) -> Result<Self, Error> {
-        let failed = |source| Error::Call { what: "counting exits by the tracepoint kvm_exit", source };
-        let number = fs::read_to_string(TRACEPOINT).map_err(failed)?;
-        let number = number.trim().parse().map_err(|error| failed(io::Error::other(error)))?;
+    pub fn count(threads: &[Pid], what: &[Hits]) -> Result<Self, Error> {
+        let failed = |source| Error::Call { what: "counting hits of a tracepoint of KVM", source };
         let mut counters = Vec::new();
-        for &thread in threads {
-            for &(name, reason) in reasons {
-                let filter = reason.map(|reason| format!("exit_reason=={reason}"));
-                counters.push((name, ioctls::tracepoint_counter(number, thread, filter.as_deref()).map_err(failed)?));
+        for &(name, event, filter) in what {
+            let number = fs::read_to_string(format!("{EVENTS}/{event}/id")).map_err(failed)?;
+            let number = number.trim().parse().map_err(|error| failed(io::Error::other(error)))?;
+            for &thread in threads {
+                counters.push((name, ioctls::tracepoint_counter(number, thread, filter).map_err(failed)?));
             }
         }
         Ok(Self(counters))

@@ -260,6 +260,18 @@ impl HostMemory {
         Some(unsafe { word.read_volatile() })
     }
 
+    /// A hash of page `index`, which the guest may be writing at this moment (FNV-1a by words). `None` beyond the end.
+    #[must_use]
+    pub fn hash(&self, index: u64) -> Option<u64> {
+        let first = self.word_at(index)?;
+        let words = usize::try_from(PAGE_SIZE).unwrap_or(0) / size_of::<u64>();
+        Some((0..words).fold(0xcbf2_9ce4_8422_2325, |hash, at| {
+            // SAFETY: a whole page lies inside the mapping, and this word in that page; volatile, since the guest may write it.
+            let word = unsafe { first.add(at).read_volatile() };
+            (hash ^ word).wrapping_mul(0x0100_0000_01b3)
+        }))
+    }
+
     /// Writes the first word of page `index`, as a guest would. Returns false, and changes nothing, beyond the end.
     #[must_use]
     pub fn set_first_word(&self, index: u64, value: u64) -> bool {

@@ -3,6 +3,7 @@
 pub mod capabilities;
 pub mod clock;
 pub mod exits;
+pub mod footprint;
 mod ioctls;
 pub mod log;
 pub mod memory;

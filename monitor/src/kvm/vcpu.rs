@@ -29,6 +29,13 @@ pub enum Exit {
         /// The instruction pointer.
         rip: u64,
     },
+    /// The work of [`VcpuThread::work`] is done.
+    Worked,
+    /// That work is none that this host can do.
+    NotHere {
+        /// What is missing.
+        what: String,
+    },
     /// [`VcpuThread::kick`] ended the order.
     Kicked {
         /// The instruction pointer.
@@ -47,9 +54,20 @@ pub struct Stop {
     pub window: Window,
 }
 
+/// Work on a vCPU that only its own thread may do: KVM's calls wait for each other, and a vCPU's descriptor is not shared.
+pub type Work = Box<dyn FnOnce(&VcpuFd) -> Result<(), Error> + Send>;
+
+/// What the thread is told.
+enum Order {
+    /// Run the guest.
+    Run,
+    /// Do this instead.
+    Work(Work),
+}
+
 /// A vCPU's thread.
 pub struct VcpuThread {
-    orders: Option<Sender<()>>,
+    orders: Option<Sender<Order>>,
     kicked: Arc<AtomicBool>,
     id: Pid,
     thread: Option<JoinHandle<()>>,
@@ -107,9 +125,18 @@ impl VcpuThread {
 
     /// Orders the guest to run until its next doorbell.
     pub fn run(&self) {
+        self.order(Order::Run);
+    }
+
+    /// Orders `work`, which ends with [`Exit::Worked`], [`Exit::NotHere`], or [`Exit::Broken`] with the error.
+    pub fn work(&self, work: Work) {
+        self.order(Order::Work(work));
+    }
+
+    fn order(&self, order: Order) {
         if let Some(orders) = &self.orders {
             // A thread that is gone has reported why; the report, not this send, ends the run.
-            let _ = orders.send(());
+            let _ = orders.send(order);
         }
     }
 
@@ -136,10 +163,17 @@ impl Drop for VcpuThread {
     }
 }
 
-fn serve(mut vcpu: Vcpu, kicked: &AtomicBool, orders: &Receiver<()>, stops: &Sender<Stop>) {
-    while orders.recv().is_ok() {
+fn serve(mut vcpu: Vcpu, kicked: &AtomicBool, orders: &Receiver<Order>, stops: &Sender<Stop>) {
+    while let Ok(order) = orders.recv() {
         let timer = vcpu.timer;
-        let (exit, window) = timer.window(Witness::of_vcpu(timer.clock()), || run(&mut vcpu, kicked));
+        let (exit, window) = timer.window(Witness::of_vcpu(timer.clock()), || match order {
+            Order::Run => run(&mut vcpu, kicked),
+            Order::Work(work) => match work(&vcpu.fd) {
+                Ok(()) => Exit::Worked,
+                Err(error @ Error::Capability { .. }) => Exit::NotHere { what: error.to_string() },
+                Err(error) => Exit::Broken { what: error.to_string(), rip: rip(&vcpu.fd) },
+            },
+        });
         if stops.send(Stop { vcpu: vcpu.index, exit, window }).is_err() {
             return;
         }

@@ -11,6 +11,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// Where KVM on Intel without unrestricted guests keeps its real-mode TSS; nothing else is near.
 const TSS_ADDRESS: usize = 0xfffb_d000;
+/// Where a slot is while it is away: beyond all tracked slots (32 of them, less than 1 TiB in all), within the 40 address bits that every CPU has.
+const MOVED_TO: u64 = 1 << 39;
 /// Slot id of the system slot; tracked slots follow it.
 const SYSTEM_SLOT: u32 = 0;
 
@@ -103,6 +105,33 @@ impl Vm {
         self.slots.iter().try_for_each(|slot| self.set_region(slot.id, slot.place.base, &slot.memory, flags))
     }
 
+    /// Takes tracked slot `index` away from the guest (KVM drops every mapping of the VM), and gives it back at the same place. The memory stays.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn delete_and_restore(&self, index: usize) -> Result<(), Error> {
+        let slot = &self.slots[index];
+        self.delete_region(slot.id)?;
+        self.set_region(slot.id, slot.place.base, &slot.memory, 0)
+    }
+
+    /// Moves tracked slot `index` to [`MOVED_TO`], where no slot is, and back.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn move_and_restore(&self, index: usize) -> Result<(), Error> {
+        let slot = &self.slots[index];
+        let beyond = Gfn::containing(MOVED_TO);
+        self.set_region(slot.id, beyond, &slot.memory, 0)?;
+        self.set_region(slot.id, slot.place.base, &slot.memory, 0)
+    }
+
+    fn delete_region(&self, slot: u32) -> Result<(), Error> {
+        let region = kvm_userspace_memory_region { slot, ..kvm_userspace_memory_region::default() };
+        // SAFETY: a slot without memory; KVM forgets the mapping.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))
+    }
+
     /// Gives all tracked pages their host memory. Only before the guest has written any.
     pub fn populate(&self) {
         self.slots.iter().for_each(|slot| slot.memory.populate());
@@ -137,6 +166,15 @@ impl Vm {
     pub fn first_word(&self, page: u64) -> Option<u64> {
         let slot = self.slot_of(page)?;
         slot.memory.first_word(page - slot.place.first_page)
+    }
+}
+
+impl Vm {
+    /// A hash of what tracked page `page` holds, which the guest may be writing; `None` beyond the last.
+    #[must_use]
+    pub fn hash(&self, page: u64) -> Option<u64> {
+        let slot = self.slot_of(page)?;
+        slot.memory.hash(page - slot.place.first_page)
     }
 }
 

@@ -101,7 +101,7 @@ impl Before {
                 let others: Vec<(u64, u32)> = times()
                     .iter()
                     .map(|(&task, now)| (now.saturating_sub(before.get(&task).copied().unwrap_or(0)), task))
-                    .filter(|&(time, task)| time > 0 && !works_for_rcu(task))
+                    .filter(|&(time, task)| time > 0 && !works_for_interrupts(task))
                     .collect();
                 let clean = Duration::from_nanos(others.iter().map(|(time, _)| time).sum()) <= length / SHARE;
                 if let (false, Some(&(time, task))) = (clean, others.iter().max()) {
@@ -152,10 +152,13 @@ fn name(task: u32) -> String {
     name.trim_end().to_owned()
 }
 
-/// Whether a task ends grace periods. A change of a memory slot waits for one (`synchronize_srcu`), so that its work is the ioctl's own.
-fn works_for_rcu(task: u32) -> bool {
+/// Whether a task does what interrupts have put off. Ending grace periods: a change of a memory slot waits for one (`synchronize_srcu`), so that
+/// this is the ioctl's own work. And softirqs: kernels before 6.12 leave some to `ksoftirqd` that later ones do on the back of whoever was
+/// interrupted, where they are in the figure too.
+fn works_for_interrupts(task: u32) -> bool {
     let name = name(task);
-    name.starts_with("rcu_") || (name.starts_with("kworker/") && name.contains("rcu"))
+    let worker = name.starts_with("kworker/") && name.contains("rcu");
+    name.starts_with("rcu_") || name.starts_with("ksoftirqd/") || worker
 }
 
 #[cfg(test)]

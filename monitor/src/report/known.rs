@@ -165,8 +165,8 @@ impl<'a> Line<'a> {
             line.accounted += events * more.each;
             line.why.push(&more.why);
         }
-        // What one image of ours may differ from another in is no difference either.
-        line.rounded = line.rounded.max(count(noise(&phase.phase, phase.value)));
+        // What one image of ours may differ from another in, short as the phase may be, is no difference either.
+        line.rounded = line.rounded.max(count(noise(&phase.phase, 0)));
         line
     }
 

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use umbra_shared::histogram::Histogram;
 
 /// The schema that this code writes and reads.
 pub const SCHEMA: u32 = 1;
@@ -98,9 +99,46 @@ pub struct Row {
     /// How long single writes took in the guest.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub stall: Option<Stall>,
+    /// How fast the guest dirtied its memory, as it was found and as it was.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub rate: Option<Rate>,
     /// What the shadow MMU's structures take.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub memory: Option<Bytes>,
+}
+
+/// A dirty rate: the pages that a tool found in its interval beside those that were written in it, and what the guest did meanwhile.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rate {
+    /// Of `time`: `instructions` or `nanoseconds`.
+    pub unit: String,
+    /// TSC ticks between two accesses, where nothing is in the guest's way.
+    pub pace: u64,
+    /// Pages that the tool found.
+    pub found: u64,
+    /// Pages that were written after it began to look and before it looked again.
+    pub certain: u64,
+    /// These, and those that were written while it did either.
+    pub possible: u64,
+    /// What was found against the middle of the two, in thousandths of it.
+    pub error_permille: i64,
+    /// The guest before the tool.
+    pub before: Share,
+    /// The guest while it ran.
+    pub during: Share,
+    /// The guest when it had gone.
+    pub after: Share,
+}
+
+/// What a guest did in a stretch of time.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Share {
+    /// Accesses.
+    pub accesses: u64,
+    /// How long it was.
+    pub time: u64,
+    /// TSC ticks that a write took on average.
+    pub ticks_per_write: u64,
 }
 
 /// Heap bytes of the shadow MMU, at their most over the phases.
@@ -114,6 +152,14 @@ pub struct Bytes {
     pub cache_bytes: u64,
     /// Bitmaps, log and copies of tracking.
     pub track_bytes: u64,
+}
+
+impl Bytes {
+    /// All together.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.table_bytes + self.rmap_bytes + self.track_bytes
+    }
 }
 
 /// One phase of one round.
@@ -227,6 +273,22 @@ pub struct Stall {
     pub max: u64,
     /// The sum.
     pub total: u64,
+}
+
+impl Stall {
+    /// What `histogram` holds, each value turned into `unit` by `convert`.
+    #[must_use]
+    pub fn of(histogram: &Histogram, unit: &str, convert: impl Fn(u64) -> u64) -> Self {
+        Self {
+            unit: unit.to_owned(),
+            count: histogram.count,
+            p50: convert(histogram.quantile(500)),
+            p99: convert(histogram.quantile(990)),
+            p999: convert(histogram.quantile(999)),
+            max: convert(histogram.max),
+            total: convert(histogram.total),
+        }
+    }
 }
 
 impl Row {

@@ -1,6 +1,6 @@
 //! Many Records in one table: a matrix, the history of a figure over kernels, the noise of shifted images.
 
-use super::compare::{NOISE_GRACE_PERIOD, NOISE_INSTRUCTIONS, noise};
+use super::compare::{changes_a_slot, noise};
 use super::record::{Record, Row, Rows};
 use super::table::{self, COLUMNS, Rounds, heading_cell, per, plain_table, right, smallest};
 use comfy_table::Cell;
@@ -49,8 +49,13 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     if stalls {
         header.extend(["stall p50", "max"].map(heading_cell));
     }
-    let counted = counters_of(scenario);
+    let counted: Vec<&str> =
+        COUNTED.iter().copied().filter(|name| measured().any(|row| row.counters.contains_key(*name))).collect();
     header.extend(counted.iter().map(|name| heading_cell(&name.replace('_', " "))));
+    let bytes = measured().any(|row| row.memory.is_some());
+    if bytes {
+        header.push(heading_cell("bytes"));
+    }
     table.set_header(header);
     let (mut rest, mut unclean, mut failed) = (String::new(), false, false);
     let mut last: Vec<String> = Vec::new();
@@ -80,6 +85,10 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
                     let value =
                         |name: &str| row.counters.get(name).map_or_else(|| "-".to_owned(), |it| it.value.to_string());
                     cells.extend(counted.iter().map(|name| right(value(name))));
+                    if bytes {
+                        let bytes = row.memory.map(|bytes| table::scaled(bytes.total()));
+                        cells.push(right(bytes.unwrap_or_else(|| "-".to_owned())));
+                    }
                     table.add_row(cells);
                 }
                 Rows::NotHere { name, not_here } => {
@@ -99,20 +108,20 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     text
 }
 
-/// The counters that a scenario is about.
-fn counters_of(scenario: &str) -> &'static [&'static str] {
-    match scenario {
-        "collapse" => &[
-            "pages_2m_before",
-            "pages_2m_logging",
-            "pages_2m_after_disable",
-            "pages_2m_after_retouch",
-            "pf_retouch",
-            "pf_settled",
-        ],
-        _ => &[],
-    }
-}
+/// Counters that a scenario is about, or that somebody asked for by the kernel's command line (kvm/footprint.rs): shown where a row has them.
+const COUNTED: &[&str] = &[
+    "faults",
+    "pages_2m_before",
+    "pages_2m_logging",
+    "pages_2m_after_disable",
+    "pages_2m_after_retouch",
+    "pf_retouch",
+    "pf_settled",
+    "kvm_table_bytes",
+    "kvm_header_bytes",
+    "kvm_pte_list_bytes",
+    "kvm_sec_page_table_bytes",
+];
 
 fn cost(record: &Record, row: &Row, phase: &str, rounds: Rounds) -> (String, bool) {
     let count = if matches!(phase, "dirty" | "retouch" | "baseline" | "settled") {
@@ -154,7 +163,7 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
     let mut table = plain_table();
     let header = ["", "", "smallest", "largest", "spread", "of it", "floor"];
     table.set_header(header.map(heading_cell));
-    let (mut worst, mut over) = (0.0_f64, Vec::new());
+    let (mut worst, mut of_slots, mut over) = (0.0_f64, 0.0_f64, Vec::new());
     let Some(first) = records.first() else { return (String::new(), over) };
     for row in first.measured() {
         let mut name = row.name.as_str();
@@ -175,7 +184,8 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
             }
             // What a short phase may always have says nothing about shares.
             if most - least > noise(phase, 0) {
-                worst = worst.max(share);
+                let worst = if changes_a_slot(phase) { &mut of_slots } else { &mut worst };
+                *worst = worst.max(share);
             }
             let cells = [
                 title.to_owned(),
@@ -191,11 +201,13 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
         }
     }
     let text = format!(
-        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread is {worst:.3}%, beside what is below {NOISE_INSTRUCTIONS} instructions, \
-or {NOISE_GRACE_PERIOD} where a phase waits for a grace period.\n",
+        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread is {worst:.3}%, and {of_slots:.3}% in phases that change a memory slot, \
+beside {} and {} instructions that a short phase may have.\n",
         first.scenario,
         records.len(),
         first.host.kernel,
+        noise("", 0),
+        noise("enable", 0),
     );
     (text, over)
 }
@@ -204,11 +216,11 @@ or {NOISE_GRACE_PERIOD} where a phase waits for a grace period.\n",
 mod tests {
     use super::*;
     use crate::report::Host;
-    use crate::report::record::{Phase, SCHEMA};
+    use crate::report::record::{Bytes, Counter, Phase, SCHEMA};
 
     fn record(kernel: &str, enable: u64) -> Record {
         let phase = Phase {
-            phase: "enable".into(),
+            phase: "populate".into(),
             round: 0,
             pass: "timed".into(),
             value: enable,
@@ -240,10 +252,24 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_the_shadow_mmu_say_their_faults_and_bytes() {
+        let mut shadow = record("6.12", 100_000);
+        shadow.scenario = "model".into();
+        let Rows::Measured(row) = &mut shadow.rows[0] else { unreachable!() };
+        row.memory = Some(Bytes { table_bytes: 4000, rmap_bytes: 300, cache_bytes: 99, track_bytes: 21 });
+        let faults = Counter { value: 777, source: "umbra-mmu".into(), pass: "timed".into() };
+        row.counters.insert("faults".into(), faults);
+        let text = matrix(&[shadow]);
+        assert!(text.contains("faults") && text.contains("bytes"), "{text}");
+        assert!(text.contains(" 777 ") && text.contains(" 4321 "), "{text}");
+        assert!(!matrix(&[record("6.12", 1)]).contains("bytes"), "a row of KVM's has none");
+    }
+
+    #[test]
     fn a_spread_above_the_floor_is_told() {
         let (text, over) = noise_of(&[record("k", 10_000_000), record("k", 10_001_000)]);
         assert!(over.is_empty() && text.contains("0.010%"), "{text}");
         let (_, over) = noise_of(&[record("k", 10_000_000), record("k", 10_010_000)]);
-        assert_eq!(over, ["clear: enable varies by 10000 instructions, and the floor is 3003"]);
+        assert_eq!(over, ["clear: populate varies by 10000 instructions, and the floor is 3003"]);
     }
 }

@@ -1,7 +1,7 @@
 //! A Record as a table on the terminal.
 
 use super::record::{Pages, Phase, Record, Row, Rows};
-use super::snapshot;
+use super::{rate, roots, snapshot};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -18,6 +18,16 @@ pub fn render(record: &Record) -> String {
         text.push_str(&about_clock(record, &measured));
         return text;
     }
+    if measured.iter().any(|row| row.rate.is_some()) {
+        let _ = write!(text, "\n{}\n", rate::table(&measured));
+    }
+    if record.scenario == "roots" {
+        let _ = write!(text, "\n{}\n", roots::table(record));
+        text.push_str(&missing(record));
+        text.push_str(roots::FOOTNOTES);
+        text.push_str(&about_clock(record, &measured));
+        return text;
+    }
     if measured.iter().any(|row| !row.phases.is_empty()) {
         let _ = write!(text, "\n{}\n", costs(record, &measured));
     }
@@ -31,15 +41,20 @@ pub fn render(record: &Record) -> String {
     text
 }
 
-/// A line for each row that this host cannot do.
+/// What this host cannot do: a line for each reason, with the rows that it keeps away.
 fn missing(record: &Record) -> String {
-    let mut text = String::new();
+    let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
     for row in &record.rows {
-        if let Rows::NotHere { name, not_here } = row {
-            let _ = writeln!(text, "{name}: not here: {not_here}");
+        let Rows::NotHere { name, not_here } = row else { continue };
+        match reasons.iter_mut().find(|(reason, _)| reason == not_here) {
+            Some((_, names)) => names.push(name),
+            None => reasons.push((not_here, vec![name])),
         }
     }
-    text
+    reasons.iter().fold(String::new(), |mut text, (reason, names)| {
+        let _ = writeln!(text, "{}: not here: {reason}", names.join(", "));
+        text
+    })
 }
 
 fn number(record: &Record, option: &str) -> u64 {
@@ -353,6 +368,12 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
     let mut text = String::new();
     if rows.iter().any(|row| !row.phases.is_empty()) {
         text.push_str("dirty and retouch: per access; all other phases: per tracked page. 2+: the cheapest of the later rounds.\n");
+    }
+    if record.scenario == "dirty-rate" {
+        text.push_str(
+            "written: for certain between the tool's two looks, to while it looked as well. error: against the middle. The guest touches one page each `pace` at most;\n\
+             its rate while the tool ran and afterwards is against that before, and what a write took is by its own clock.\n",
+        );
     }
     if record.scenario == "collapse" {
         text.push_str("baseline, retouch, settled: a round before logging, right after it, and the one after that.\n");

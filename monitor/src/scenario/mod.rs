@@ -3,13 +3,16 @@
 mod check;
 mod collapse;
 mod dirty_log;
+mod dirty_rate;
 mod l2;
 mod model;
 mod nested;
 mod pass;
+mod roots;
 mod setup;
 mod snapshot;
 mod soak;
+mod toggles;
 mod violations;
 
 pub use setup::{Options, Setup};
@@ -62,6 +65,12 @@ pub const ALL: &[Scenario] = &[
         work: Work::Kvm(collapse::run),
     },
     Scenario {
+        name: "dirty-rate",
+        description: "how fast a guest dirties its memory, by each tracker and by sampling: the error, the guest's loss, what stays behind",
+        trackers: &track::ALL,
+        work: Work::Kvm(dirty_rate::run),
+    },
+    Scenario {
         name: MODEL,
         description: "Umbra's own shadow MMU on a software walker: every strategy on the same run, no KVM needed",
         trackers: &[],
@@ -78,6 +87,12 @@ pub const ALL: &[Scenario] = &[
         description: "the same for a guest's guest: what its writes cost under KVM's own nesting, and without (plain)",
         trackers: &track::OF_KVM,
         work: Work::Kvm(nested::run),
+    },
+    Scenario {
+        name: setup::ROOTS,
+        description: "which changes of mode, and of memory slots, cost a VM its page-table root: touch, toggle, touch again",
+        trackers: &[],
+        work: Work::Kvm(roots::run),
     },
     Scenario {
         name: "soak",
@@ -131,6 +146,14 @@ fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
 /// An option that would have no effect is refused.
 fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let name = args.scenario.as_str();
+    if name == MODEL && (args.guest_paging.is_some() || args.irqchip.is_some()) {
+        return Err(Failure::Input("model: it runs no guest, so --guest-paging and --irqchip mean nothing".to_owned()));
+    }
+    if args.rate.is_some() && name != "dirty-rate" {
+        return Err(Failure::Input(format!(
+            "{name}: it touches as fast as it can, so --rate means nothing (dirty-rate has one)"
+        )));
+    }
     if name == COLLAPSE && args.vcpus != 1 {
         return Err(Failure::Input(format!(
             "--vcpus {}: collapse has one, since several would end in different rounds when it cancels",
@@ -142,6 +165,13 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
         return Err(Failure::Input(format!(
             "{name}: it runs no L2, so --nesting, --accessed-dirty and --fill-batch mean nothing (nested does)"
         )));
+    }
+    let has_toggles = name == setup::ROOTS;
+    if !has_toggles && !args.toggle.is_empty() {
+        return Err(Failure::Input(format!("{name}: it changes no mode, so --toggle means nothing (roots does)")));
+    }
+    if has_toggles && (!args.tracker.is_empty() || args.inject.is_some() || args.chunk.is_some()) {
+        return Err(Failure::Input("roots: it tracks no page, so --tracker, --chunk and --inject mean nothing".into()));
     }
     let ShadowArgs { format, leaf, alias, alias_kind, .. } = args.shadow.clone();
     let of_table = ShadowArgs { format, leaf, alias, alias_kind, ..ShadowArgs::default() };

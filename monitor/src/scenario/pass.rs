@@ -12,6 +12,7 @@ use crate::guest::{Machine, Plan};
 use crate::host;
 use crate::kvm;
 use crate::kvm::exits::{self, Exits};
+use crate::kvm::footprint;
 use crate::kvm::witness::{self, Witness};
 use crate::pages::PageSet;
 use crate::progress::Progress;
@@ -21,11 +22,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::nested::{Nested, Way};
+use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::Command;
 
 /// How often a row whose windows were not clean is run at most. In the lab the second try is mostly clean; a machine that others use as well
 /// would only take three times as long.
-const fn tries(clock: Clock) -> u32 {
+pub const fn tries(clock: Clock) -> u32 {
     match clock {
         Clock::Instructions => 3,
         Clock::Nanoseconds => 1,
@@ -87,8 +89,9 @@ pub enum Ending {
     Cancelled,
 }
 
-/// How far the guest is in its round when the tracker stops in the middle: a few thousand pages' worth of faults.
-const INTO_THE_ROUND: Duration = Duration::from_millis(3);
+/// How often the controller looks whether the guest is in the middle of its round, and for how long.
+const LOOK: Duration = Duration::from_micros(100);
+const LOOKS: u32 = 100_000;
 
 /// Whose mappings may be dropped, so that a read maps them again and KVM counts it as a write.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -153,7 +156,7 @@ impl<'a> Run<'a> {
         let machine = Machine::new(plan, kind.ring_entries(), |vm| kind.prepare(vm))?;
         let exits = if pass == Pass::Observed && host::page_modification_logging() {
             // Not every user has tracefs and perf events.
-            machine.count_exits(exits::PML).ok()
+            machine.count_hits(exits::PML).ok()
         } else {
             None
         };
@@ -230,7 +233,20 @@ impl<'a> Run<'a> {
     fn cancel(&mut self, first: u64) -> Result<(), Failure> {
         let (timer, machine) = (self.case.plan.timer, &self.machine);
         machine.begin(Command::FreeRun, first)?;
-        std::thread::sleep(INTO_THE_ROUND);
+        // A quarter of the round is done when the first write behind that quarter is there.
+        let pattern = self.case.plan.pattern;
+        let behind = (pattern.accesses() / 4..pattern.accesses()).map(|index| pattern.access(first, index));
+        if let Some(page) = behind.filter(|access| access.write).map(|access| access.page).next() {
+            let written = || machine.vm().first_word(page) == Some(Pattern::stamp(first, page));
+            if !(0..LOOKS).any(|_| {
+                written() || {
+                    std::thread::sleep(LOOK);
+                    false
+                }
+            }) {
+                return Err(Failure::Check(format!("{}: the guest did not get into its round", self.case.name)));
+            }
+        }
         let begin = timer.now();
         self.tracker.stop(machine)?;
         let length = timer.now() - begin;
@@ -333,6 +349,7 @@ impl<'a> Run<'a> {
         if let Some(exits) = &self.exits {
             counters.extend(exits.read()?);
         }
+        counters.extend(footprint::read());
         Ok(counters)
     }
 
@@ -357,8 +374,9 @@ impl<'a> Run<'a> {
             }
         }
         let own = own.into_iter().map(|(name, value)| (name, Some(value), "umbra"));
+        let slabs = statistics.of_memory().into_iter().map(|(name, value)| (name, value, footprint::source(name)));
         let traced = statistics.of_exits().into_iter().map(|(name, value)| (name, value, "tracepoint"));
-        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(own);
+        let all = stats.into_iter().map(|(name, value)| (name, value, "stats")).chain(traced).chain(slabs).chain(own);
         for (name, value, source) in all {
             if let Some(value) = value {
                 let counter = Counter { value, source: source.to_owned(), pass: self.pass.name().to_owned() };
@@ -394,6 +412,13 @@ impl Statistics {
         ]
     }
 
+    /// What KVM's MMU has taken for the tracked pages when all rounds are done, beyond what it took for the system slot.
+    fn of_memory(&self) -> Vec<(&'static str, Option<u64>)> {
+        let grown = |name: &str| Some(self.after.get(name)?.saturating_sub(*self.booted.get(name)?));
+        let names = [footprint::TABLES, footprint::HEADERS, footprint::LISTS, footprint::SECONDARY];
+        names.into_iter().map(|name| (name, grown(name))).collect()
+    }
+
     /// Huge mappings from before logging to the end, and the faults of the rounds after it.
     fn of_collapse(&self) -> Vec<(&'static str, Option<u64>)> {
         let Self { before, after, stopped, end, settled, .. } = self;
@@ -410,7 +435,7 @@ impl Statistics {
     }
 
     fn of_exits(&self) -> Vec<(&'static str, Option<u64>)> {
-        exits::PML.iter().map(|&(name, _)| (name, grown(name, &self.before, &self.after))).collect()
+        exits::PML.iter().map(|&(name, ..)| (name, grown(name, &self.before, &self.after))).collect()
     }
 
     /// What the first touch and its fills came to, and what KVM did to its shadow pages in all.
@@ -435,7 +460,7 @@ fn fallen(name: &str, from: &BTreeMap<String, u64>, to: &BTreeMap<String, u64>) 
 }
 
 /// Ticks of the guest's TSC in the unit of the Record, and the unit's name: in the lab a tick is an instruction.
-fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> u64) {
+pub fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> u64) {
     // Where KVM does not say how fast the TSC is, ticks stay ticks.
     let unit = if unit == "nanoseconds" && tsc_khz == 0 { "ticks" } else { unit };
     let convert = move |ticks: u64| {
@@ -450,13 +475,5 @@ fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64) -> 
 /// The guest's histogram in the unit of the Record.
 fn stall(ticks: &Histogram, tsc_khz: u32, unit: &'static str) -> Stall {
     let (unit, convert) = ticks_to(unit, tsc_khz);
-    Stall {
-        unit: unit.to_owned(),
-        count: ticks.count,
-        p50: convert(ticks.quantile(500)),
-        p99: convert(ticks.quantile(990)),
-        p999: convert(ticks.quantile(999)),
-        max: convert(ticks.max),
-        total: convert(ticks.total),
-    }
+    Stall::of(ticks, unit, convert)
 }

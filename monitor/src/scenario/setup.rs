@@ -1,6 +1,7 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
 use super::l2::L2Options;
+use super::toggles::Toggles;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::ground::Ground;
@@ -16,6 +17,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use umbra_shared::layout::Slot;
+use umbra_shared::paging::Mode;
 use umbra_shared::pattern::{MAX_ACCESSES, Pattern};
 use umbra_shared::{Level, PAGE_SIZE, layout};
 
@@ -38,10 +40,15 @@ impl Fault {
     }
 }
 
+/// Accesses per million TSC ticks.
+const DEFAULT_RATE: u64 = 100;
+
 /// The scenarios that have an L2.
 pub const NESTED: &str = "nested";
 /// The other one.
 pub const VIOLATIONS: &str = "violations";
+/// The scenario that has toggles.
+pub const ROOTS: &str = "roots";
 
 /// Whether the scenario of this name has an L2.
 pub fn has_l2(scenario: &str) -> bool {
@@ -96,8 +103,10 @@ pub struct Options {
     l2: Option<L2Options>,
     guest_page: Level,
     irqchip: bool,
+    mode: Mode,
     image: Arc<Image>,
     trackers: Trackers,
+    toggles: Option<Toggles>,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -125,14 +134,26 @@ impl Options {
         let inject = args.inject.as_deref().map(Fault::parse).transpose()?;
         check_ranges(args, granule)?;
         let pages = args.memory / PAGE_SIZE;
-        let slots = layout::slots(pages, args.slots, granule).ok_or_else(|| {
+        let mode = mode(args)?;
+        let base = if mode == Mode::Long { layout::TRACKED_GPA } else { layout::LEGACY_BASE };
+        let slots = layout::slots_at(base, pages, args.slots, granule).ok_or_else(|| {
             let (size, most) = (granule.bytes(), layout::MAX_SLOTS);
             input(format!(
                 "--slots {}: it is 1 to {most}, and each slot needs at least {size} bytes of --memory",
                 args.slots
             ))
         })?;
+        let end = slots.clone().map(|slot| slot.base.plus(slot.pages).address()).max().unwrap_or(0);
+        if mode != Mode::Long && end > layout::LEGACY_LIMIT {
+            let room = (layout::LEGACY_LIMIT - layout::LEGACY_BASE) >> 20;
+            return Err(input(format!(
+                "--guest-paging {}: its memory lies below 3 GiB, {room}M with the gaps between slots, and --memory {}M does not fit",
+                mode.name(),
+                args.memory >> 20
+            )));
+        }
         let trackers = Trackers::parse(&args.tracker)?;
+        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus)).transpose()?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -152,7 +173,20 @@ impl Options {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             config.insert("firmware".into(), format!("{name} sha256:{}", image.sha256).into());
         }
-        Ok(Self { pattern, slots: slots.collect(), backing, l2, guest_page, irqchip, image, trackers, inject, config })
+        Ok(Self {
+            pattern,
+            slots: slots.collect(),
+            backing,
+            l2,
+            guest_page,
+            irqchip,
+            mode,
+            image,
+            trackers,
+            toggles,
+            inject,
+            config,
+        })
     }
 
     /// The backing in effect. An L2's memory must be one that others can map, a memfd; many hosts have no huge pages there, so there the default
@@ -160,6 +194,8 @@ impl Options {
     fn backing_here(&self, bytes: u64) -> Result<Backing, kvm::Error> {
         let backing = match (self.backing, &self.l2) {
             (Some(backing), None) => backing,
+            // A page is a fault there: with huge pages one would stand for 512.
+            (None, None) if self.toggles.is_some() => Backing::Anonymous,
             (None, None) => Backing::Thp,
             (Some(backing), Some(_)) => backing.shared(),
             (None, Some(_)) if Backing::Thp.shared().check(bytes).is_ok() => Backing::Thp.shared(),
@@ -175,6 +211,21 @@ fn backing(name: &str) -> Result<Backing, Failure> {
         let names = Backing::ALL.map(Backing::name).join(", ");
         input(format!("--backing {name}: there is no such backing; there are {names}"))
     })
+}
+
+/// The paging mode in which tracked memory is touched.
+fn mode(args: &RunArgs) -> Result<Mode, Failure> {
+    let Some(name) = &args.guest_paging else { return Ok(Mode::Long) };
+    let mode = Mode::ALL.into_iter().find(|mode| mode.name() == name);
+    let mode = mode
+        .ok_or_else(|| input(format!("--guest-paging {name}: there are {}", Mode::ALL.map(Mode::name).join(", "))))?;
+    if mode != Mode::Long && !matches!(args.scenario.as_str(), "dirty-log" | "snapshot" | "soak" | super::COLLAPSE) {
+        return Err(input(format!("--guest-paging {name}: {} touches its memory in 64bit", args.scenario)));
+    }
+    if mode == Mode::Bits32 && args.guest_page == "2m" {
+        return Err(input("--guest-page 2m: with --guest-paging 32bit leaves are 4k".into()));
+    }
+    Ok(mode)
 }
 
 /// The numbers that have a range of their own.
@@ -218,6 +269,8 @@ pub struct Setup {
     pub inject: Option<Fault>,
     /// What L2 is, in the scenario that has one.
     pub l2: Option<L2Options>,
+    /// What changes, in the scenario that changes something.
+    pub toggles: Option<Toggles>,
     trackers: Trackers,
     scenario: String,
     host: Host,
@@ -238,6 +291,13 @@ impl Setup {
         if usize::try_from(most).is_ok_and(|most| args.vcpus > most) {
             return Err(input(format!("--vcpus {}: KVM allows {most} here", args.vcpus)));
         }
+        if options.mode != Mode::Long && host::vendor() == "pvm" {
+            return Err(Failure::NotHere(format!(
+                "--guest-paging {}: the guest leaves long mode for it, and PVM runs ring 0 in long mode alone (try `umbra lab {}`)",
+                options.mode.name(),
+                args.scenario
+            )));
+        }
         let backing = options.backing_here(args.memory)?;
         let mut config = options.config;
         config.insert("backing".into(), backing.name().into());
@@ -249,6 +309,9 @@ impl Setup {
             backing,
             guest_page: options.guest_page,
             irqchip: options.irqchip,
+            mode: options.mode,
+            // Never 0: the firmware divides nothing by it, but a rate without an end is none.
+            pace: 1_000_000 / args.rate.unwrap_or(DEFAULT_RATE),
             nested: None,
             image: options.image,
             timer: Timer::new(ground.clock()),
@@ -264,6 +327,7 @@ impl Setup {
             seconds: args.seconds,
             inject: options.inject,
             l2: options.l2,
+            toggles: options.toggles,
             trackers,
             scenario: args.scenario.clone(),
             host,
@@ -345,7 +409,8 @@ impl Setup {
         })
     }
 
-    fn not_here(&self, what: &str) -> Failure {
+    /// What this host lacks, and where it would run.
+    pub fn not_here(&self, what: &str) -> Failure {
         let where_else = if self.in_lab() { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
         Failure::NotHere(format!("{what}{where_else}"))
     }

@@ -1,0 +1,211 @@
+//! `--toggle`: what `roots` can change about a VM, there and back, and what a host must have for it.
+
+use crate::failure::Failure;
+use crate::host;
+use crate::kvm::Error;
+use crate::kvm::vm::{failed, open};
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use std::fmt;
+use std::str::FromStr;
+use umbra_shared::toggle::{CpuidBit, Toggle};
+
+/// What changes, and by whose hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// The firmware changes its vCPU's mode.
+    Firmware(Toggle),
+    /// The monitor sets CR0.WP and clears it, by `KVM_SET_SREGS`.
+    Sregs,
+    /// The monitor takes a bit out of CPUID and puts it back.
+    Cpuid,
+    /// The monitor deletes a memory slot and makes it again.
+    SlotDelete,
+    /// The monitor moves a memory slot away and back.
+    SlotMove,
+}
+
+impl Change {
+    fn all() -> impl Iterator<Item = Self> {
+        let own = [Self::Sregs, Self::Cpuid, Self::SlotDelete, Self::SlotMove];
+        Toggle::ALL.iter().copied().map(Self::Firmware).chain(own)
+    }
+
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Firmware(toggle) => toggle.name(),
+            Self::Sregs => "sregs",
+            Self::Cpuid => "cpuid",
+            Self::SlotDelete => "slot-delete",
+            Self::SlotMove => "slot-move",
+        }
+    }
+
+    /// Whether it happens to one vCPU, rather than to the VM.
+    const fn is_of_a_vcpu(self) -> bool {
+        !matches!(self, Self::SlotDelete | Self::SlotMove)
+    }
+}
+
+/// A change, and which vCPUs make it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Toggling {
+    /// What changes.
+    pub change: Change,
+    /// All vCPUs make it, one after the other; else the first alone, while the others hold what they have.
+    pub by_all: bool,
+}
+
+impl fmt::Display for Toggling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.change.name(), if self.by_all { "@all" } else { "" })
+    }
+}
+
+impl FromStr for Toggling {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, by_all) = text.strip_suffix("@all").map_or((text, false), |name| (name, true));
+        let Some(change) = Change::all().find(|change| change.name() == name) else {
+            let names: Vec<_> = Change::all().map(Change::name).collect();
+            return Err(format!("--toggle {text}: there is no such toggle; there are {}", names.join(", ")));
+        };
+        if by_all && !change.is_of_a_vcpu() {
+            return Err(format!("--toggle {text}: a memory slot is the VM's, no vCPU's (leave @all away)"));
+        }
+        Ok(Self { change, by_all })
+    }
+}
+
+impl Toggling {
+    /// Why this host cannot do it, as far as that can be known without a guest.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] with what is missing.
+    pub fn check(self) -> Result<(), Error> {
+        let Change::Firmware(toggle) = self.change else { return Ok(()) };
+        if host::vendor() == "pvm" {
+            return Err(Error::Capability {
+                capability: "hardware virtualization",
+                consequence: "a PVM host emulates ring 0, where the firmware changes its mode".into(),
+            });
+        }
+        match toggle.needs() {
+            Some(bit) if !offered(bit)? => Err(Error::Capability {
+                capability: toggle.name(),
+                consequence: format!("KVM offers guests no such bit here (CPUID {:#x})", bit.0),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether KVM offers guests that bit of CPUID here.
+fn offered((leaf, register, bit): CpuidBit) -> Result<bool, Error> {
+    let cpuid = open()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+    let entry = cpuid.as_slice().iter().find(|entry| entry.function == leaf && entry.index == 0);
+    Ok(entry.is_some_and(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx][register] >> bit & 1 == 1))
+}
+
+/// What `--toggle` asks for.
+#[derive(Clone, Debug, Default)]
+pub struct Toggles {
+    /// A row each.
+    pub rows: Vec<Toggling>,
+    /// Whether they were asked for by name, so that a missing one is a failure.
+    pub by_name: bool,
+}
+
+impl Toggles {
+    /// What the words name; without words all there is, by the first vCPU alone and, where there are several, by all of them.
+    ///
+    /// # Errors
+    /// [`Failure::Input`].
+    pub fn new(words: &[String], vcpus: usize) -> Result<Self, Failure> {
+        let mut rows = Vec::new();
+        for word in words {
+            let toggling: Toggling = word.parse().map_err(Failure::Input)?;
+            if toggling.by_all && vcpus == 1 {
+                return Err(Failure::Input(format!("--toggle {word}: @all takes --vcpus 2 or more")));
+            }
+            if rows.contains(&toggling) {
+                return Err(Failure::Input(format!("--toggle {word}: it is there twice")));
+            }
+            rows.push(toggling);
+        }
+        if words.is_empty() {
+            for change in Change::all() {
+                rows.push(Toggling { change, by_all: false });
+                if vcpus > 1 && change.is_of_a_vcpu() {
+                    rows.push(Toggling { change, by_all: true });
+                }
+            }
+        }
+        Ok(Self { rows, by_name: !words.is_empty() })
+    }
+}
+
+/// `KVM_SET_SREGS` with CR0.WP changed, and again with what it was.
+pub fn set_sregs(vcpu: &kvm_ioctls::VcpuFd) -> Result<(), Error> {
+    const CR0_WP: u64 = 1 << 16;
+    let before = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    let mut changed = before;
+    changed.cr0 ^= CR0_WP;
+    vcpu.set_sregs(&changed).map_err(failed("KVM_SET_SREGS"))?;
+    vcpu.set_sregs(&before).map_err(failed("KVM_SET_SREGS"))
+}
+
+/// `KVM_SET_CPUID2` without ERMS (leaf 7, EBX bit 9: nothing depends on it), and again with what it was.
+pub fn set_cpuid(vcpu: &kvm_ioctls::VcpuFd) -> Result<(), Error> {
+    const ERMS: u32 = 1 << 9;
+    let before = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_CPUID2"))?;
+    let mut changed = before.clone();
+    if let Some(entry) = changed.as_mut_slice().iter_mut().find(|entry| entry.function == 7 && entry.index == 0) {
+        entry.ebx ^= ERMS;
+    }
+    vcpu.set_cpuid2(&changed).map_err(|_| Error::Capability {
+        capability: "KVM_SET_CPUID2 after KVM_RUN",
+        consequence: "this kernel refuses it (since Linux 5.16)".into(),
+    })?;
+    vcpu.set_cpuid2(&before).map_err(failed("KVM_SET_CPUID2"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn toggles(words: &[&str], vcpus: usize) -> Result<Vec<String>, String> {
+        let words: Vec<_> = words.iter().map(ToString::to_string).collect();
+        Toggles::new(&words, vcpus)
+            .map(|toggles| toggles.rows.iter().map(ToString::to_string).collect())
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn names_are_read_as_they_are_written() {
+        for change in Change::all() {
+            for by_all in [false, change.is_of_a_vcpu()] {
+                let toggling = Toggling { change, by_all };
+                assert_eq!(toggling.to_string().parse(), Ok(toggling));
+            }
+        }
+        assert_eq!(toggles(&["cr0.wp@all", "slot-move"], 2).unwrap(), ["cr0.wp@all", "slot-move"]);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        assert!(
+            toggles(&["cr0.pw"], 1).unwrap_err().contains("cr0.pw: there is no such toggle; there are none, cr0.wp")
+        );
+        assert!(toggles(&["cr0.wp@all"], 1).unwrap_err().contains("--vcpus 2"));
+        assert!(toggles(&["slot-delete@all"], 2).unwrap_err().contains("the VM's"));
+        assert!(toggles(&["cr0.wp", "cr0.wp"], 1).unwrap_err().contains("twice"));
+    }
+
+    #[test]
+    fn by_default_there_are_all_and_with_two_vcpus_in_both_ways() {
+        let (one, two) = (toggles(&[], 1).unwrap(), toggles(&[], 2).unwrap());
+        assert_eq!(one.len(), Change::all().count());
+        assert_eq!(two.len(), 2 * one.len() - 2);
+    }
+}
