@@ -28,7 +28,11 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     let names: BTreeSet<&String> = places.iter().flat_map(BTreeMap::keys).collect();
     let (mut varying, mut fixed) = (Vec::new(), Vec::new());
     for name in names {
-        let values: BTreeSet<Option<&String>> = places.iter().map(|place| place.get(name)).collect();
+        let mut values: BTreeSet<Option<&String>> = places.iter().map(|place| place.get(name)).collect();
+        if name.contains('.') && values.len() > 1 {
+            // A parameter of a module that the other machine does not have says nothing by being absent.
+            values.remove(&None);
+        }
         match values.first() {
             Some(Some(value)) if values.len() == 1 => fixed.push(format!("{name} {value}")),
             // Which trackers a run had, its rows say.
@@ -142,6 +146,7 @@ fn place(record: &Record) -> BTreeMap<String, String> {
         host.params.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
     place.insert("kernel".to_owned(), host.kernel.split(['+', '-']).next().unwrap_or_default().to_owned());
     place.insert("clock".to_owned(), host.clock.clone());
+    place.insert("vendor".to_owned(), host.vendor.clone());
     for (name, value) in &record.config {
         let said = match value {
             serde_json::Value::String(text) => text.clone(),
