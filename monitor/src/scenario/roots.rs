@@ -152,7 +152,7 @@ impl<'a> Run<'a> {
             _ => toggling.smm(),
         };
         let nested = (toggling.change == Change::Nested).then(|| nested(setup.plan.pattern.pages)).flatten();
-        let plan = Plan { smm, nested, ..setup.plan.clone() };
+        let plan = Plan { nested, smm, ..setup.plan.clone() };
         let log = if pass == Pass::Observed { RoleLog::begin().ok() } else { None };
         let machine = Machine::new(&plan, None, |_| Ok(()))?;
         if setup.inject == Some(Fault::BreakSmm) {
