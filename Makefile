@@ -110,6 +110,11 @@ bench-nested: build shelf ## what a guest's guest costs under KVM's own nesting,
 	    $(UMBRA) lab nested --tracker bitmap,clear+init-set $$options $(ARGS)
 	done
 
+.PHONY: bench-roots
+bench-roots: build shelf ## which changes of mode cost a VM its page-table root: kernels 5.10 to 7.2, both MMUs, and the cures on Umbra's own
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/roots.toml --out target/bench/roots.json $(ARGS)
+
 .PHONY: soak
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
 	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)

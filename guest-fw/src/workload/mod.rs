@@ -104,6 +104,7 @@ impl Worker {
                 *self.histogram = Histogram::default();
                 Executed::default()
             }
+            Command::Touch => self.tracked.populate(0..argument & u64::from(u32::MAX), argument >> 32),
             Command::Toggle => {
                 let Some(toggle) = Toggle::from_number(argument) else { panic!("there is no toggle {argument}") };
                 Executed { writes: 0, ticks: modes::toggle(toggle) }

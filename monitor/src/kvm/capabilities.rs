@@ -47,6 +47,21 @@ pub fn read() -> Result<Vec<Capability>, Error> {
         .collect())
 }
 
+/// Whether guests of this KVM have system management mode, with a view of memory of its own.
+///
+/// # Errors
+/// [`Error::Capability`].
+pub fn smm() -> Result<(), Error> {
+    let vm = open()?.create_vm().map_err(super::vm::failed("KVM_CREATE_VM"))?;
+    if super::vm::offered(&vm, 117) == 0 {
+        return Err(missing("KVM_CAP_X86_SMM", "guests have no system management mode".into()));
+    }
+    if super::vm::offered(&vm, 118) < 2 {
+        return Err(missing("KVM_CAP_MULTI_ADDRESS_SPACE", "SMM has no view of memory of its own".into()));
+    }
+    Ok(())
+}
+
 /// What KVM says about guests' guests by one of the extensions.
 struct Nested {
     /// Its module.

@@ -45,6 +45,12 @@ impl SlotBitmap {
         Ok(())
     }
 
+    /// Pages of the slot.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// The bits, the first page of the slot in the lowest.
     #[must_use]
     pub fn words(&self) -> &[u64] {

@@ -2,6 +2,7 @@
 
 pub mod capabilities;
 pub mod clock;
+pub mod events;
 pub mod exits;
 pub mod footprint;
 mod ioctls;
@@ -9,6 +10,7 @@ pub mod log;
 pub mod memory;
 pub mod ring;
 pub mod stats;
+pub mod urgent;
 pub mod vcpu;
 pub mod vm;
 pub mod witness;

@@ -2,6 +2,7 @@
 
 use super::compare::{changes_a_slot, noise};
 use super::record::{Record, Row, Rows};
+use super::roots;
 use super::table::{self, COLUMNS, Rounds, heading_cell, per, plain_table, right, smallest};
 use comfy_table::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +15,10 @@ pub fn matrix(records: &[Record]) -> String {
     let scenarios: BTreeSet<&str> = records.iter().map(|record| record.scenario.as_str()).collect();
     for scenario in scenarios {
         let records: Vec<&Record> = records.iter().filter(|record| record.scenario == scenario).collect();
-        text.push_str(&one_scenario(scenario, &records));
+        text.push_str(&match scenario {
+            "roots" => roots::series(&records),
+            _ => one_scenario(scenario, &records),
+        });
     }
     text
 }

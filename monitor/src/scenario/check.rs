@@ -161,7 +161,8 @@ impl Check {
                 };
                 reported.insert(page);
             }
-            None => {}
+            // No report's.
+            Some((Fault::BreakSmm, _)) | None => {}
         }
     }
 

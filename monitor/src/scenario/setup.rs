@@ -1,7 +1,8 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
 use super::l2::L2Options;
-use super::toggles::Toggles;
+use super::script::Script;
+use super::toggles::{On, Toggles};
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::ground::Ground;
@@ -28,6 +29,8 @@ pub enum Fault {
     LosePage,
     /// Puts a page into it that was not written.
     ExtraPage,
+    /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
+    BreakSmm,
 }
 
 impl Fault {
@@ -35,7 +38,8 @@ impl Fault {
         match text {
             "lose-page" => Ok(Self::LosePage),
             "extra-page" => Ok(Self::ExtraPage),
-            other => Err(input(format!("--inject {other}: there are lose-page and extra-page"))),
+            "break-smm" => Ok(Self::BreakSmm),
+            other => Err(input(format!("--inject {other}: there are lose-page, extra-page and (in roots) break-smm"))),
         }
     }
 }
@@ -100,6 +104,7 @@ pub struct Options {
     image: Arc<Image>,
     trackers: Trackers,
     toggles: Option<Toggles>,
+    script: Script,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -146,7 +151,8 @@ impl Options {
             )));
         }
         let trackers = Trackers::parse(&args.tracker)?;
-        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus)).transpose()?;
+        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, On::Kvm)).transpose()?;
+        let script = Script::read(args.script.as_ref())?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -161,6 +167,9 @@ impl Options {
             // An extra page is one that the guest did not write, so there must be one.
             pattern.write_percent = 99;
             config.insert("write-percent".into(), 99.into());
+        }
+        if let Some(script) = &args.script {
+            config.insert("script".into(), script.digest().into());
         }
         if let Some(file) = &args.firmware {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
@@ -177,6 +186,7 @@ impl Options {
             image,
             trackers,
             toggles,
+            script,
             inject,
             config,
         })
@@ -264,6 +274,10 @@ pub struct Setup {
     pub l2: Option<L2Options>,
     /// What changes, in the scenario that changes something.
     pub toggles: Option<Toggles>,
+    /// The script of row `script`.
+    pub script: Script,
+    /// SMIs of a storm.
+    pub smis: u64,
     trackers: Trackers,
     scenario: String,
     host: Host,
@@ -306,6 +320,7 @@ impl Setup {
             // Never 0: the firmware divides nothing by it, but a rate without an end is none.
             pace: 1_000_000 / args.rate.unwrap_or(DEFAULT_RATE),
             nested: None,
+            smm: None,
             image: options.image,
             timer: Timer::new(ground.clock()),
         };
@@ -318,9 +333,11 @@ impl Setup {
             rounds: args.rounds,
             chunk: args.chunk,
             seconds: args.seconds,
+            smis: args.smis,
             inject: options.inject,
             l2: options.l2,
             toggles: options.toggles,
+            script: options.script,
             trackers,
             scenario: args.scenario.clone(),
             host,
@@ -397,6 +414,7 @@ impl Setup {
     }
 
     /// What this host lacks, and where it would run.
+    #[must_use]
     pub fn not_here(&self, what: &str) -> Failure {
         let where_else =
             if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
