@@ -269,7 +269,7 @@ mod tests {
         assert!(!matrix(&[record("6.12", 1)]).contains("bytes"), "a row of KVM's has none");
     }
 
-    /// svm and vmx in one table: of kvm_intel's parameters one varies and one does not, and svm has neither.
+    /// svm and vmx in one table: of Intel's parameters one varies and one does not, and svm has neither.
     #[test]
     fn a_parameter_of_one_machine_is_a_column_if_it_varies_there() {
         let on = |vendor: &str, params: &[(&str, &str)]| {
