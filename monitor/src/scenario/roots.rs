@@ -319,7 +319,7 @@ impl<'a> Run<'a> {
         let (Some(log), Counting::Tracepoint(_), Some(refaults)) = (&mut self.log, &self.counting, refaults) else {
             return;
         };
-        let mapped = log.torn_down();
+        let Some(mapped) = log.torn_down() else { return };
         let of_vcpu = matches!(self.toggling.change, Change::Firmware(_) | Change::Sregs | Change::Cpuid);
         if of_vcpu && host::parameter("kvm", "tdp_mmu").as_deref() == Some("Y") && mapped != refaults {
             self.row.truth.faults.push(format!(
