@@ -115,6 +115,11 @@ bench-roots: build shelf ## which changes of mode cost a VM its page-table root:
 	@mkdir -p target/bench
 	$(UMBRA) lab matrix --spec images/specs/roots.toml --out target/bench/roots.json $(ARGS)
 
+.PHONY: bench-vendors
+bench-vendors: build shelf packages-vmx ## AMD and Intel in one table: a page of L1 and of its L2, each of kvm_intel's parameters, other kernels
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/vendors.toml --out target/bench/vendors.json
+
 .PHONY: soak
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
 	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)
@@ -164,10 +169,8 @@ noise: build ## the noise floor: one run in eight images that are merely shifted
 	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(ARGS); done
 
 .PHONY: bench-strategies
-bench-strategies: build shelf ## the shadow MMU's strategies on one run, in the lab: each way to split and collapse
-	@for how in '--split lazy' '--split shatter' '--split eager --collapse in-place' '--split eager-clear --collapse lazy'; do
-	    $(UMBRA) lab model --leaf 2m $$how $(ARGS)
-	done
+bench-strategies: build shelf ## the shadow MMU's strategies on one run, in one table: each way to split and collapse, in the lab
+	@$(UMBRA) lab matrix --spec images/specs/strategies.toml $(ARGS)
 
 # The shadow MMU's own programs (monitor/mmu/examples).
 mmu = cargo run --locked --quiet --release --package umbra-mmu --example

@@ -142,7 +142,8 @@ unsafe impl Sync for Arguments {}
 
 static ARGUMENTS: Arguments = Arguments([c"umbra".as_ptr().cast(), core::ptr::null()]);
 
-/// The tables of a mode before long mode, where one is asked for.
+/// The tables of a mode before long mode, where one is asked for. Tests cannot link its 32-bit code.
+#[cfg_attr(test, allow(clippy::unnecessary_wraps))]
 fn create_legacy(setup: &Setup) -> Result<(), paging::Error> {
     if setup.mode == Mode::Long {
         return Ok(());

@@ -43,6 +43,7 @@ fn boot(kernel: &str, jobs: &[&str]) -> Vec<Result<Record, Failure>> {
         emulator: Emulator::Qemu,
         kernel,
         clock: Clock::Instructions,
+        cpus: None,
         // 5.10's default is still the older MMU.
         params: vec!["kvm.tdp_mmu=1".parse().expect("a parameter")],
         init: umbra_tests::binary(),

@@ -16,6 +16,7 @@ pub mod paging;
 pub mod paging_legacy;
 pub mod port;
 mod privileged;
+pub mod probe;
 pub mod provoke;
 #[cfg(not(test))]
 mod pvh;

@@ -20,6 +20,7 @@ use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{Command, Doorbell};
 use umbra_shared::toggle::Toggle;
+use umbra_shared::violation::CASES;
 
 /// Whether the workload does what it is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +110,7 @@ impl Worker {
                 Executed { writes: 0, ticks: modes::toggle(toggle) }
             }
             // What only a hypervisor does.
-            Command::Enter | Command::Fill => Executed::default(),
+            Command::Enter | Command::Fill | Command::Provoke => Executed::default(),
         }
     }
 
@@ -218,6 +219,11 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
     commands(worker.mailbox, |command, argument| match command {
         Command::Enter => hypervisor.enter(argument),
         Command::Fill => hypervisor.fill(),
+        Command::Provoke => {
+            let Some(case) = CASES.get(argument as usize) else { panic!("there is no case {argument}") };
+            hypervisor.provoke(case);
+            Executed::default()
+        }
         _ => {
             let mut executed = Executed::default();
             hypervisor.run(&mut || executed = worker.execute(command, argument));

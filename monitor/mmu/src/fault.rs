@@ -78,6 +78,8 @@ impl Mmu {
         self.finish(env);
     }
 
+    // What is out of line here is so that the short path above it saves no registers for it.
+
     /// An entry of a known lowest page is not present.
     #[inline(never)]
     fn fault_absent(

@@ -1,5 +1,7 @@
 //! The formats that EPT12 can have, and their geometry.
 
+use std::fmt;
+
 use umbra_shared::{L2Gfn, Level};
 
 use crate::access::{Access, Request};
@@ -31,6 +33,20 @@ pub enum Format {
         /// L1's CR4.PSE: a directory entry may map 4 MiB.
         pse: bool,
     },
+}
+
+/// As a user names it.
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ept { five_levels: false, .. } => "ept",
+            Self::Ept { five_levels: true, .. } => "ept of 5 levels",
+            Self::Npt { five_levels: false, .. } => "npt",
+            Self::Npt { five_levels: true, .. } => "npt of 5 levels",
+            Self::Pae { .. } => "pae",
+            Self::Bits32 { .. } => "32bit",
+        })
+    }
 }
 
 impl Format {

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use umbra_shared::histogram::Histogram;
 
 /// The schema that this code writes and reads.
 pub const SCHEMA: u32 = 1;
@@ -175,6 +176,14 @@ pub struct Bytes {
     pub track_bytes: u64,
 }
 
+impl Bytes {
+    /// All together.
+    #[must_use]
+    pub const fn total(&self) -> u64 {
+        self.table_bytes + self.rmap_bytes + self.track_bytes
+    }
+}
+
 /// One phase of one round.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Phase {
@@ -286,6 +295,22 @@ pub struct Stall {
     pub max: u64,
     /// The sum.
     pub total: u64,
+}
+
+impl Stall {
+    /// What `histogram` holds, each value turned into `unit` by `convert`.
+    #[must_use]
+    pub fn of(histogram: &Histogram, unit: &str, convert: impl Fn(u64) -> u64) -> Self {
+        Self {
+            unit: unit.to_owned(),
+            count: histogram.count,
+            p50: convert(histogram.quantile(500)),
+            p99: convert(histogram.quantile(990)),
+            p999: convert(histogram.quantile(999)),
+            max: convert(histogram.max),
+            total: convert(histogram.total),
+        }
+    }
 }
 
 impl Row {

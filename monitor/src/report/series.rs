@@ -28,7 +28,11 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     let names: BTreeSet<&String> = places.iter().flat_map(BTreeMap::keys).collect();
     let (mut varying, mut fixed) = (Vec::new(), Vec::new());
     for name in names {
-        let values: BTreeSet<Option<&String>> = places.iter().map(|place| place.get(name)).collect();
+        let mut values: BTreeSet<Option<&String>> = places.iter().map(|place| place.get(name)).collect();
+        if name.contains('.') && values.len() > 1 {
+            // A parameter of a module that the other machine does not have says nothing by being absent.
+            values.remove(&None);
+        }
         match values.first() {
             Some(Some(value)) if values.len() == 1 => fixed.push(format!("{name} {value}")),
             // Which trackers a run had, its rows say.
@@ -52,6 +56,10 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     let counted: Vec<&str> =
         COUNTED.iter().copied().filter(|name| measured().any(|row| row.counters.contains_key(*name))).collect();
     header.extend(counted.iter().map(|name| heading_cell(&name.replace('_', " "))));
+    let bytes = measured().any(|row| row.memory.is_some());
+    if bytes {
+        header.push(heading_cell("bytes"));
+    }
     table.set_header(header);
     let (mut rest, mut unclean, mut failed) = (String::new(), false, false);
     let mut last: Vec<String> = Vec::new();
@@ -81,6 +89,10 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
                     let value =
                         |name: &str| row.counters.get(name).map_or_else(|| "-".to_owned(), |it| it.value.to_string());
                     cells.extend(counted.iter().map(|name| right(value(name))));
+                    if bytes {
+                        let bytes = row.memory.map(|bytes| table::scaled(bytes.total()));
+                        cells.push(right(bytes.unwrap_or_else(|| "-".to_owned())));
+                    }
                     table.add_row(cells);
                 }
                 Rows::NotHere { name, not_here } => {
@@ -102,6 +114,7 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
 
 /// Counters that a scenario is about, or that somebody asked for by the kernel's command line (kvm/footprint.rs): shown where a row has them.
 const COUNTED: &[&str] = &[
+    "faults",
     "pages_2m_before",
     "pages_2m_logging",
     "pages_2m_after_disable",
@@ -133,6 +146,7 @@ fn place(record: &Record) -> BTreeMap<String, String> {
         host.params.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
     place.insert("kernel".to_owned(), host.kernel.split(['+', '-']).next().unwrap_or_default().to_owned());
     place.insert("clock".to_owned(), host.clock.clone());
+    place.insert("vendor".to_owned(), host.vendor.clone());
     for (name, value) in &record.config {
         let said = match value {
             serde_json::Value::String(text) => text.clone(),
@@ -206,7 +220,7 @@ beside {} and {} instructions that a short phase may have.\n",
 mod tests {
     use super::*;
     use crate::report::Host;
-    use crate::report::record::{Phase, SCHEMA};
+    use crate::report::record::{Bytes, Counter, Phase, SCHEMA};
 
     fn record(kernel: &str, enable: u64) -> Record {
         let phase = Phase {
@@ -239,6 +253,20 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("5.10.0: all: not here: gone"), "{text}");
+    }
+
+    #[test]
+    fn rows_of_the_shadow_mmu_say_their_faults_and_bytes() {
+        let mut shadow = record("6.12", 100_000);
+        shadow.scenario = "model".into();
+        let Rows::Measured(row) = &mut shadow.rows[0] else { unreachable!() };
+        row.memory = Some(Bytes { table_bytes: 4000, rmap_bytes: 300, cache_bytes: 99, track_bytes: 21 });
+        let faults = Counter { value: 777, source: "umbra-mmu".into(), pass: "timed".into() };
+        row.counters.insert("faults".into(), faults);
+        let text = matrix(&[shadow]);
+        assert!(text.contains("faults") && text.contains("bytes"), "{text}");
+        assert!(text.contains(" 777 ") && text.contains(" 4321 "), "{text}");
+        assert!(!matrix(&[record("6.12", 1)]).contains("bytes"), "a row of KVM's has none");
     }
 
     #[test]

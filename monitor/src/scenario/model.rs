@@ -1,7 +1,7 @@
 //! Umbra's shadow MMU on the software walker: a row for each strategy, all on the same run.
 //!
-//! Without a clock a phase's value is the number of faults in it; in the lab it is instructions, walker included. Truth is held per L1
-//! page, whichever alias was written.
+//! Without a clock a phase's value is the number of faults in it; in the lab it is instructions, walker included, and an observed pass of
+//! the same rounds adds how long each access took. Truth is held per L1 page, whichever alias was written.
 
 use crate::cli::RunArgs;
 use crate::failure::Failure;
@@ -13,11 +13,12 @@ use crate::kvm::witness::Witness;
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Host;
-use crate::report::record::{Bytes, Counter, Phase, Record, Row, Rows, SCHEMA, TruthRound};
+use crate::report::record::{Bytes, Counter, Phase, Record, Row, Rows, SCHEMA, Stall, TruthRound};
 use crate::truth::Verdict;
-use umbra_mmu::model::{AliasKind, Hooks, Model, ModelConfig, PageAccess, Phase as Events};
+use umbra_mmu::model::{AliasKind, Hooks, Model, ModelConfig, NoHooks, PageAccess, Phase as Events};
 use umbra_mmu::track::{STRATEGIES, Strategy, strategy};
 use umbra_mmu::{CacheSize, Caches, Collapse, Config, Format, RootPolicy, Split};
+use umbra_shared::histogram::Histogram;
 use umbra_shared::pattern::{MAX_ACCESSES, Pattern};
 use umbra_shared::{Level, PAGE_SIZE};
 
@@ -231,6 +232,41 @@ impl Hooks for Report<'_> {
     }
 }
 
+/// Times each access: in the observed pass alone, since looking at the clock costs.
+struct Stopwatch {
+    timer: Timer,
+    begun: u64,
+    ticks: Histogram,
+}
+
+impl Hooks for Stopwatch {
+    fn begin(&mut self) {
+        self.begun = self.timer.now();
+    }
+
+    fn end(&mut self, _faults: u32) {
+        self.ticks.record(self.timer.now() - self.begun);
+    }
+}
+
+fn broken(error: impl std::fmt::Display) -> Failure {
+    Failure::Check(format!("the model is broken: {error}"))
+}
+
+/// The observed pass: the rounds once more on a fresh model, with a look at the clock around each access.
+fn stall(plan: &Plan, config: ModelConfig, timer: Timer) -> Result<Stall, Failure> {
+    let mut model = Model::new(config).map_err(Failure::Input)?;
+    let mut watch = Stopwatch { timer, begun: 0, ticks: Histogram::default() };
+    model.populate(&mut NoHooks).map_err(broken)?;
+    model.enable().map_err(broken)?;
+    for round in 1..=plan.rounds {
+        model.round(plan.accesses(round), &mut watch).map_err(broken)?;
+        model.harvest().map_err(broken)?;
+        model.clear(plan.chunk).map_err(broken)?;
+    }
+    Ok(Stall::of(&watch.ticks, timer.clock().unit(), |ticks| ticks))
+}
+
 fn row(
     plan: &Plan,
     strategy: &'static dyn Strategy,
@@ -245,7 +281,12 @@ fn row(
     progress.step(&format!("{name}: building EPT12"));
     let model = Model::new(config).map_err(Failure::Input)?;
     let row = Row { name, memory: Some(Bytes::default()), ..Row::default() };
-    Measurement { plan, timer, progress, model, row }.run().map(|row| Rows::Measured(Box::new(row)))
+    let mut row = Measurement { plan, timer, progress, model, row }.run()?;
+    if let Some(timer) = timer {
+        progress.step(&format!("{}: each access", row.name));
+        row.stall = Some(stall(plan, config, timer)?);
+    }
+    Ok(Rows::Measured(Box::new(row)))
 }
 
 /// One row under way.
@@ -283,7 +324,6 @@ impl Measurement<'_> {
         self.progress.step(&what);
         let progress = self.timer.is_none().then_some(self.progress);
         let mut report = Report { progress, what, accesses: self.plan.pattern.accesses() };
-        let broken = |error| Failure::Check(format!("the model is broken: {error}"));
         let (events, window) = match self.timer {
             Some(timer) => {
                 let witness = Witness::of_controller(timer.clock());

@@ -476,13 +476,5 @@ pub fn ticks_to(unit: &'static str, tsc_khz: u32) -> (&'static str, impl Fn(u64)
 /// The guest's histogram in the unit of the Record.
 fn stall(ticks: &Histogram, tsc_khz: u32, unit: &'static str) -> Stall {
     let (unit, convert) = ticks_to(unit, tsc_khz);
-    Stall {
-        unit: unit.to_owned(),
-        count: ticks.count,
-        p50: convert(ticks.quantile(500)),
-        p99: convert(ticks.quantile(990)),
-        p999: convert(ticks.quantile(999)),
-        max: convert(ticks.max),
-        total: convert(ticks.total),
-    }
+    Stall::of(ticks, unit, convert)
 }

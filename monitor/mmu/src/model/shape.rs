@@ -75,11 +75,13 @@ impl ModelConfig {
             return Err(format!("{} tracked pages: give 1 to 2^32", self.pages));
         }
         if self.leaf > self.format.max_leaf() {
+            let size =
+                |level: Level| ["4k", "2m", "1g"].get(usize::from(level.number()) - 1).copied().unwrap_or("512g");
             return Err(format!(
-                "{:?} has no leaves of {:?}: its largest is {:?}",
+                "{} has no leaves of {}: its largest is {}",
                 self.format,
-                self.leaf,
-                self.format.max_leaf()
+                size(self.leaf),
+                size(self.format.max_leaf())
             ));
         }
         if !self.pages.is_multiple_of(leaf) {
@@ -94,7 +96,7 @@ impl ModelConfig {
         let need = self.stride().saturating_mul(self.aliases);
         if need > self.format.frames() {
             return Err(format!(
-                "{} aliases need {need} L2 pages, {:?} has {}",
+                "{} aliases need {need} L2 pages, {} has {}",
                 self.aliases,
                 self.format,
                 self.format.frames()
