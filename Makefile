@@ -111,6 +111,16 @@ bench-nested: build shelf ## what a guest's guest costs: on Umbra's shadow MMU, 
 	    $(UMBRA) lab nested --tracker bitmap,clear+init-set --strategy log,write-protect $$options $(ARGS)
 	done
 
+.PHONY: bench-roots
+bench-roots: build shelf ## which changes of mode cost a VM its page-table root: kernels 5.10 to 7.2, both MMUs, and the cures on Umbra's own
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/roots.toml --out target/bench/roots.json $(ARGS)
+
+.PHONY: bench-vendors
+bench-vendors: build shelf packages-vmx ## AMD and Intel in one table: a page of L1 and of its L2, each of kvm_intel's parameters, other kernels
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/vendors.toml --out target/bench/vendors.json
+
 .PHONY: soak
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
 	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)

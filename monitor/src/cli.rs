@@ -2,6 +2,7 @@
 //! both share [`RunArgs`], and the lab's PID 1 parses the same words again.
 
 use crate::failure::Failure;
+use crate::guest::image::sha256;
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -184,6 +185,12 @@ pub struct RunArgs {
     /// What `roots` changes, there and back, separated by commas; with @all by every vCPU (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub toggle: Vec<String>,
+    /// The script of `roots`' row of that name: a file, or text:LINES (default: the changes of a Linux boot).
+    #[arg(long, value_parser = read_script)]
+    pub script: Option<ScriptText>,
+    /// SMIs of `roots`' row smm:storm.
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub smis: u64,
     /// The shadow MMU, for `model`; what of it concerns L1's table also for `nested`.
     #[command(flatten)]
     pub shadow: ShadowArgs,
@@ -316,9 +323,12 @@ pub struct LabArgs {
     /// Where the modules of a kernel of your own are (`make modules_install INSTALL_MOD_PATH=DIR`).
     #[arg(long, value_name = "DIR")]
     pub modules: Option<PathBuf>,
-    /// `instructions` (exact, one CPU) or `wall` (two CPUs, faster, not deterministic).
+    /// `instructions` (exact) or `wall` (faster, not deterministic).
     #[arg(long, default_value = "instructions")]
     pub clock: String,
+    /// The machine's CPUs, 1 to 8 (default: 1, with the clock wall 2).
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub cpus: Option<u32>,
     /// A module parameter, as `kvm.tdp_mmu=0`; may be repeated.
     #[arg(long = "param")]
     pub params: Vec<String>,
@@ -345,6 +355,9 @@ impl RunArgs {
                 other => other.to_string(),
             };
             words.push(format!("--{name}={value}"));
+        }
+        if let Some(script) = &self.script {
+            words.push(format!("--script={INLINE}{}", script.text));
         }
         words
     }
@@ -382,6 +395,9 @@ impl RunArgs {
             config.insert("chunk".into(), chunk.into());
         }
         config.extend(self.shadow.given());
+        if self.scenario == "roots" {
+            config.insert("smis".into(), self.smis.into());
+        }
         if self.scenario == "soak" {
             config.insert("seconds".into(), self.seconds.into());
         }
@@ -421,6 +437,39 @@ pub fn parse<I: IntoIterator<Item = String>>(words: I) -> Result<Cli, Failure> {
             complaint.join(" ").trim_start_matches("error: ")
         ))
     })
+}
+
+/// What a word for `--script` begins with that is the script itself.
+const INLINE: &str = "text:";
+/// More than any script has.
+const LONGEST_SCRIPT: u64 = 4 << 20;
+
+/// A script, read where the words are parsed: inside the lab the file is not there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ScriptText {
+    /// Its file, as messages name it.
+    pub name: String,
+    /// What it says.
+    pub text: String,
+}
+
+impl ScriptText {
+    /// What a Record says about it.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        format!("sha256:{}", sha256(self.text.as_bytes()))
+    }
+}
+
+fn read_script(word: &str) -> Result<ScriptText, String> {
+    if let Some(text) = word.strip_prefix(INLINE) {
+        return Ok(ScriptText { name: "text".to_owned(), text: text.to_owned() });
+    }
+    let mut text = String::new();
+    std::fs::File::open(word)
+        .and_then(|file| std::io::Read::read_to_string(&mut std::io::Read::take(file, LONGEST_SCRIPT), &mut text))
+        .map_err(|error| error.to_string())?;
+    Ok(ScriptText { name: word.to_owned(), text })
 }
 
 /// Bytes, with an optional K, M, G or T (powers of 1024).

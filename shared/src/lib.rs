@@ -2,8 +2,8 @@
 //!
 //! One definition serves both sides: [`pattern`] is executed by the firmware and evaluated by the monitor (that
 //! evaluation is the *truth*), [`layout`] is the guest's physical map, [`protocol`] the doorbells and the pages that
-//! both read, [`nested`] what L2 is when the firmware is a hypervisor, [`control`] how the monitor runs it for the firmware. Nothing here
-//! knows KVM or the host.
+//! both read, [`nested`] what L2 is when the firmware is a hypervisor, [`control`] how the monitor runs it for the firmware, [`violation`] a
+//! list of accesses that L1's table may not permit. Nothing here knows KVM or the host.
 #![cfg_attr(not(test), no_std)]
 
 pub mod control;
@@ -16,5 +16,6 @@ pub mod pattern;
 pub mod protocol;
 pub mod smm;
 pub mod toggle;
+pub mod violation;
 
 pub use gfn::{Gfn, L2Gfn, Level, PAGE_SHIFT, PAGE_SIZE};

@@ -139,11 +139,15 @@ pub enum Command {
     Fill = 8,
     /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took.
     Toggle = 9,
+    /// Write the first pages, as many as the lower half of `argument` says, with the stamp of the round in its upper half.
+    Touch = 10,
     /// As `FreeRun`, but each access waits until [`BootPage::pace`] ticks after the one before it, and is timed into the histogram.
     /// [`Mailbox::accesses_done`] counts them.
-    PacedRun = 10,
+    PacedRun = 11,
+    /// L1 alone: provoke case `argument` of [`crate::violation::CASES`], and report what L1 was told ([`crate::nested::Report`]).
+    Provoke = 12,
     /// L1 alone: exchange leaves of its table as round `argument` demands, and say so where that is due.
-    Edit = 11,
+    Edit = 13,
 }
 
 impl Command {
@@ -160,8 +164,10 @@ impl Command {
             7 => Some(Self::Enter),
             8 => Some(Self::Fill),
             9 => Some(Self::Toggle),
-            10 => Some(Self::PacedRun),
-            11 => Some(Self::Edit),
+            10 => Some(Self::Touch),
+            11 => Some(Self::PacedRun),
+            12 => Some(Self::Provoke),
+            13 => Some(Self::Edit),
             _ => None,
         }
     }
@@ -230,7 +236,7 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree() {
-        for number in 0..12 {
+        for number in 0..16 {
             assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
             assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
         }

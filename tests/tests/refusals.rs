@@ -23,7 +23,7 @@ fn modes_and_rates_that_there_are_none_of() {
     refused(&["run", "dirty-log", "--guest-paging", "16bit"], 2, &["16bit", "pae", "32bit"]);
     refused(&["run", "dirty-log", "--guest-paging", "32bit", "--guest-page", "2m"], 2, &["32bit", "4k"]);
     refused(&["run", "dirty-log", "--guest-paging", "pae", "--memory", "3G"], 2, &["pae", "below 3 GiB"]);
-    refused(&["run", "model", "--guest-paging", "pae"], 2, &["pae", "model"]);
+    refused(&["run", "model", "--guest-paging", "pae"], 2, &["--guest-paging", "model"]);
     refused(&["run", "dirty-log", "--rate", "5"], 2, &["--rate", "dirty-rate"]);
     refused(&["run", "dirty-rate", "--rate", "0"], 2, &["0"]);
     refused(&["run", "collapse", "--vcpus", "2"], 2, &["--vcpus 2", "collapse"]);

@@ -46,7 +46,7 @@ fn fails(directory: &Path, run: &Run, part: &str) {
     let (last, steps) = lines.split_last().expect("a line");
     assert!(last.contains(part), "{part:?} is not in {last:?}");
     assert!(steps.iter().all(|step| step.starts_with("umbra: kernel 6.12: ")), "{}", run.stderr);
-    let left = |name: &str| fs::read_dir(directory.join("cache").join(name)).map_or(0, |files| files.count());
+    let left = |name: &str| fs::read_dir(directory.join("cache").join(name)).map_or(0, Iterator::count);
     assert_eq!((left("kernels"), left("apt/download")), (0, 0), "the cache is not clean: {}", run.stderr);
 }
 
@@ -83,7 +83,7 @@ fn a_package_that_is_no_kernel() {
     let run = fetch(directory.path(), SHOWN, "printf words > linux-image-x_1_amd64.deb");
     assert_eq!(run.code, Some(3), "{}", run.stderr);
     let kernels = directory.path().join("cache/kernels");
-    assert_eq!(fs::read_dir(kernels).map_or(0, |files| files.count()), 0, "{}", run.stderr);
+    assert_eq!(fs::read_dir(kernels).map_or(0, Iterator::count), 0, "{}", run.stderr);
 }
 
 /// A file system of 64 KiB, for which a mount namespace of one's own is needed.

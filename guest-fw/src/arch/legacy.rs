@@ -158,7 +158,8 @@ impl Legacy {
     }
 }
 
-/// The 32-bit code. ESI is the request's address; it keeps EBX, EBP and EDI. Without EFER.LME, CR0.PG means what CR4.PAE says.
+/// The 32-bit code: switches the mode on, has the pages touched, and switches it off. ESI is the request's address; it keeps EBX, EBP and EDI.
+/// Without EFER.LME, CR0.PG means what CR4.PAE says.
 #[unsafe(naked)]
 unsafe extern "C" fn touch() {
     core::arch::naked_asm!(
@@ -190,6 +191,41 @@ unsafe extern "C" fn touch() {
         "mov eax, cr0",
         "or eax, {paging}",
         "mov cr0, eax",
+        "call {access}",
+        "mov eax, cr0",
+        "and eax, {no_paging}",
+        "mov cr0, eax",
+        "mov eax, [esi + {cr4}]",
+        "mov cr4, eax",
+        "mov ecx, {efer}",
+        "rdmsr",
+        "or eax, {lme}",
+        "wrmsr",
+        "pop edi",
+        "pop ebp",
+        "pop ebx",
+        "ret",
+        ".code64",
+        efer = const unpaged::EFER,
+        lme = const unpaged::EFER_LME,
+        no_lme = const !unpaged::EFER_LME,
+        pse = const unpaged::CR4_PSE,
+        no_pae = const !unpaged::CR4_PAE,
+        paging = const unpaged::PAGING,
+        no_paging = const !unpaged::PAGING,
+        no_accessed = const !0x20_u32,
+        access = sym access,
+        cr3 = const offset_of!(Request, cr3),
+        pae = const offset_of!(Request, pae),
+        cr4 = const offset_of!(Request, cr4),
+    )
+}
+
+/// Touches the pages that the request at ESI names, which it keeps.
+#[unsafe(naked)]
+unsafe extern "C" fn access() {
+    core::arch::naked_asm!(
+        ".code32",
         "mov edi, [esi + {entries}]",
         "mov ecx, [esi + {count}]",
         "mov ebp, [esi + {base}]",
@@ -268,39 +304,16 @@ unsafe extern "C" fn touch() {
         "rdtsc",
         "mov [esi + {end}], eax",
         "mov [esi + {end} + 4], edx",
-        "mov eax, cr0",
-        "and eax, {no_paging}",
-        "mov cr0, eax",
-        "mov eax, [esi + {cr4}]",
-        "mov cr4, eax",
-        "mov ecx, {efer}",
-        "rdmsr",
-        "or eax, {lme}",
-        "wrmsr",
-        "pop edi",
-        "pop ebp",
-        "pop ebx",
         "ret",
         ".code64",
-        efer = const unpaged::EFER,
-        lme = const unpaged::EFER_LME,
-        no_lme = const !unpaged::EFER_LME,
-        pse = const unpaged::CR4_PSE,
-        no_pae = const !unpaged::CR4_PAE,
-        paging = const unpaged::PAGING,
-        no_paging = const !unpaged::PAGING,
-        no_accessed = const !0x20_u32,
         observed = const OBSERVED,
         not_timed = const NOT_TIMED,
-        cr3 = const offset_of!(Request, cr3),
-        pae = const offset_of!(Request, pae),
         what = const offset_of!(Request, what),
         entries = const offset_of!(Request, entries),
         count = const offset_of!(Request, count),
         base = const offset_of!(Request, base),
         stamp = const offset_of!(Request, stamp),
         writes = const offset_of!(Request, writes),
-        cr4 = const offset_of!(Request, cr4),
         before = const offset_of!(Request, before),
         begin = const offset_of!(Request, begin),
         end = const offset_of!(Request, end),

@@ -88,10 +88,9 @@ pub fn build(
     let mut pool = Pool { pages, base, used: 0 };
     let root = pool.take()?;
     match mode {
-        Mode::Long => return Err(Error::NoSuchLeaf(leaf)),
         Mode::Pae => pae(&mut pool, root, slots, leaf)?,
         Mode::Bits32 if leaf == Level::K4 => bits32(&mut pool, root, slots)?,
-        Mode::Bits32 => return Err(Error::NoSuchLeaf(leaf)),
+        Mode::Bits32 | Mode::Long => return Err(Error::NoSuchLeaf(leaf)),
     }
     Ok(base as u32)
 }

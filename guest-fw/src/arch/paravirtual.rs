@@ -121,6 +121,11 @@ impl Extension for Paravirtual {
         self.control.word(offset_of!(ControlPage, work)).store(value, Relaxed);
     }
 
+    fn use_flags(&mut self, on: bool) -> bool {
+        self.control.word(offset_of!(ControlPage, accessed_dirty)).store(on.into(), Relaxed);
+        true
+    }
+
     fn forget(&mut self) {
         port::ring(Doorbell::Invalidate);
     }

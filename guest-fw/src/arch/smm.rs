@@ -63,11 +63,12 @@ fn handler() -> &'static [u8] {
 /// 0 calls this, before there is an SMI.
 pub fn install(index: usize) {
     let ledger = Ledger { handled: 0, report: vcpu_area(index) + area::SMM_REPORT };
-    let at = |offset: u64| core::ptr::with_exposed_provenance_mut::<u8>((smbase(index) + offset) as usize);
+    let entry = core::ptr::with_exposed_provenance_mut::<u8>((smbase(index) + ENTRY) as usize);
+    let place = core::ptr::with_exposed_provenance_mut::<Ledger>((smbase(index) + LEDGER) as usize);
     // SAFETY: 64 KiB below the image, mapped at their own address and for nothing else (layout.rs); nobody has a reference.
     unsafe {
-        at(ENTRY).copy_from_nonoverlapping(handler().as_ptr(), handler().len());
-        at(LEDGER).cast::<Ledger>().write_volatile(ledger);
+        entry.copy_from_nonoverlapping(handler().as_ptr(), handler().len());
+        place.write_volatile(ledger);
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod plan;
 
 use crate::arch::l2::Extension;
+use crate::arch::legacy::Legacy;
 use crate::arch::mailbox::LiveMailbox;
 use crate::arch::paravirtual::Paravirtual;
 use crate::arch::svm::Svm;
@@ -20,6 +21,7 @@ use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{Command, Doorbell};
 use umbra_shared::toggle::Toggle;
+use umbra_shared::violation::CASES;
 
 /// Whether the workload does what it is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,8 +39,7 @@ pub struct Worker {
     /// Where they go.
     pub tracked: Tracked,
     /// The same memory in a mode before long mode, where that is asked for.
-    #[cfg(not(test))]
-    legacy: Option<crate::arch::legacy::Legacy>,
+    legacy: Option<Legacy>,
     /// TSC ticks between the accesses of a paced run.
     pace: u64,
     /// This vCPU's index, and how many take part.
@@ -64,8 +65,7 @@ impl Worker {
         Self {
             pattern: setup.pattern,
             tracked,
-            #[cfg(not(test))]
-            legacy: crate::arch::legacy::Legacy::enter(setup.mode),
+            legacy: Legacy::enter(setup.mode),
             pace: setup.page.pace,
             vcpu,
             vcpus,
@@ -105,17 +105,17 @@ impl Worker {
                 *self.histogram = Histogram::default();
                 Executed::default()
             }
+            Command::Touch => self.tracked.populate(0..argument & u64::from(u32::MAX), argument >> 32),
             Command::Toggle => {
                 let Some(toggle) = Toggle::from_number(argument) else { panic!("there is no toggle {argument}") };
                 Executed { writes: 0, ticks: modes::toggle(toggle) }
             }
             // What only a hypervisor does.
-            Command::Enter | Command::Fill | Command::Edit => Executed::default(),
+            Command::Enter | Command::Fill | Command::Edit | Command::Provoke => Executed::default(),
         }
     }
 
     fn timed(&mut self) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.timed(&mut self.plan, self.round);
         }
@@ -123,7 +123,6 @@ impl Worker {
     }
 
     fn observed(&mut self) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.observed(&mut self.plan, self.round, self.histogram);
         }
@@ -131,7 +130,6 @@ impl Worker {
     }
 
     fn populate(&self, pages: Range<u64>, round: u64) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.populate(pages, round);
         }
@@ -224,6 +222,11 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
         Command::Enter => hypervisor.enter(argument),
         Command::Fill => hypervisor.fill(),
         Command::Edit => hypervisor.edit(nested, argument),
+        Command::Provoke => {
+            let Some(case) = CASES.get(argument as usize) else { panic!("there is no case {argument}") };
+            hypervisor.provoke(case);
+            Executed::default()
+        }
         _ => {
             let mut executed = Executed::default();
             hypervisor.run(&mut || executed = worker.execute(command, argument));

@@ -15,7 +15,7 @@ use crate::config::Config;
 use crate::dirty::PageSet;
 use crate::memory::{Slot, Slots};
 use crate::mmu::Mmu;
-use crate::role::RootRole;
+use crate::role::{ModeBits, RootRole};
 use crate::roots::RootId;
 use crate::spte::Frame;
 use crate::stats::{Memory, Stats};
@@ -208,6 +208,33 @@ impl Model {
             }
         }
         Ok(self.phase(done, worst))
+    }
+
+    /// L2's role changes: the root of its new role is loaded, then the one before is let go. The others are what they were.
+    ///
+    /// # Errors
+    /// The MMU refuses the root: the model is broken.
+    pub fn change_role(&mut self, mode: ModeBits, smm: bool) -> Result<Phase, String> {
+        let role = RootRole { smm, mode, ..RootRole::new(self.config.format) };
+        let refused = |error: crate::config::MmuError| error.to_string();
+        let root = self.mmu.load_root(&mut self.walker.env(), role, self.address).map_err(refused)?;
+        self.mmu.drop_root(&mut self.walker.env(), self.root).map_err(refused)?;
+        self.root = root;
+        Ok(self.phase(0, 0))
+    }
+
+    /// L1's tracked memory goes away and comes back, as a memory slot that is deleted and made again.
+    ///
+    /// # Errors
+    /// The MMU refuses the map: the model is broken.
+    pub fn replace_memory(&mut self) -> Result<Phase, String> {
+        let slots = self.mmu.slots().clone();
+        let others: Vec<Slot> = slots.slots().iter().filter(|slot| slot.base.0 != 0).copied().collect();
+        let all: Vec<Slot> = slots.slots().to_vec();
+        for map in [others, all] {
+            self.mmu.memory_changed(&mut self.walker.env(), &map).map_err(|error| error.to_string())?;
+        }
+        Ok(self.phase(0, 0))
     }
 
     /// L2 reads every page of every alias once.

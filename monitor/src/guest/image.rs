@@ -98,7 +98,7 @@ impl Image {
             .filter(|(_, name)| !name.is_empty())
             .collect();
         symbols.sort();
-        Ok(Self { entry: elf.entry, boot_tables, sha256: hex(&Sha256::digest(bytes)), segments, symbols })
+        Ok(Self { entry: elf.entry, boot_tables, sha256: sha256(bytes), segments, symbols })
     }
 
     /// Writes the segments into the guest's system slot.
@@ -125,6 +125,12 @@ impl Image {
         }
         text
     }
+}
+
+/// The hash of bytes, in hexadecimal.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
 }
 
 fn load(segment: &program_header::ProgramHeader, file: &[u8]) -> Result<Segment, String> {

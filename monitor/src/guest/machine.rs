@@ -12,7 +12,9 @@ use crate::kvm::witness::Witness;
 use crate::kvm::{self, Backing, Vm};
 use crate::nested;
 use crossbeam::channel::Receiver;
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs};
+use kvm_bindings::{
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, Msrs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+};
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -24,12 +26,12 @@ use umbra_shared::nested::{Map, Nested, Report, WORDS};
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage, Command, Doorbell, ENTERED_BY_MONITOR, ExceptionReport, Mailbox};
-use umbra_shared::{Level, PAGE_SIZE};
+use umbra_shared::{Level, PAGE_SIZE, smm};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How long a guest may be silent inside one command. In the lab these are virtual seconds.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub(super) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Between a machine's boot and its first phase: what the kernel has put off at the end of the machine before it (freeing its memory, on a
 /// kworker) is done by then.
@@ -64,6 +66,8 @@ pub struct Plan {
     pub nested: Option<Nested>,
     /// How the monitor runs L2, if it does.
     pub shadow: Option<nested::Options>,
+    /// What SMM sees, if the machine has one.
+    pub smm: Option<smm::View>,
     /// The firmware.
     pub image: Arc<Image>,
     /// The clock of windows.
@@ -106,10 +110,13 @@ impl Machine {
         ring_entries: Option<u32>,
         prepare: impl FnOnce(&VmFd) -> Result<(), kvm::Error>,
     ) -> Result<Self, Error> {
-        let machine = Self::unbooted(plan, ring_entries, prepare)?;
+        let mut machine = Self::unbooted(plan, ring_entries, prepare)?;
         // The first vCPU builds the page tables that the others load.
         machine.run(0..1, "boot")?;
         machine.run(1..plan.vcpus, "boot")?;
+        if let Some(view) = plan.smm {
+            machine.vm.close_smram(view, smm::SMRAM_BYTES * plan.vcpus as u64)?;
+        }
         std::thread::sleep(rest(plan.timer.clock()));
         Ok(machine)
     }
@@ -142,6 +149,9 @@ impl Machine {
                 let vcpu = vm.fd().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
                 vcpu.set_cpuid2(&cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
                 set_registers(&vcpu, index, &plan.image)?;
+                if plan.smm.is_some() {
+                    set_smbase(&vcpu, index)?;
+                }
                 if plan.irqchip {
                     // All but the first would wait for a start-up IPI.
                     let running = kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE };
@@ -238,6 +248,68 @@ impl Machine {
         Ok(())
     }
 
+    /// How many vCPUs there are.
+    #[must_use]
+    pub const fn vcpus(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// The next stop of any vCPU, if one comes in that time.
+    pub(super) fn stop_within(&self, time: Duration) -> Option<Stop> {
+        self.stops.recv_timeout(time).ok()
+    }
+
+    /// Kicks a vCPU and sends it an SMI; false if one was on its way already, which is kicked again.
+    pub(super) fn send_smi(&self, vcpu: usize) -> bool {
+        self.threads[vcpu].smi()
+    }
+
+    /// The symbol at `rip`, without what it is called by its crate's hash, or the bare number.
+    #[must_use]
+    pub fn symbol(&self, rip: u64) -> String {
+        let place = self.image.place(rip);
+        place
+            .split_once('(')
+            .and_then(|(_, rest)| rest.split_once('+'))
+            .map_or(place.clone(), |(name, _)| name.to_owned())
+    }
+
+    /// Every vCPU's registers. All of them wait at a doorbell.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn registers(&self) -> Result<Vec<(kvm_regs, kvm_sregs)>, Error> {
+        let (tell, told) = crossbeam::channel::unbounded();
+        for vcpu in 0..self.threads.len() {
+            let tell = tell.clone();
+            self.work(vcpu..vcpu + 1, move || {
+                let tell = tell.clone();
+                Box::new(move |vcpu| {
+                    let registers = vcpu.get_regs().map_err(kvm::vm::failed("KVM_GET_REGS"))?;
+                    let system = vcpu.get_sregs().map_err(kvm::vm::failed("KVM_GET_SREGS"))?;
+                    // The receiver lives until the end of this function.
+                    let _ = tell.send((registers, system));
+                    Ok(())
+                })
+            })?;
+        }
+        Ok(told.try_iter().collect())
+    }
+
+    /// The unit of windows.
+    #[must_use]
+    pub const fn unit(&self) -> &'static str {
+        self.clock.unit()
+    }
+
+    /// Eight bytes of one vCPU's SMRAM, `offset` from its SMBASE on.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if they are not there.
+    pub fn smram_word(&self, vcpu: usize, offset: u64) -> Result<u64, Error> {
+        read(self.vm.smram(), smm::smbase(vcpu) + offset)
+    }
+
     /// Lets each of `vcpus`, which wait at a doorbell, do the work that `work` makes for it on its own thread.
     ///
     /// # Errors
@@ -295,7 +367,7 @@ impl Machine {
         Ok(Window::around(windows).unwrap_or(Window { begin: 0, end: 0, clean: true }))
     }
 
-    fn silent(&self, vcpu: usize, command: &'static str) -> Error {
+    pub(super) fn silent(&self, vcpu: usize, command: &'static str) -> Error {
         let mut place = "an unknown place".to_owned();
         for _ in 0..100 {
             self.threads[vcpu].kick();
@@ -307,7 +379,7 @@ impl Machine {
         Error::Silent { vcpu, seconds: PATIENCE.as_secs(), command, place }
     }
 
-    fn broken(&self, vcpu: usize, exit: Exit) -> Error {
+    pub(super) fn broken(&self, vcpu: usize, exit: Exit) -> Error {
         let what = match exit {
             Exit::Doorbell(Doorbell::Exception) => match self.mailbox(vcpu) {
                 Ok(mailbox) => self.exception(&mailbox.exception),
@@ -321,6 +393,7 @@ impl Machine {
             Exit::Broken { what, rip } => format!("{what} at {}", self.image.place(rip)),
             Exit::Kicked { rip } => format!("it was stopped at {}", self.image.place(rip)),
             Exit::NotHere { what } => what,
+            Exit::Interrupted(_) => "it got an SMI that nobody sent".to_owned(),
             Exit::Worked => "it was not asked to work".to_owned(),
         };
         Error::Broken { vcpu, what }
@@ -410,8 +483,39 @@ impl Machine {
                 filled: sum.filled.saturating_add(one.filled),
                 // All vCPUs have one table.
                 table_pages: sum.table_pages.max(one.table_pages),
-                last_address: one.last_address,
+                ..one
             })
+        })
+    }
+
+    /// What SMM's handler keeps for one vCPU.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn smm_ledger(&self, vcpu: usize) -> Result<smm::Ledger, Error> {
+        read(self.vm.smram(), smm::smbase(vcpu) + smm::LEDGER)
+    }
+
+    /// Puts a HLT where every vCPU's handler begins.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is no SMRAM.
+    pub fn break_smm(&self) -> Result<(), Error> {
+        (0..self.threads.len()).try_for_each(|vcpu| {
+            let at = GuestAddress(smm::smbase(vcpu) + smm::ENTRY);
+            self.vm.smram().write_slice(&[0xf4], at).map_err(|error| Error::Memory(error.to_string()))
+        })
+    }
+
+    /// Whether everybody but SMM still finds what the monitor left in the place of one vCPU's SMRAM.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn smram_is_closed(&self, vcpu: usize) -> Result<bool, Error> {
+        let (first, pages) = (smm::smbase(vcpu), smm::SMRAM_BYTES / PAGE_SIZE);
+        (0..pages).try_fold(true, |closed, page| {
+            let bytes: [u8; 1 << umbra_shared::PAGE_SHIFT] = read(self.vm.system(), first + page * PAGE_SIZE)?;
+            Ok(closed && bytes.iter().all(|&byte| byte == kvm::vm::CLOSED_SMRAM))
         })
     }
 
@@ -550,6 +654,7 @@ fn write_boot_page(memory: &GuestMemoryMmap, plan: &Plan, place: &SystemPlace, t
         legacy_tables: place.legacy_tables,
         legacy_table_bytes: place.legacy_table_bytes,
         pace: plan.pace,
+        smram: plan.smm.is_some().into(),
         slot_count: plan.slots.len() as u64,
         ..BootPage::default()
     };
@@ -590,6 +695,21 @@ fn set_registers(vcpu: &VcpuFd, index: usize, image: &Image) -> Result<(), kvm::
     state.load(vcpu)
 }
 
+/// SMBASE, where a firmware's own relocation would leave it (Intel SDM 3C, 32.11; the register is the host's to write alone).
+fn set_smbase(vcpu: &VcpuFd, index: usize) -> Result<(), kvm::Error> {
+    const MSR_IA32_SMBASE: u32 = 0x9e;
+    let entry = kvm_msr_entry { index: MSR_IA32_SMBASE, data: smm::smbase(index), ..kvm_msr_entry::default() };
+    let refused = || kvm::Error::Memory("one register does not fit a list of registers".into());
+    let msrs = Msrs::from_entries(&[entry]).map_err(|_| refused())?;
+    match vcpu.set_msrs(&msrs).map_err(kvm::vm::failed("KVM_SET_MSRS"))? {
+        1 => Ok(()),
+        _ => Err(kvm::Error::Capability {
+            capability: "MSR_IA32_SMBASE",
+            consequence: "each vCPU needs an SMRAM of its own".into(),
+        }),
+    }
+}
+
 const fn name(command: Command) -> &'static str {
     match command {
         Command::Plan => "planning a round",
@@ -603,6 +723,8 @@ const fn name(command: Command) -> &'static str {
         Command::Fill => "filling L1's table",
         Command::Edit => "editing L1's table",
         Command::Toggle => "a toggle",
+        Command::Touch => "touching pages",
+        Command::Provoke => "provoking a violation",
     }
 }
 

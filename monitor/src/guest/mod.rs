@@ -2,6 +2,7 @@
 
 pub mod image;
 pub mod machine;
+pub mod smis;
 
 pub use image::Image;
 pub use machine::{Machine, Plan};

@@ -11,7 +11,7 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
@@ -109,7 +109,7 @@ pub fn reset_dirty_rings(vm: &impl AsRawFd) -> io::Result<u64> {
 
 /// `struct perf_event_attr` (`include/uapi/linux/perf_event.h`) as far as its first version goes.
 #[repr(C)]
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct PerfEventAttr {
     kind: u32,
     size: u32,
@@ -127,18 +127,53 @@ const PERF_TYPE_TRACEPOINT: u32 = 2;
 const PERF_FLAG_FD_CLOEXEC: libc::c_ulong = 8;
 ioctl_iow_nr!(PERF_EVENT_IOC_SET_FILTER, 0x24, 6, usize);
 
+/// `PERF_SAMPLE_TIME` and `PERF_SAMPLE_RAW`.
+const PERF_SAMPLE_TIME_RAW: u64 = 1 << 2 | 1 << 10;
+ioctl_io_nr!(PERF_EVENT_IOC_SET_OUTPUT, 0x24, 5);
+
 /// A counter of a tracepoint's hits on one thread, of those that pass the filter if there is one (`perf_event_open(2)`).
 ///
 /// # Errors
 /// The system's: the user may not, there is no such thread, or the filter is none.
 pub fn tracepoint_counter(number: u64, thread: Pid, filter: Option<&str>) -> io::Result<File> {
+    let attr = PerfEventAttr { config: number, ..PerfEventAttr::default() };
+    perf_event(&attr, libc::c_long::from(thread.as_raw_nonzero().get()), -1, filter)
+}
+
+/// A recorder of a tracepoint's hits on one CPU, each with time and fields, of those that pass the filter if there is one.
+///
+/// # Errors
+/// As [`tracepoint_counter`].
+pub fn tracepoint_recorder(number: u64, cpu: u32, filter: Option<&str>) -> io::Result<File> {
+    let attr = PerfEventAttr {
+        config: number,
+        sample_period: 1,
+        sample_type: PERF_SAMPLE_TIME_RAW,
+        ..PerfEventAttr::default()
+    };
+    perf_event(&attr, -1, cpu.into(), filter)
+}
+
+/// Lets `recorder` write into the ring of another one of its CPU, which is mapped.
+///
+/// # Errors
+/// The system's.
+pub fn share_ring(recorder: &File, other: &File) -> io::Result<()> {
+    let other = libc::c_ulong::try_from(other.as_raw_fd()).map_err(io::Error::other)?;
+    // SAFETY: the call takes a descriptor, which is open.
+    check(unsafe { ioctl_with_val(recorder, PERF_EVENT_IOC_SET_OUTPUT(), other) })?;
+    Ok(())
+}
+
+/// Opens an event of a tracepoint, of a thread or (-1) of all, on a CPU or (-1) on all.
+fn perf_event(attr: &PerfEventAttr, thread: libc::c_long, cpu: i64, filter: Option<&str>) -> io::Result<File> {
     const SIZE: u32 = 64;
     const { assert!(size_of::<PerfEventAttr>() == SIZE as usize) };
-    let attr = PerfEventAttr { kind: PERF_TYPE_TRACEPOINT, size: SIZE, config: number, ..PerfEventAttr::default() };
-    let (thread, any_cpu, no_group) = (libc::c_long::from(thread.as_raw_nonzero().get()), -1_i64, -1_i64);
+    let attr = PerfEventAttr { kind: PERF_TYPE_TRACEPOINT, size: SIZE, ..*attr };
+    let no_group = -1_i64;
     // SAFETY: `attr` has the size that it says; the kernel only reads it.
     let fd = unsafe {
-        libc::syscall(libc::SYS_perf_event_open, &raw const attr, thread, any_cpu, no_group, PERF_FLAG_FD_CLOEXEC)
+        libc::syscall(libc::SYS_perf_event_open, &raw const attr, thread, cpu, no_group, PERF_FLAG_FD_CLOEXEC)
     };
     let fd = check(fd.try_into().map_err(io::Error::other)?)?;
     // SAFETY: the kernel has just made this descriptor for us.

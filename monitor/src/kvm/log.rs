@@ -76,6 +76,12 @@ impl SlotBitmap {
         self.words.get(ioctls::bitmap_words(page + 1) - 1).is_some_and(|word| word >> (page % 64) & 1 == 1)
     }
 
+    /// Pages of the slot.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.pages
+    }
+
     /// The bits, the first page of the slot in the lowest.
     #[must_use]
     pub fn words(&self) -> &[u64] {

@@ -2,6 +2,7 @@
 
 pub mod capabilities;
 pub mod clock;
+pub mod events;
 pub mod exits;
 pub mod fault_trace;
 pub mod footprint;
@@ -11,6 +12,7 @@ pub mod memory;
 pub mod registers;
 pub mod ring;
 pub mod stats;
+pub mod urgent;
 pub mod vcpu;
 pub mod vm;
 pub mod witness;

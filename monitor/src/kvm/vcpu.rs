@@ -6,6 +6,7 @@ use super::ring::Rings;
 use super::vm::failed;
 use super::witness::Witness;
 use crossbeam::channel::{Receiver, Sender};
+use kvm_bindings::{kvm_regs, kvm_sregs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use rustix::process::Pid;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,7 +19,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 const EXIT_DIRTY_RING_FULL: u32 = 31;
 
 /// Why an order ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Exit {
     /// The guest rang.
     Doorbell(Doorbell),
@@ -29,6 +30,8 @@ pub enum Exit {
         /// The instruction pointer.
         rip: u64,
     },
+    /// It got the SMI of [`VcpuThread::smi`]. The order goes on.
+    Interrupted(Box<Interrupted>),
     /// The work of [`VcpuThread::work`] is done.
     Worked,
     /// That work is none that this host can do.
@@ -41,6 +44,15 @@ pub enum Exit {
         /// The instruction pointer.
         rip: u64,
     },
+}
+
+/// A vCPU as an SMI found it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Interrupted {
+    /// Its general registers.
+    pub registers: kvm_regs,
+    /// Its system registers.
+    pub system: kvm_sregs,
 }
 
 /// The end of an order.
@@ -65,10 +77,19 @@ enum Order {
     Work(Work),
 }
 
+/// What others want of a vCPU that runs.
+#[derive(Default)]
+struct Wishes {
+    /// It shall stop.
+    kicked: AtomicBool,
+    /// It shall get an SMI.
+    smi: AtomicBool,
+}
+
 /// A vCPU's thread.
 pub struct VcpuThread {
     orders: Option<Sender<Order>>,
-    kicked: Arc<AtomicBool>,
+    wishes: Arc<Wishes>,
     id: Pid,
     thread: Option<JoinHandle<()>>,
 }
@@ -115,8 +136,8 @@ impl VcpuThread {
             .get_or_init(|| register_signal_handler(SIGRTMIN(), interrupt_only))
             .map_err(|error| Error::call("sigaction", std::io::Error::from_raw_os_error(error.errno())))?;
         let (orders, inbox) = crossbeam::channel::bounded(1);
-        let kicked = Arc::new(AtomicBool::new(false));
-        let flag = Arc::clone(&kicked);
+        let wishes = Arc::new(Wishes::default());
+        let heard = Arc::clone(&wishes);
         let (tell, told) = crossbeam::channel::bounded(1);
         let failed = |source| Error::Call { what: "starting a vCPU thread", source };
         let thread = std::thread::Builder::new()
@@ -124,11 +145,11 @@ impl VcpuThread {
             .spawn(move || {
                 // Nobody listens only if `start` is gone.
                 let _ = tell.send(rustix::thread::gettid());
-                serve(vcpu, &flag, &inbox, &stops);
+                serve(vcpu, &heard, &inbox, &stops);
             })
             .map_err(failed)?;
         let id = told.recv().map_err(|error| failed(std::io::Error::other(error)))?;
-        Ok(Self { orders: Some(orders), kicked, id, thread: Some(thread) })
+        Ok(Self { orders: Some(orders), wishes, id, thread: Some(thread) })
     }
 
     /// The thread's id in the kernel.
@@ -157,7 +178,20 @@ impl VcpuThread {
     /// Ends the current order, if there is one: the guest leaves `KVM_RUN`. May have to be repeated, as a signal that comes before
     /// `KVM_RUN` is lost.
     pub fn kick(&self) {
-        self.kicked.store(true, Ordering::Release);
+        self.wishes.kicked.store(true, Ordering::Release);
+        self.signal();
+    }
+
+    /// Kicks the guest out of `KVM_RUN`, sends it an SMI and lets it go on; what it was is reported as [`Exit::Interrupted`]. A guest that stops
+    /// before gets none. As with [`Self::kick`], a signal may be lost: called again before the SMI is sent, this only repeats it and returns false.
+    #[must_use]
+    pub fn smi(&self) -> bool {
+        let new = !self.wishes.smi.swap(true, Ordering::AcqRel);
+        self.signal();
+        new
+    }
+
+    fn signal(&self) {
         if let Some(thread) = &self.thread {
             let _ = thread.kill(SIGRTMIN());
         }
@@ -177,11 +211,11 @@ impl Drop for VcpuThread {
     }
 }
 
-fn serve(mut vcpu: Vcpu, kicked: &AtomicBool, orders: &Receiver<Order>, stops: &Sender<Stop>) {
+fn serve(mut vcpu: Vcpu, wishes: &Wishes, orders: &Receiver<Order>, stops: &Sender<Stop>) {
     while let Ok(order) = orders.recv() {
         let timer = vcpu.timer;
         let (exit, window) = timer.window(Witness::of_vcpu(timer.clock()), || match order {
-            Order::Run => run(&mut vcpu, kicked),
+            Order::Run => run(&mut vcpu, wishes, stops),
             Order::Work(work) => match work(&vcpu.fd) {
                 Ok(()) => Exit::Worked,
                 Err(error @ Error::Capability { .. }) => Exit::NotHere { what: error.to_string() },
@@ -194,16 +228,41 @@ fn serve(mut vcpu: Vcpu, kicked: &AtomicBool, orders: &Receiver<Order>, stops: &
     }
 }
 
+/// Sends the vCPU, which is not in `KVM_RUN`, an SMI, and reports what it was.
+fn interrupt(vcpu: &Vcpu, stops: &Sender<Stop>) -> Result<(), Error> {
+    let registers = vcpu.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
+    let system = vcpu.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    vcpu.fd.smi().map_err(failed("KVM_SMI"))?;
+    let exit = Exit::Interrupted(Box::new(Interrupted { registers, system }));
+    let now = vcpu.timer.now();
+    // Nobody listens only if the machine is gone.
+    let _ = stops.send(Stop { vcpu: vcpu.index, exit, window: Window { begin: now, end: now, clean: true } });
+    Ok(())
+}
+
 /// Runs the guest until it rings, breaks or is kicked.
-fn run(vcpu: &mut Vcpu, kicked: &AtomicBool) -> Exit {
+fn run(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> Exit {
+    let exit = run_through_smis(vcpu, wishes, stops);
+    // One that comes too late is none.
+    wishes.smi.store(false, Ordering::Release);
+    exit
+}
+
+fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> Exit {
     let what = loop {
-        if let Some(exit) = vcpu.below.as_mut().and_then(|below| below.run(kicked)) {
+        if let Some(exit) = vcpu.below.as_mut().and_then(|below| below.run(&wishes.kicked)) {
             return exit;
         }
         match vcpu.fd.run() {
             Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => {
                 let number = data.try_into().map_or(0, u32::from_le_bytes);
                 match Doorbell::from_number(number) {
+                    Some(Doorbell::Smi) => {
+                        // Between two KVM_RUNs: the call waits for the end of one.
+                        if let Err(error) = vcpu.fd.smi() {
+                            break failed("KVM_SMI")(error).to_string();
+                        }
+                    }
                     Some(doorbell @ (Doorbell::EnterL2 | Doorbell::Invalidate | Doorbell::Yield)) => {
                         let Some(below) = &mut vcpu.below else { break format!("it rang {doorbell:?}, and has no L2") };
                         if let Err(error) = below.answer(doorbell) {
@@ -243,11 +302,33 @@ fn run(vcpu: &mut Vcpu, kicked: &AtomicBool) -> Exit {
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
             Err(error) => break failed("KVM_RUN")(error).to_string(),
         }
-        if kicked.swap(false, Ordering::AcqRel) {
+        // One that comes while SMM handles another would wait for that one's end: it would interrupt another place than this.
+        if wishes.smi.load(Ordering::Acquire)
+            && !is_in_smm(&vcpu.fd)
+            && wishes.smi.swap(false, Ordering::AcqRel)
+            && let Err(error) = interrupt(vcpu, stops)
+        {
+            break error.to_string();
+        }
+        if wishes.kicked.swap(false, Ordering::AcqRel) {
             return Exit::Kicked { rip: rip(&vcpu.fd) };
         }
     };
-    Exit::Broken { what, rip: rip(&vcpu.fd) }
+    Exit::Broken { what: what + &in_smm(&vcpu.fd), rip: rip(&vcpu.fd) }
+}
+
+/// That a vCPU is in system management mode, in words, and where its SMRAM is; nothing if it is not.
+fn in_smm(vcpu: &VcpuFd) -> String {
+    match vcpu.get_sregs() {
+        Ok(system) if is_in_smm(vcpu) => {
+            format!(" in system management mode (CS base {:#x}, CR0 {:#x})", system.cs.base, system.cr0)
+        }
+        _ => String::new(),
+    }
+}
+
+fn is_in_smm(vcpu: &VcpuFd) -> bool {
+    vcpu.get_vcpu_events().is_ok_and(|events| events.smi.smm != 0)
 }
 
 fn rip(vcpu: &VcpuFd) -> u64 {

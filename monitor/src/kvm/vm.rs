@@ -1,13 +1,15 @@
 //! A VM and its memory slots.
 
+use super::log::SlotBitmap;
 use super::memory::HostMemory;
 use super::{Backing, Error};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_enable_cap, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use std::sync::Arc;
 use umbra_shared::layout::Slot;
+use umbra_shared::smm::{self, SMRAM};
 use umbra_shared::{Gfn, PAGE_SIZE};
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// Where KVM on Intel without unrestricted guests keeps its real-mode TSS; nothing else is near.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -15,6 +17,10 @@ const TSS_ADDRESS: usize = 0xfffb_d000;
 const MOVED_TO: u64 = 1 << 39;
 /// Slot id of the system slot; tracked slots follow it.
 const SYSTEM_SLOT: u32 = 0;
+/// What a slot's id has beside its number in the view that SMM has (api.rst, 4.35).
+const SMM_VIEW: u32 = 1 << 16;
+/// What everybody finds where SMRAM is, once it is closed.
+pub const CLOSED_SMRAM: u8 = 0xc5;
 
 /// A tracked slot and its memory.
 #[derive(Debug)]
@@ -35,6 +41,25 @@ pub struct Vm {
     system: GuestMemoryMmap,
     slots: Vec<TrackedSlot>,
     system_memory: Arc<HostMemory>,
+    smram: Option<Smram>,
+}
+
+/// Memory that only SMM sees, at [`SMRAM`].
+struct Smram {
+    slot: u32,
+    view: GuestMemoryMmap,
+    memory: HostMemory,
+}
+
+/// A stretch of host memory as KVM gets it.
+struct Region<'a> {
+    slot: u32,
+    base: Gfn,
+    memory: &'a HostMemory,
+    /// Of the memory: from this byte on, so many.
+    from: u64,
+    bytes: u64,
+    flags: u32,
 }
 
 /// Opens /dev/kvm.
@@ -86,7 +111,7 @@ impl Vm {
                 Ok(TrackedSlot { id, place, memory })
             })
             .collect::<Result<Vec<_>, Error>>()?;
-        let vm = Self { fd: Arc::new(fd), system: view(&system_memory)?, slots, system_memory };
+        let vm = Self { fd: Arc::new(fd), system: view(&system_memory, 0)?, slots, system_memory, smram: None };
         vm.set_region(SYSTEM_SLOT, Gfn(0), &vm.system_memory, 0)?;
         for slot in &vm.slots {
             vm.set_region(slot.id, slot.place.base, &slot.memory, 0)?;
@@ -95,15 +120,87 @@ impl Vm {
     }
 
     fn set_region(&self, slot: u32, base: Gfn, memory: &HostMemory, flags: u32) -> Result<(), Error> {
+        self.set_part(&Region { slot, base, memory, from: 0, bytes: memory.len() as u64, flags })
+    }
+
+    fn set_part(&self, part: &Region) -> Result<(), Error> {
+        let &Region { slot, base, memory, from, bytes, flags } = part;
+        if from.checked_add(bytes).is_none_or(|end| end > memory.len() as u64) {
+            return Err(Error::Memory(format!("{bytes} bytes from {from:#x} on are beyond the memory's end")));
+        }
         let region = kvm_userspace_memory_region {
             slot,
             flags,
             guest_phys_addr: base.address(),
-            memory_size: memory.len() as u64,
-            userspace_addr: memory.as_ptr() as u64,
+            memory_size: bytes,
+            userspace_addr: memory.as_ptr() as u64 + from,
         };
-        // SAFETY: the memory is mapped, and lives until after the descriptor is closed (see the struct's field order).
+        // SAFETY: the memory is mapped and has that many bytes there, and lives until after the descriptor is closed (see the struct's field order).
         unsafe { self.fd.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    /// Closes SMRAM, `bytes` from [`SMRAM`] on, in which the firmware has installed its handler: from now on SMM has a view of the slots. If it is
+    /// its own, SMRAM is other memory there, with what the firmware left; everybody else finds [`CLOSED_SMRAM`] in its place.
+    ///
+    /// # Errors
+    /// The system's, and [`Error::Memory`].
+    pub fn close_smram(&mut self, view_of: smm::View, bytes: u64) -> Result<(), Error> {
+        let system = &self.system_memory;
+        let end = system.len() as u64;
+        let part = |slot: u32, from: u64, to: u64| Region {
+            slot: slot | SMM_VIEW,
+            base: Gfn::containing(from),
+            memory: system,
+            from,
+            bytes: to - from,
+            flags: 0,
+        };
+        let next = SYSTEM_SLOT + 1 + u32::try_from(self.slots.len()).unwrap_or(u32::MAX);
+        let above = SMRAM + bytes;
+        match view_of {
+            smm::View::Shared => self.set_part(&part(SYSTEM_SLOT, 0, end))?,
+            smm::View::Own => {
+                self.set_part(&part(SYSTEM_SLOT, 0, SMRAM))?;
+                self.set_part(&part(next, above, end))?;
+            }
+        }
+        for slot in &self.slots {
+            self.set_region(slot.id | SMM_VIEW, slot.place.base, &slot.memory, 0)?;
+        }
+        if view_of == smm::View::Own {
+            let lost = |error: vm_memory::GuestMemoryError| Error::Memory(format!("SMRAM: {error}"));
+            let memory = HostMemory::new(bytes, Backing::Anonymous)?;
+            let mut content = vec![0; memory.len()];
+            self.system.read_slice(&mut content, GuestAddress(SMRAM)).map_err(lost)?;
+            let smram = Smram { slot: (next + 1) | SMM_VIEW, view: view(&memory, SMRAM)?, memory };
+            smram.view.write_slice(&content, GuestAddress(SMRAM)).map_err(lost)?;
+            content.fill(CLOSED_SMRAM);
+            self.system.write_slice(&content, GuestAddress(SMRAM)).map_err(lost)?;
+            self.set_region(smram.slot, Gfn::containing(SMRAM), &smram.memory, 0)?;
+            self.smram = Some(smram);
+        }
+        Ok(())
+    }
+
+    /// Switches dirty logging of SMM's own memory on. Nothing happens where it has none.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn log_smram(&self) -> Result<(), Error> {
+        let Some(smram) = &self.smram else { return Ok(()) };
+        self.set_region(smram.slot, Gfn::containing(SMRAM), &smram.memory, KVM_MEM_LOG_DIRTY_PAGES)
+    }
+
+    /// A bitmap for the pages of SMM's own memory; `None` where it has none.
+    #[must_use]
+    pub fn smram_bitmap(&self) -> Option<SlotBitmap> {
+        self.smram.as_ref().map(|smram| SlotBitmap::new(smram.slot, smram.memory.len() as u64 / PAGE_SIZE))
+    }
+
+    /// SMRAM as SMM sees it: memory of its own, or everybody's.
+    #[must_use]
+    pub fn smram(&self) -> &GuestMemoryMmap {
+        self.smram.as_ref().map_or(&self.system, |smram| &smram.view)
     }
 
     /// Switches dirty logging of all tracked slots on or off.
@@ -194,15 +291,15 @@ impl Vm {
     }
 }
 
-/// The system slot as vm-memory sees it.
-fn view(memory: &HostMemory) -> Result<GuestMemoryMmap, Error> {
-    let refused = || Error::Memory("the system slot does not fit the guest's address space".into());
+/// Memory as vm-memory sees it, at `base` in the guest.
+fn view(memory: &HostMemory, base: u64) -> Result<GuestMemoryMmap, Error> {
+    let refused = || Error::Memory("a slot does not fit the guest's address space".into());
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: the mapping has this length, is readable and writable, and outlives the view (field order of `Vm`).
     let region =
         unsafe { MmapRegion::build_raw(memory.as_ptr(), memory.len(), libc::PROT_READ | libc::PROT_WRITE, flags) }
             .map_err(|_| refused())?;
-    let region = GuestRegionMmap::new(region, GuestAddress(0)).ok_or_else(refused)?;
+    let region = GuestRegionMmap::new(region, GuestAddress(base)).ok_or_else(refused)?;
     GuestMemoryMmap::from_regions(vec![region]).map_err(|_| refused())
 }
 

@@ -105,6 +105,28 @@ pub struct Row {
     /// What the shadow MMU's structures take.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub memory: Option<Bytes>,
+    /// The roots that KVM made, in the observed pass.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub roles: Vec<RootLife>,
+}
+
+/// One root of KVM's, from its making to its teardown.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootLife {
+    /// Its role, in the kernel's words.
+    pub role: String,
+    /// What was being done when it was made.
+    pub cause: String,
+    /// When, in nanoseconds (instructions, in the lab) after the first event of the log.
+    pub time: u64,
+    /// How long it lived; absent if it outlived the log.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub life: Option<u64>,
+    /// What was being done when it was torn down.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub ended_by: Option<String>,
+    /// Tracked pages that it mapped in its life.
+    pub mapped: u64,
 }
 
 /// A dirty rate: the pages that a tool found in its interval beside those that were written in it, and what the guest did meanwhile.

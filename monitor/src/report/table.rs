@@ -22,9 +22,15 @@ pub fn render(record: &Record) -> String {
         let _ = write!(text, "\n{}\n", rate::table(&measured));
     }
     if record.scenario == "roots" {
-        let _ = write!(text, "\n{}\n", roots::table(record));
+        if let Some(table) = roots::table(record) {
+            let _ = write!(text, "\n{table}\n");
+        }
+        if let Some(table) = roots::roles(record) {
+            let _ = write!(text, "\n{table}\n");
+        }
+        let _ = write!(text, "{}{}", roots::scripts(record), roots::storms(record));
         text.push_str(&missing(record));
-        text.push_str(roots::FOOTNOTES);
+        text.push_str(if roots::is_on_shadow_mmu(record) { roots::SHADOW_FOOTNOTES } else { roots::FOOTNOTES });
         text.push_str(&about_clock(record, &measured));
         return text;
     }
@@ -88,6 +94,9 @@ fn heading(record: &Record) -> String {
     let host = &record.host;
     if record.scenario == "model" {
         return model_heading(record);
+    }
+    if record.scenario == "roots" && roots::is_on_shadow_mmu(record) {
+        return roots::shadow_heading(record);
     }
     let place = match host.ground.as_str() {
         "lab" => format!("the lab ({}), ", host.emulator.as_deref().unwrap_or("emulator unknown")),
@@ -405,6 +414,9 @@ fn about_clock(record: &Record, rows: &[&Row]) -> String {
     text.push_str(match (record.scenario.as_str(), record.host.clock.as_str()) {
         ("model", "instructions") => {
             "Instructions of the shadow MMU and of the walker that executes L2; a real L2 pays an exit for each fault besides.\n"
+        }
+        ("roots", "none") => {
+            "Faults and bytes, no time: in the lab (`umbra lab roots --roots ...`) the same run gives instructions.\n"
         }
         ("model", _) => "Faults and bytes, no time: `umbra lab model` gives instructions for the same run.\n",
         (_, "instructions") => {

@@ -169,7 +169,8 @@ impl Check {
                 };
                 reported.insert(page);
             }
-            None => {}
+            // No report's.
+            Some((Fault::BreakSmm, _)) | None => {}
         }
     }
 

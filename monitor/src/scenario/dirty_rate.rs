@@ -9,6 +9,7 @@
 
 use super::Setup;
 use crate::failure::Failure;
+use crate::ground::Clock;
 use crate::guest::Machine;
 use crate::pages::PageSet;
 use crate::progress::Progress;
@@ -17,14 +18,14 @@ use crate::report::record::{Counter, Pages, Rate, Row, Rows, Share, Truth, Truth
 use crate::track::{self, Expectation, Kind, Tracker};
 use std::time::Duration;
 use umbra_shared::histogram::Histogram;
-use umbra_shared::pattern::Pattern;
+use umbra_shared::pattern::{self, Pattern};
 use umbra_shared::protocol::Command;
 
 /// How long the tool waits: in the lab in its time.
-const fn interval(clock: crate::ground::Clock) -> Duration {
+const fn interval(clock: Clock) -> Duration {
     match clock {
-        crate::ground::Clock::Instructions => Duration::from_millis(100),
-        crate::ground::Clock::Nanoseconds => Duration::from_millis(1000),
+        Clock::Instructions => Duration::from_millis(100),
+        Clock::Nanoseconds => Duration::from_secs(1),
     }
 }
 
@@ -197,7 +198,7 @@ fn by_samples(setup: &Setup) -> Result<Row, Failure> {
     let all = setup.plan.pattern.pages;
     let samples = (all * SAMPLES_PER_GIB).div_ceil(1 << 18).min(all);
     // Different pages in an order that the seed decides.
-    let order = Pattern { kind: umbra_shared::pattern::Kind::Random, ..setup.plan.pattern };
+    let order = Pattern { kind: pattern::Kind::Random, ..setup.plan.pattern };
     let chosen: Vec<u64> = (0..samples).map(|index| order.access(0, index).page).collect();
     let huge_before = huge(&guest.machine)?;
     guest.begin()?;
@@ -213,8 +214,8 @@ fn by_samples(setup: &Setup) -> Result<Row, Failure> {
     let (written, _) = guest.pages(&from, &to);
     let found = changed as u64 * all / samples.max(1);
     let mut row = row(SAMPLING, rate(setup, (&before, &during, &after), found, (&written, &written)));
-    let sampled = Counter { value: samples, source: "umbra".to_owned(), pass: "observed".to_owned() };
-    row.counters.insert("sampled_pages".to_owned(), sampled);
+    let counter = Counter { value: samples, source: "umbra".to_owned(), pass: "observed".to_owned() };
+    row.counters.insert("sampled_pages".to_owned(), counter);
     count(&mut row, huge_before, &guest)?;
     Ok(row)
 }

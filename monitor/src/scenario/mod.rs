@@ -2,17 +2,23 @@
 
 mod check;
 mod collapse;
+mod cures;
 mod dirty_log;
 mod dirty_rate;
 mod l2;
 mod model;
 mod nested;
 mod pass;
+mod replay;
+mod role_log;
 mod roots;
+mod script;
 mod setup;
 mod snapshot;
 mod soak;
+mod storm;
 mod toggles;
+mod violations;
 
 pub use setup::{Options, Setup};
 
@@ -41,6 +47,8 @@ enum Work {
     Kvm(fn(&Setup, &Progress) -> Result<Record, Failure>),
     /// On the software walker: no KVM is needed.
     Model,
+    /// As the first, or as the second where there is a root policy: only the shadow MMU has those.
+    Roots,
 }
 
 /// The scenario that watches what is left behind.
@@ -91,7 +99,7 @@ pub const ALL: &[Scenario] = &[
         name: setup::ROOTS,
         description: "which changes of mode, and of memory slots, cost a VM its page-table root: touch, toggle, touch again",
         trackers: &[],
-        work: Work::Kvm(roots::run),
+        work: Work::Roots,
     },
     Scenario {
         name: "soak",
@@ -99,13 +107,19 @@ pub const ALL: &[Scenario] = &[
         trackers: &track::OF_KVM,
         work: Work::Kvm(soak::run),
     },
+    Scenario {
+        name: setup::VIOLATIONS,
+        description: "what L1 is told of accesses that its table does not permit: KVM's nesting beside Umbra's walker",
+        trackers: &[],
+        work: Work::Kvm(violations::run),
+    },
 ];
 
 impl Scenario {
     /// Whether it needs a /dev/kvm.
     #[must_use]
     pub const fn needs_kvm(&self) -> bool {
-        matches!(self.work, Work::Kvm(_))
+        matches!(self.work, Work::Kvm(_) | Work::Roots)
     }
 }
 
@@ -115,18 +129,24 @@ impl Scenario {
 /// [`Failure`]; a truth check that failed is not an error here but stands in the Record ([`Record::faults`]).
 pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record, Failure> {
     let scenario = find(args)?;
+    no_stray_options(args)?;
     match scenario.work {
-        Work::Kvm(run) => {
-            no_stray_options(args)?;
-            let setup = Setup::new(args, ground)?;
-            let _resident = Resident::new()?;
-            run(&setup, progress)
-        }
-        Work::Model => {
-            no_stray_options(args)?;
-            model::run(args, ground, progress)
-        }
+        Work::Kvm(run) => on_kvm(args, ground, run, progress),
+        Work::Roots if args.shadow.roots.is_none() => on_kvm(args, ground, roots::run, progress),
+        Work::Roots => cures::run(args, ground, progress),
+        Work::Model => model::run(args, ground, progress),
     }
+}
+
+fn on_kvm(
+    args: &RunArgs,
+    ground: Ground,
+    run: fn(&Setup, &Progress) -> Result<Record, Failure>,
+    progress: &Progress,
+) -> Result<Record, Failure> {
+    let setup = Setup::new(args, ground)?;
+    let _resident = Resident::new()?;
+    run(&setup, progress)
 }
 
 fn find(args: &RunArgs) -> Result<&'static Scenario, Failure> {
@@ -153,7 +173,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
             args.vcpus
         )));
     }
-    let has_l2 = name == setup::NESTED;
+    let has_l2 = setup::has_l2(name);
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
             "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --mechanism and --fault-source mean nothing (nested does)"
@@ -163,8 +183,18 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     if !has_toggles && !args.toggle.is_empty() {
         return Err(Failure::Input(format!("{name}: it changes no mode, so --toggle means nothing (roots does)")));
     }
-    if has_toggles && (!args.tracker.is_empty() || args.inject.is_some() || args.chunk.is_some()) {
-        return Err(Failure::Input("roots: it tracks no page, so --tracker, --chunk and --inject mean nothing".into()));
+    if has_toggles && args.shadow != (ShadowArgs { roots: args.shadow.roots.clone(), ..ShadowArgs::default() }) {
+        return Err(Failure::Input(
+            "roots: of the shadow MMU's options it has --roots alone (model has the others)".into(),
+        ));
+    }
+    if has_toggles && (!args.tracker.is_empty() || args.chunk.is_some()) {
+        return Err(Failure::Input("roots: it tracks no page, so --tracker and --chunk mean nothing".into()));
+    }
+    if let Some(fault) = args.inject.as_deref().filter(|&fault| has_toggles != (fault == "break-smm")) {
+        return Err(Failure::Input(format!(
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots)"
+        )));
     }
     let ShadowArgs { split, collapse, roots, cache, .. } = args.shadow.clone();
     if has_l2 && (split, collapse, roots, cache) != (None, None, None, None) {
@@ -172,7 +202,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
             "{name}: a running L2 has no --split, --collapse, --roots or --cache to choose (model has)"
         )));
     }
-    if has_l2 || name == MODEL || args.shadow == ShadowArgs::default() {
+    if has_l2 || has_toggles || name == MODEL || args.shadow == ShadowArgs::default() {
         return Ok(());
     }
     Err(Failure::Input(format!(
@@ -186,7 +216,8 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
 /// [`Failure::Input`].
 pub fn check(args: &RunArgs) -> Result<(), Failure> {
     match find(args)?.work {
-        Work::Kvm(_) => no_stray_options(args).and_then(|()| Options::new(args)).map(|_| ()),
+        Work::Roots if args.shadow.roots.is_some() => no_stray_options(args).and_then(|()| cures::check(args)),
+        Work::Kvm(_) | Work::Roots => no_stray_options(args).and_then(|()| Options::new(args)).map(|_| ()),
         Work::Model => no_stray_options(args).and_then(|()| model::check(args)),
     }
 }

@@ -12,6 +12,7 @@ use crate::kvm::clock::{Timer, Window};
 use crate::kvm::witness::Witness;
 use crate::pages::PageSet;
 use crate::progress::Progress;
+use crate::report::Host;
 use crate::report::record::{Bytes, Counter, Phase, Record, Row, Rows, SCHEMA, Stall, TruthRound};
 use crate::truth::Verdict;
 use umbra_mmu::model::{AliasKind, Hooks, Model, ModelConfig, NoHooks, PageAccess, Phase as Events};
@@ -48,6 +49,17 @@ pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record
     };
     let rows =
         plan.strategies.iter().map(|&strategy| row(&plan, strategy, timer, progress)).collect::<Result<_, _>>()?;
+    Ok(Record {
+        schema: SCHEMA,
+        scenario: args.scenario.clone(),
+        host: described(ground)?,
+        config: args.config(),
+        rows,
+    })
+}
+
+/// This host, as far as the shadow MMU on the walker depends on it.
+pub fn described(ground: Ground) -> Result<Host, Failure> {
     let mut host = host::describe(ground, &Image::load(None)?);
     if ground == Ground::Kvm {
         "model".clone_into(&mut host.ground);
@@ -57,7 +69,7 @@ pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record
         // Nothing in the model depends on the host.
         (host.deterministic, host.paging_levels) = (true, None);
     }
-    Ok(Record { schema: SCHEMA, scenario: args.scenario.clone(), host, config: args.config(), rows })
+    Ok(host)
 }
 
 fn input(option: &str, value: &str, choices: &str) -> Failure {
@@ -73,7 +85,8 @@ fn named<T: Copy>(option: &str, given: Option<&str>, values: &[(&str, T)]) -> Re
     })
 }
 
-fn roots(given: Option<&str>) -> Result<RootPolicy, Failure> {
+/// The root policy of that name.
+pub fn roots(given: Option<&str>) -> Result<RootPolicy, Failure> {
     if let Some(Ok(pages)) = given.and_then(|text| text.strip_prefix("quota=")).map(str::parse) {
         return Ok(RootPolicy::Quota(pages));
     }

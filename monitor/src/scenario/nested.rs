@@ -17,6 +17,7 @@ use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::{Row, Rows};
 use crate::track::Kind;
+use umbra_shared::Level;
 use umbra_shared::nested::{Flags, Format, Way};
 use umbra_shared::protocol::Command;
 
@@ -48,7 +49,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let has_umbra = rows.iter().any(|row| matches!(row, Rows::Measured(row) if row.name.starts_with("umbra:")));
     setup.record_of(rows, |name| {
         let umbra = name.starts_with("umbra:");
-        if umbra && has_umbra { l2.means_by_name } else { l2.by_name(name) || umbra && l2.means_by_name }
+        if umbra && has_umbra { l2.means_by_name } else { l2.named(name) || umbra && l2.means_by_name }
     })
 }
 
@@ -75,7 +76,12 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) ->
         (Nesting::Svm, _) => {
             return Err(not_here("NPT", "it follows L1's own mode, which is 64-bit: svm has the format npt alone"));
         }
-        (Nesting::Vmx, Format::Ept) => capabilities::nested_vmx()?,
+        (Nesting::Vmx, Format::Ept) => {
+            let offered = capabilities::nested_vmx()?;
+            if l2.map.leaf() == Level::G1 && !offered.giant_pages {
+                return Err(not_here("leaves of 1 GiB", "KVM offers guests EPT without them (--leaf 2m is there)"));
+            }
+        }
         (Nesting::Vmx, _) => return Err(not_here("EPT", "it is the one format that vmx has")),
         (Nesting::Umbra, Format::Pae | Format::ThirtyTwoBit) => {
             return Err(not_here("an L2 below 4 GiB", "pae and 32bit cannot name its pages, which begin there"));

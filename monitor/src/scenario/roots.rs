@@ -7,9 +7,13 @@
 
 use super::Setup;
 use super::pass::{self, Pass};
+use super::role_log::RoleLog;
+use super::setup::Fault;
 use super::toggles::{self, Change, Toggling};
+use super::{replay, storm};
 use crate::failure::Failure;
-use crate::guest::Machine;
+use crate::guest::{Machine, Plan};
+use crate::host;
 use crate::kvm::exits::{Exits, Hits};
 use crate::kvm::witness::Witness;
 use crate::progress::Progress;
@@ -18,9 +22,11 @@ use crate::report::record::{Counter, Phase, Row};
 use crate::truth::{Contents, Round, Translation};
 use std::ops::Range;
 use std::time::Duration;
+use umbra_shared::Level;
 use umbra_shared::layout::TRACKED_GPA;
+use umbra_shared::nested::{AliasKind, Flags, Format, Map, Nested, Way};
 use umbra_shared::protocol::Command;
-use umbra_shared::toggle::Toggle;
+use umbra_shared::smm::View;
 
 /// The counter of the tracepoint.
 const FAULTS: &str = "page_faults";
@@ -39,7 +45,14 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
         }
     }
     let rows = toggles.rows.iter().map(|&toggling| {
-        let row = toggling.check().map_err(Failure::from).and_then(|()| row(setup, toggling, progress));
+        let here = match toggling.change {
+            Change::Script => replay::check(setup),
+            _ => toggling.check(),
+        };
+        let row = here.map_err(Failure::from).and_then(|()| match toggling.change {
+            Change::SmiStorm => storm::row(setup, &toggling.to_string(), progress),
+            _ => row(setup, toggling, progress),
+        });
         Setup::or_not_here(&toggling.to_string(), row)
     });
     setup.record_of(rows.collect::<Result<Vec<_>, _>>()?, |_| toggles.by_name)
@@ -50,7 +63,9 @@ fn row(setup: &Setup, toggling: Toggling, progress: &Progress) -> Result<Row, Fa
     let mut tries = pass::tries(setup.plan.timer.clock());
     let mut row = loop {
         let row = Run::new(setup, toggling, Pass::Timed, progress)?.finish()?;
-        if row.phases.iter().all(|phase| phase.clean) || row.failed() || tries == 1 {
+        // The table shows the cheapest clean round: one of them is enough.
+        let clean = |phase: &Phase| row.phases.iter().any(|other| other.phase == phase.phase && other.clean);
+        if row.phases.iter().all(clean) || row.failed() || tries == 1 {
             break row;
         }
         progress.step(&format!("{toggling}: another task ran inside a window, the row runs again"));
@@ -59,24 +74,38 @@ fn row(setup: &Setup, toggling: Toggling, progress: &Progress) -> Result<Row, Fa
     let observed = Run::new(setup, toggling, Pass::Observed, progress)?.finish()?;
     row.phases.extend(observed.phases);
     row.counters = observed.counters;
+    row.roles = observed.roles;
     row.truth.pages += observed.truth.pages;
     row.truth.faults.extend(observed.truth.faults);
     Ok(row)
 }
 
+/// An L2 whose pages are those of L1, in order; `None` if there cannot be so many.
+fn nested(pages: u64) -> Option<Nested> {
+    let map = Map::new(pages, Level::K4, 1, AliasKind::Contiguous, 1).ok()?;
+    Some(Nested { way: Way::Svm, map, format: Format::Npt, flags: Flags::Preset, fill_batch: 0, remaps: 0 })
+}
+
 /// One pass of one row.
-struct Run<'a> {
-    setup: &'a Setup,
+pub struct Run<'a> {
+    /// The run's options.
+    pub setup: &'a Setup,
     toggling: Toggling,
-    pass: Pass,
+    /// Which pass.
+    pub pass: Pass,
     progress: &'a Progress,
-    machine: Machine,
-    counting: Counting,
-    row: Row,
+    /// The machine.
+    pub machine: Machine,
+    /// Who counts faults.
+    pub counting: Counting,
+    /// In the observed pass, where the kernel lets this user log.
+    log: Option<RoleLog>,
+    /// What it comes to.
+    pub row: Row,
 }
 
 /// Where refaults are counted.
-enum Counting {
+pub enum Counting {
     /// Nowhere, in the timed pass.
     Off,
     /// By the tracepoint: faults on tracked pages alone.
@@ -96,7 +125,8 @@ impl Counting {
         machine.count_hits(&hits).map_or(Self::Statistics, Self::Tracepoint)
     }
 
-    const fn source(&self) -> &'static str {
+    /// As the Record has it.
+    pub const fn source(&self) -> &'static str {
         match self {
             Self::Off => "",
             Self::Tracepoint(_) => "tracepoint",
@@ -105,7 +135,7 @@ impl Counting {
     }
 
     /// Faults so far; `None` where nobody counts.
-    fn read(&self, machine: &Machine) -> Result<Option<u64>, Failure> {
+    pub fn read(&self, machine: &Machine) -> Result<Option<u64>, Failure> {
         Ok(match self {
             Self::Off => None,
             Self::Tracepoint(exits) => exits.read()?.get(FAULTS).copied(),
@@ -117,93 +147,132 @@ impl Counting {
 impl<'a> Run<'a> {
     fn new(setup: &'a Setup, toggling: Toggling, pass: Pass, progress: &'a Progress) -> Result<Self, Failure> {
         progress.step(&format!("{toggling}, {} pass: boot", pass.name()));
-        let machine = Machine::new(&setup.plan, None, |_| Ok(()))?;
+        let smm = match toggling.change {
+            Change::Script => replay::smm(setup),
+            _ => toggling.smm(),
+        };
+        let nested = (toggling.change == Change::Nested).then(|| nested(setup.plan.pattern.pages)).flatten();
+        let plan = Plan { nested, smm, ..setup.plan.clone() };
+        let log = if pass == Pass::Observed { RoleLog::begin().ok() } else { None };
+        let machine = Machine::new(&plan, None, |_| Ok(()))?;
+        if setup.inject == Some(Fault::BreakSmm) {
+            machine.break_smm()?;
+        }
         let counting = Counting::of(&machine, pass);
         let row = Row { name: toggling.to_string(), ..Row::default() };
-        Ok(Self { setup, toggling, pass, progress, machine, counting, row })
+        let mut run = Self { setup, toggling, pass, progress, machine, counting, log, row };
+        if nested.is_some() {
+            // All of L1's table, so that L2's faults are KVM's alone.
+            run.machine.command(Command::Fill, 0)?;
+        }
+        run.log("boot")?;
+        Ok(run)
     }
 
     fn finish(mut self) -> Result<Row, Failure> {
+        if self.toggling.change == Change::Script {
+            replay::replay(&mut self)?;
+            self.row.roles = self.log.take().map(RoleLog::finish).unwrap_or_default();
+            return Ok(self.row);
+        }
         let map = self.setup.plan.map();
         let now = Translation::new(map);
         let mut contents = Contents::zeroes(&map, self.setup.plan.vcpus);
-        self.step("populate", 0);
+        self.step("populate", 0, self.setup.rounds);
         let window = self.machine.command(Command::Populate, 0)?;
         self.phase("populate", 0, window.length(), window.clean);
         contents.write(0, &Round::populating(&now));
+        self.log("populate")?;
         let mut most = None;
         for round in 1..=self.setup.rounds {
-            self.step("toggle", round);
+            self.step("toggle", round, self.setup.rounds);
             self.machine.command(Command::Plan, round)?;
-            self.toggle(round)?;
-            std::thread::sleep(REST);
+            let (value, unit, clean) = self.change(self.toggling)?;
+            self.log(&self.toggling.to_string())?;
+            self.phase("toggle", round, value, clean);
+            if let Some(phase) = self.row.phases.last_mut() {
+                unit.clone_into(&mut phase.unit);
+            }
             let before = self.counting.read(&self.machine)?;
-            let window = self.machine.command(self.touch(), 0)?;
+            // The bare loop in both passes: what is observed here is KVM, not single writes.
+            let window = self.machine.command(Command::Timed, 0)?;
             let after = self.counting.read(&self.machine)?;
             self.phase("refault", round, window.length(), window.clean);
             let touched = Round::of(&self.setup.plan.pattern, &now, round);
             contents.write(round, &touched);
             self.row.truth.pages.written += touched.l1.written.count();
-            most = most.max(after.zip(before).map(|(after, before)| after.wrapping_sub(before)));
+            self.log("touch")?;
+            let refaults = after.zip(before).map(|(after, before)| after.wrapping_sub(before));
+            self.check_log(round, refaults);
+            most = most.max(refaults);
         }
         self.count("refaults", most);
         self.check(&contents);
+        self.row.roles = self.log.take().map(RoleLog::finish).unwrap_or_default();
+        if self.toggling.smm().is_some() {
+            self.check_smram()?;
+        }
         Ok(self.row)
     }
 
-    /// The bare loop in both passes: what is observed here is KVM, not single writes.
-    const fn touch(&self) -> Command {
-        Command::Timed
+    /// The vCPUs that make a change.
+    fn vcpus(&self, toggling: Toggling) -> Range<usize> {
+        0..if toggling.by_all { self.setup.plan.vcpus } else { 1 }
     }
 
-    /// The vCPUs that make the change.
-    fn vcpus(&self) -> Range<usize> {
-        0..if self.toggling.by_all { self.setup.plan.vcpus } else { 1 }
-    }
-
-    fn toggle(&mut self, round: u64) -> Result<(), Failure> {
+    /// Makes a change there and back, and lets KVM come to rest: what it took, in which unit, and whether that is a figure.
+    pub fn change(&self, toggling: Toggling) -> Result<(u64, &'static str, bool), Failure> {
         let timer = self.setup.plan.timer;
         let slots = 0..self.machine.vm().slots().len();
         let by_monitor = |work: &dyn Fn() -> Result<(), crate::kvm::Error>| {
             let (done, window) = timer.window(Witness::of_controller(timer.clock()), work);
             done.map(|()| window)
         };
-        let window = match self.toggling.change {
-            Change::Firmware(toggle) => return self.toggle_by_firmware(toggle, round),
-            Change::Sregs => self.machine.work(self.vcpus(), || Box::new(toggles::set_sregs))?,
-            Change::Cpuid => self.machine.work(self.vcpus(), || Box::new(toggles::set_cpuid))?,
+        let vcpus = self.vcpus(toggling);
+        let window = match toggling.change {
+            Change::Firmware(toggle) => return self.change_by_firmware(Command::Toggle, toggle as u64, vcpus),
+            Change::Nested => return self.change_by_firmware(Command::Enter, 1, vcpus),
+            Change::Sregs => self.machine.work(vcpus, || Box::new(toggles::set_sregs))?,
+            Change::Cpuid => self.machine.work(vcpus, || Box::new(toggles::set_cpuid))?,
             Change::SlotDelete => {
                 by_monitor(&|| slots.clone().try_for_each(|slot| self.machine.vm().delete_and_restore(slot)))?
             }
             Change::SlotMove => {
                 by_monitor(&|| slots.clone().try_for_each(|slot| self.machine.vm().move_and_restore(slot)))?
             }
+            Change::SmiStorm | Change::Script | Change::TwelveRoles => {
+                return Err(Failure::Check(format!("{toggling}: it is no single change")));
+            }
         };
-        self.phase("toggle", round, window.length(), window.clean);
-        Ok(())
+        std::thread::sleep(REST);
+        Ok((window.length(), timer.clock().unit(), window.clean))
     }
 
     /// The guest measures itself, so that the way to the monitor and back is left out. Several vCPUs go one after the other.
-    fn toggle_by_firmware(&mut self, toggle: Toggle, round: u64) -> Result<(), Failure> {
+    fn change_by_firmware(
+        &self,
+        command: Command,
+        argument: u64,
+        vcpus: Range<usize>,
+    ) -> Result<(u64, &'static str, bool), Failure> {
         let (mut ticks, mut clean) = (0, true);
-        for vcpu in self.vcpus() {
-            clean &= self.machine.command_of(vcpu..vcpu + 1, Command::Toggle, toggle as u64)?.clean;
+        for vcpu in vcpus {
+            clean &= self.machine.command_of(vcpu..vcpu + 1, command, argument)?.clean;
             ticks += self.machine.mailbox(vcpu)?.ticks;
         }
         let (unit, convert) = pass::ticks_to(self.setup.plan.timer.clock().unit(), self.machine.tsc_khz());
-        self.phase("toggle", round, convert(ticks), clean);
-        if let Some(phase) = self.row.phases.last_mut() {
-            unit.clone_into(&mut phase.unit);
-        }
-        Ok(())
+        std::thread::sleep(REST);
+        Ok((convert(ticks), unit, clean))
     }
 
-    fn step(&self, phase: &str, round: u64) {
-        let round = if round == 0 { String::new() } else { format!(" {round} of {}", self.setup.rounds) };
+    /// Says how far it is.
+    pub fn step(&self, phase: &str, round: u64, of: u64) {
+        let round = if round == 0 { String::new() } else { format!(" {round} of {of}") };
         self.progress.step(&format!("{}, {} pass: {phase}{round}", self.toggling, self.pass.name()));
     }
 
-    fn phase(&mut self, phase: &str, round: u64, value: u64, clean: bool) {
+    /// Adds a phase to the row.
+    pub fn phase(&mut self, phase: &str, round: u64, value: u64, clean: bool) {
         self.row.phases.push(Phase {
             phase: phase.to_owned(),
             round,
@@ -219,6 +288,45 @@ impl<'a> Run<'a> {
             let source = self.counting.source().to_owned();
             let counter = Counter { value, source, pass: self.pass.name().to_owned() };
             self.row.counters.insert(name.to_owned(), counter);
+        }
+    }
+
+    /// SMM has handled the SMIs that were sent, and nobody but SMM sees what it wrote, if its view is its own.
+    fn check_smram(&mut self) -> Result<(), Failure> {
+        let sent = self.setup.rounds;
+        let mut faults = Vec::new();
+        for vcpu in self.vcpus(self.toggling) {
+            let handled = self.machine.smm_ledger(vcpu)?.handled;
+            if handled != sent {
+                faults.push(format!("vCPU {vcpu}'s SMRAM counts {handled} SMIs, and {sent} were sent"));
+            }
+            if self.toggling.smm() == Some(View::Own) && !self.machine.smram_is_closed(vcpu)? {
+                faults.push(format!("vCPU {vcpu}'s SMRAM changed memory that is not SMM's"));
+            }
+        }
+        let name = format!("toggle {}, {} pass", self.toggling, self.pass.name());
+        self.row.truth.faults.extend(faults.iter().map(|fault| format!("{name}: {fault}")));
+        Ok(())
+    }
+
+    /// Takes what the kernel logged while `cause` was being done.
+    pub fn log(&mut self, cause: &str) -> Result<(), Failure> {
+        self.log.as_mut().map_or(Ok(()), |log| log.during(cause)).map_err(Failure::from)
+    }
+
+    /// What the torn-down roots mapped is what was faulted in again: two counts of the same by different events. Slots that go are zapped without a
+    /// root's teardown on some kernels, and KVM's older MMU keeps the tables below a root that goes.
+    fn check_log(&mut self, round: u64, refaults: Option<u64>) {
+        let (Some(log), Counting::Tracepoint(_), Some(refaults)) = (&mut self.log, &self.counting, refaults) else {
+            return;
+        };
+        let Some(mapped) = log.torn_down() else { return };
+        let of_vcpu = matches!(self.toggling.change, Change::Firmware(_) | Change::Sregs | Change::Cpuid);
+        if of_vcpu && host::parameter("kvm", "tdp_mmu").as_deref() == Some("Y") && mapped != refaults {
+            self.row.truth.faults.push(format!(
+                "toggle {}, round {round}: the roots torn down mapped {mapped} pages, and {refaults} were faulted in again",
+                self.toggling
+            ));
         }
     }
 

@@ -1,7 +1,8 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
 use super::l2::L2Options;
-use super::toggles::Toggles;
+use super::script::Script;
+use super::toggles::{On, Toggles};
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::ground::Ground;
@@ -28,6 +29,8 @@ pub enum Fault {
     LosePage,
     /// Puts a page into it that was not written.
     ExtraPage,
+    /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
+    BreakSmm,
 }
 
 impl Fault {
@@ -35,7 +38,8 @@ impl Fault {
         match text {
             "lose-page" => Ok(Self::LosePage),
             "extra-page" => Ok(Self::ExtraPage),
-            other => Err(input(format!("--inject {other}: there are lose-page and extra-page"))),
+            "break-smm" => Ok(Self::BreakSmm),
+            other => Err(input(format!("--inject {other}: there are lose-page, extra-page and (in roots) break-smm"))),
         }
     }
 }
@@ -43,10 +47,17 @@ impl Fault {
 /// Accesses per million TSC ticks.
 const DEFAULT_RATE: u64 = 100;
 
-/// The scenario that has an L2.
+/// The scenarios that have an L2.
 pub const NESTED: &str = "nested";
+/// The other one.
+pub const VIOLATIONS: &str = "violations";
 /// The scenario that has toggles.
 pub const ROOTS: &str = "roots";
+
+/// Whether the scenario of this name has an L2.
+pub fn has_l2(scenario: &str) -> bool {
+    [NESTED, VIOLATIONS].contains(&scenario)
+}
 
 /// More than anybody waits for; the stamps have room for 2^32.
 const MAX_ROUNDS: u64 = 1 << 20;
@@ -100,6 +111,7 @@ pub struct Options {
     image: Arc<Image>,
     trackers: Trackers,
     toggles: Option<Toggles>,
+    script: Script,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -121,7 +133,7 @@ impl Options {
             Some("kernel") => true,
             Some(other) => return Err(input(format!("--irqchip {other}: it is none or kernel"))),
         };
-        let has_l2 = args.scenario == NESTED;
+        let has_l2 = has_l2(&args.scenario);
         let huge_leaves = guest_page == Level::M2 || args.shadow.leaf.as_deref() == Some("2m");
         let granule = if huge_leaves || backing == Some(Backing::Hugetlb) { Level::M2 } else { Level::K4 };
         let inject = args.inject.as_deref().map(Fault::parse).transpose()?;
@@ -146,7 +158,8 @@ impl Options {
             )));
         }
         let trackers = Trackers::parse(&args.tracker)?;
-        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus)).transpose()?;
+        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, On::Kvm)).transpose()?;
+        let script = Script::read(args.script.as_ref())?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -161,6 +174,9 @@ impl Options {
             // An extra page is one that the guest did not write, so there must be one.
             pattern.write_percent = 99;
             config.insert("write-percent".into(), 99.into());
+        }
+        if let Some(script) = &args.script {
+            config.insert("script".into(), script.digest().into());
         }
         if let Some(file) = &args.firmware {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
@@ -177,6 +193,7 @@ impl Options {
             image,
             trackers,
             toggles,
+            script,
             inject,
             config,
         })
@@ -264,6 +281,10 @@ pub struct Setup {
     pub l2: Option<L2Options>,
     /// What changes, in the scenario that changes something.
     pub toggles: Option<Toggles>,
+    /// The script of row `script`.
+    pub script: Script,
+    /// SMIs of a storm.
+    pub smis: u64,
     trackers: Trackers,
     scenario: String,
     host: Host,
@@ -307,6 +328,7 @@ impl Setup {
             pace: 1_000_000 / args.rate.unwrap_or(DEFAULT_RATE),
             nested: None,
             shadow: None,
+            smm: None,
             image: options.image,
             timer: Timer::new(ground.clock()),
         };
@@ -319,9 +341,11 @@ impl Setup {
             rounds: args.rounds,
             chunk: args.chunk,
             seconds: args.seconds,
+            smis: args.smis,
             inject: options.inject,
             l2: options.l2,
             toggles: options.toggles,
+            script: options.script,
             trackers,
             scenario: args.scenario.clone(),
             host,
@@ -333,6 +357,12 @@ impl Setup {
     #[must_use]
     pub fn trackers(&self) -> &[Kind] {
         &self.trackers.rows
+    }
+
+    /// Whether the processor is one of the lab's emulators'.
+    #[must_use]
+    pub fn in_lab(&self) -> bool {
+        self.host.ground == "lab"
     }
 
     /// The same run with another share of writes.
@@ -398,9 +428,9 @@ impl Setup {
     }
 
     /// What this host lacks, and where it would run.
+    #[must_use]
     pub fn not_here(&self, what: &str) -> Failure {
-        let where_else =
-            if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
+        let where_else = if self.in_lab() { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
         Failure::NotHere(format!("{what}{where_else}"))
     }
 

@@ -2,11 +2,12 @@
 
 use crate::failure::Failure;
 use crate::host;
-use crate::kvm::Error;
 use crate::kvm::vm::{failed, open};
+use crate::kvm::{Error, capabilities};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use std::fmt;
 use std::str::FromStr;
+use umbra_shared::smm::View;
 use umbra_shared::toggle::{CpuidBit, Toggle};
 
 /// What changes, and by whose hand.
@@ -18,15 +19,32 @@ pub enum Change {
     Sregs,
     /// The monitor takes a bit out of CPUID and puts it back.
     Cpuid,
+    /// The guest, a hypervisor here, leaves its L2, which touches the pages, and enters it again.
+    Nested,
     /// The monitor deletes a memory slot and makes it again.
     SlotDelete,
     /// The monitor moves a memory slot away and back.
     SlotMove,
+    /// SMIs strike the guest while it writes under dirty logging: a row of its own kind (storm.rs).
+    SmiStorm,
+    /// A script of changes with memory growing alongside (script.rs).
+    Script,
+    /// Twelve roles in turn, each of which touches all pages: what a quota is for. Umbra's shadow MMU alone has it.
+    TwelveRoles,
 }
 
 impl Change {
     fn all() -> impl Iterator<Item = Self> {
-        let own = [Self::Sregs, Self::Cpuid, Self::SlotDelete, Self::SlotMove];
+        let own = [
+            Self::Sregs,
+            Self::Cpuid,
+            Self::Nested,
+            Self::SlotDelete,
+            Self::SlotMove,
+            Self::SmiStorm,
+            Self::Script,
+            Self::TwelveRoles,
+        ];
         Toggle::ALL.iter().copied().map(Self::Firmware).chain(own)
     }
 
@@ -35,15 +53,39 @@ impl Change {
             Self::Firmware(toggle) => toggle.name(),
             Self::Sregs => "sregs",
             Self::Cpuid => "cpuid",
+            Self::Nested => "nested",
             Self::SlotDelete => "slot-delete",
             Self::SlotMove => "slot-move",
+            Self::SmiStorm => "smm:storm",
+            Self::Script => "script",
+            Self::TwelveRoles => "12-roles",
+        }
+    }
+
+    /// Whether that ground has it: KVM, or Umbra's shadow MMU on the software walker, whose L2 has roles and no vCPU.
+    const fn is_on(self, ground: On) -> bool {
+        match ground {
+            On::Kvm => !matches!(self, Self::TwelveRoles),
+            On::ShadowMmu => {
+                matches!(self, Self::Firmware(_) | Self::SlotDelete | Self::Script | Self::TwelveRoles)
+                    && !matches!(self, Self::Firmware(Toggle::SmmShared))
+            }
         }
     }
 
     /// Whether it happens to one vCPU, rather than to the VM.
     const fn is_of_a_vcpu(self) -> bool {
-        !matches!(self, Self::SlotDelete | Self::SlotMove)
+        matches!(self, Self::Firmware(_) | Self::Sregs | Self::Cpuid | Self::Nested)
     }
+}
+
+/// What the changes are made on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum On {
+    /// A VM of this host's KVM.
+    Kvm,
+    /// The model: Umbra's shadow MMU on the software walker.
+    ShadowMmu,
 }
 
 /// A change, and which vCPUs make it.
@@ -71,24 +113,42 @@ impl FromStr for Toggling {
             return Err(format!("--toggle {text}: there is no such toggle; there are {}", names.join(", ")));
         };
         if by_all && !change.is_of_a_vcpu() {
-            return Err(format!("--toggle {text}: a memory slot is the VM's, no vCPU's (leave @all away)"));
+            return Err(format!("--toggle {text}: it is about all vCPUs as it is (leave @all away)"));
         }
         Ok(Self { change, by_all })
     }
 }
 
 impl Toggling {
+    /// What SMM must see for it.
+    #[must_use]
+    pub const fn smm(self) -> Option<View> {
+        match self.change {
+            Change::Firmware(Toggle::Smm) => Some(View::Own),
+            Change::Firmware(Toggle::SmmShared) => Some(View::Shared),
+            _ => None,
+        }
+    }
+
     /// Why this host cannot do it, as far as that can be known without a guest.
     ///
     /// # Errors
     /// [`Error::Capability`] with what is missing.
     pub fn check(self) -> Result<(), Error> {
-        let Change::Firmware(toggle) = self.change else { return Ok(()) };
+        let toggle = match self.change {
+            Change::Firmware(toggle) => toggle,
+            Change::SmiStorm => Toggle::Smm,
+            Change::Nested => return capabilities::nested_svm(),
+            _ => return Ok(()),
+        };
         if host::vendor() == "pvm" {
             return Err(Error::Capability {
                 capability: "hardware virtualization",
                 consequence: "a PVM host emulates ring 0, where the firmware changes its mode".into(),
             });
+        }
+        if toggle.is_smm() {
+            return capabilities::smm();
         }
         match toggle.needs() {
             Some(bit) if !offered(bit)? => Err(Error::Capability {
@@ -121,12 +181,20 @@ impl Toggles {
     ///
     /// # Errors
     /// [`Failure::Input`].
-    pub fn new(words: &[String], vcpus: usize) -> Result<Self, Failure> {
+    pub fn new(words: &[String], vcpus: usize, on: On) -> Result<Self, Failure> {
         let mut rows = Vec::new();
         for word in words {
             let toggling: Toggling = word.parse().map_err(Failure::Input)?;
             if toggling.by_all && vcpus == 1 {
                 return Err(Failure::Input(format!("--toggle {word}: @all takes --vcpus 2 or more")));
+            }
+            if !toggling.change.is_on(on) {
+                return Err(Failure::Input(match on {
+                    On::Kvm => format!("--toggle {word}: Umbra's shadow MMU alone has it (--roots)"),
+                    On::ShadowMmu => {
+                        format!("--toggle {word}: it is KVM's; the shadow MMU of --roots has no such thing")
+                    }
+                }));
             }
             if rows.contains(&toggling) {
                 return Err(Failure::Input(format!("--toggle {word}: it is there twice")));
@@ -134,7 +202,7 @@ impl Toggles {
             rows.push(toggling);
         }
         if words.is_empty() {
-            for change in Change::all() {
+            for change in Change::all().filter(|change| change.is_on(on)) {
                 rows.push(Toggling { change, by_all: false });
                 if vcpus > 1 && change.is_of_a_vcpu() {
                     rows.push(Toggling { change, by_all: true });
@@ -165,7 +233,7 @@ pub fn set_cpuid(vcpu: &kvm_ioctls::VcpuFd) -> Result<(), Error> {
     }
     vcpu.set_cpuid2(&changed).map_err(|_| Error::Capability {
         capability: "KVM_SET_CPUID2 after KVM_RUN",
-        consequence: "this kernel refuses it (since Linux 5.16)".into(),
+        consequence: "this kernel refuses it".into(),
     })?;
     vcpu.set_cpuid2(&before).map_err(failed("KVM_SET_CPUID2"))
 }
@@ -176,7 +244,7 @@ mod tests {
 
     fn toggles(words: &[&str], vcpus: usize) -> Result<Vec<String>, String> {
         let words: Vec<_> = words.iter().map(ToString::to_string).collect();
-        Toggles::new(&words, vcpus)
+        Toggles::new(&words, vcpus, On::Kvm)
             .map(|toggles| toggles.rows.iter().map(ToString::to_string).collect())
             .map_err(|error| error.to_string())
     }
@@ -198,14 +266,14 @@ mod tests {
             toggles(&["cr0.pw"], 1).unwrap_err().contains("cr0.pw: there is no such toggle; there are none, cr0.wp")
         );
         assert!(toggles(&["cr0.wp@all"], 1).unwrap_err().contains("--vcpus 2"));
-        assert!(toggles(&["slot-delete@all"], 2).unwrap_err().contains("the VM's"));
+        assert!(toggles(&["slot-delete@all"], 2).unwrap_err().contains("leave @all away"));
         assert!(toggles(&["cr0.wp", "cr0.wp"], 1).unwrap_err().contains("twice"));
     }
 
     #[test]
     fn by_default_there_are_all_and_with_two_vcpus_in_both_ways() {
         let (one, two) = (toggles(&[], 1).unwrap(), toggles(&[], 2).unwrap());
-        assert_eq!(one.len(), Change::all().count());
-        assert_eq!(two.len(), 2 * one.len() - 2);
+        assert_eq!(one.len(), Change::all().count() - 1);
+        assert_eq!(two.len(), 2 * one.len() - 4);
     }
 }

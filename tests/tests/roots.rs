@@ -1,0 +1,241 @@
+//! Roots: which changes of mode and slots cost a VM its page-table root, on a kernel that keeps roots and on one that does not. A boot of the
+//! lab each.
+
+use std::sync::OnceLock;
+use umbra::Failure;
+use umbra::cli::{self, Command, RunArgs};
+use umbra::ground::Clock;
+use umbra::host;
+use umbra::lab::emulator::Emulator;
+use umbra::lab::{self, Machine, shelf};
+use umbra::progress::Progress;
+use umbra::report::record::{Record, Row, Rows};
+use umbra_shared::toggle::Toggle;
+use umbra_tests::{kvm_here, record, refused};
+
+/// Pages of every run here.
+const PAGES: u64 = 256;
+
+/// The jobs of either boot: all toggles, and with a second vCPU, which holds the root; and those of 6.12 alone: SMIs under dirty logging, a handler
+/// that breaks, and the shadow MMU.
+const JOBS: [&str; 5] = [
+    "--memory 1M --rounds 1 --smis 20",
+    "--memory 1M --rounds 2 --vcpus 2 --toggle cr0.wp,efer.nxe@all,smm,slot-delete",
+    "--memory 8M --vcpus 2 --toggle smm:storm --smis 200",
+    "--memory 1M --rounds 1 --toggle smm --inject break-smm",
+    "--memory 1M --rounds 1 --roots keep",
+];
+/// Of those, the ones of both boots.
+const COMMON: usize = 2;
+
+fn args(words: &str) -> RunArgs {
+    let words = ["umbra", "run", "roots"].into_iter().chain(words.split_whitespace()).map(str::to_owned);
+    match cli::parse(words).expect("good words").command {
+        Command::Run(args) => args,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn boot(kernel: &str, jobs: &[&str]) -> Vec<Result<Record, Failure>> {
+    let progress = Progress::stderr();
+    let kernel = shelf::shelf().kernel(Some(kernel)).expect("a kernel").ensure(&progress).expect("the kernel");
+    let machine = Machine {
+        emulator: Emulator::Qemu,
+        kernel,
+        clock: Clock::Instructions,
+        cpus: None,
+        // 5.10's default is still the older MMU.
+        params: vec!["kvm.tdp_mmu=1".parse().expect("a parameter")],
+        init: umbra_tests::binary(),
+        append: String::new(),
+    };
+    let jobs: Vec<_> = jobs.iter().map(|words| args(words)).collect();
+    lab::boot(&machine, &jobs, &progress).expect("the lab boots")
+}
+
+fn keeping() -> &'static [Result<Record, Failure>] {
+    static RESULTS: OnceLock<Vec<Result<Record, Failure>>> = OnceLock::new();
+    RESULTS.get_or_init(|| boot("6.12", &JOBS))
+}
+
+fn dropping() -> &'static [Result<Record, Failure>] {
+    static RESULTS: OnceLock<Vec<Result<Record, Failure>>> = OnceLock::new();
+    RESULTS.get_or_init(|| boot("5.10", &JOBS[..COMMON]))
+}
+
+fn good(results: &'static [Result<Record, Failure>], job: usize) -> &'static Record {
+    let record = results[job].as_ref().unwrap_or_else(|failure| panic!("{}: {failure}", JOBS[job]));
+    assert_eq!(record.faults(), [""; 0], "{}", JOBS[job]);
+    record
+}
+
+/// Refaults by the tracepoint, in the observed pass alone.
+fn refaults(row: &Row) -> u64 {
+    let counter = row.counters.get("refaults").unwrap_or_else(|| panic!("{} counted nothing", row.name));
+    assert_eq!((counter.source.as_str(), counter.pass.as_str()), ("tracepoint", "observed"), "{}", row.name);
+    counter.value
+}
+
+fn cheapest(row: &Row, phase: &str) -> u64 {
+    let rounds = row.phases.iter().filter(|p| p.pass == "timed" && p.phase == phase);
+    rounds.map(|p| p.value).min().unwrap_or_else(|| panic!("{} has no {phase}", row.name))
+}
+
+#[test]
+fn a_kernel_that_keeps_roots_faults_nothing_in_again_but_for_slots() {
+    let record = good(keeping(), 0);
+    let names: Vec<_> = record.measured().map(|row| row.name.as_str()).collect();
+    for toggle in Toggle::ALL {
+        assert!(names.contains(&toggle.name()), "{}", toggle.name());
+    }
+    for row in toggles(record) {
+        let of_slots = row.name.starts_with("slot-");
+        assert_eq!(refaults(row), if of_slots { PAGES } else { 0 }, "{}", row.name);
+        // A mode that never changed would cost nothing.
+        assert!(row.name == "none" || cheapest(row, "toggle") > 2_000, "{}: {}", row.name, cheapest(row, "toggle"));
+    }
+    let missing: Vec<_> =
+        record.rows.iter().filter(|row| matches!(row, Rows::NotHere { .. })).map(Rows::name).collect();
+    assert_eq!(missing, ["cpuid"], "KVM_SET_CPUID2 after KVM_RUN");
+}
+
+#[test]
+fn a_kernel_that_drops_roots_faults_every_page_in_again() {
+    let record = good(dropping(), 0);
+    assert_eq!(record.measured().count(), record.rows.len());
+    for row in toggles(record) {
+        assert_eq!(refaults(row), if row.name == "none" { 0 } else { PAGES }, "{}", row.name);
+        let again = cheapest(row, "refault");
+        // A page costs about 2,700 instructions when it faults and 7 when it does not.
+        assert_eq!(again > PAGES * 1_000, row.name != "none", "{}: {again}", row.name);
+    }
+}
+
+/// The rows that are a toggle and a touch.
+fn toggles(record: &Record) -> impl Iterator<Item = &Row> {
+    record.measured().filter(|row| row.name != "script" && row.name != "smm:storm")
+}
+
+#[test]
+fn a_boot_tears_its_root_down_at_every_change_or_at_those_of_slots_alone() {
+    for (results, teardowns) in [(keeping(), 14), (dropping(), 106)] {
+        let row = good(results, 0).measured().find(|row| row.name == "script").expect("the script");
+        let counted = |name: &str| row.counters[name].value;
+        assert_eq!((counted("changes"), counted("teardowns")), (106, teardowns));
+        assert!(counted("refaults") > 0);
+    }
+}
+
+#[test]
+fn the_role_log_has_each_root_with_its_cause_and_its_pages() {
+    let row = |results, name: &str| toggles(good(results, 0)).find(|row| row.name == name).expect("the row");
+    // One root for good, whatever the mode: there a TDP root has none of the mode's bits in its role.
+    let kept = row(keeping(), "efer.nxe");
+    let mapped: Vec<_> = kept.roles.iter().filter(|root| root.mapped > 0).collect();
+    let [root] = &mapped[..] else { panic!("{:?}", kept.roles) };
+    assert_eq!((root.role.as_str(), root.mapped), ("level 5 direct nx wp", PAGES));
+    assert_eq!((&root.life, &root.ended_by), (&None, &None));
+    // SMM is another address space, and so another root.
+    assert!(row(keeping(), "smm").roles.iter().any(|root| root.role.ends_with("smm") && root.cause == "smm"));
+    // 5.10's TDP MMU tells nothing.
+    assert!(row(dropping(), "efer.nxe").roles.is_empty());
+}
+
+#[test]
+fn smis_lose_no_page_and_no_register() {
+    let row = good(keeping(), 2).measured().next().expect("a row");
+    let counted = |name: &str| row.counters[name].value;
+    assert_eq!(counted("smis"), 200);
+    assert!(counted("smis_in_write_loop") >= 180, "{:?}", row.counters);
+    assert!(counted("smram_pages_logged") >= counted("smram_pages_written") && counted("smram_pages_written") > 0);
+    assert_eq!((row.truth.pages.missed, row.truth.pages.extra), (0, 0));
+    assert!(row.truth.pages.written >= 2 * 2048);
+}
+
+#[test]
+fn a_guest_that_breaks_in_smm_is_reported_with_its_state() {
+    let failure = keeping()[3].as_ref().expect_err("a handler that halts").to_string();
+    for part in ["vCPU 0", "halted", "system management mode", "CS base 0x30000"] {
+        assert!(failure.contains(part), "{failure}");
+    }
+}
+
+#[test]
+fn the_shadow_mmu_has_each_cure() {
+    // Toggles that refault everything under each policy: those of slots always.
+    for (policy, mode, smm) in [("drop", true, true), ("address-space", false, true), ("keep", false, false)] {
+        let record = record(&["run", "roots", "--memory", "1M", "--rounds", "1", "--roots", policy], 60);
+        assert_eq!(record.host.ground, "model");
+        for toggle in Toggle::ALL.iter().filter(|toggle| **toggle != Toggle::SmmShared) {
+            let row = record.measured().find(|row| row.name == toggle.name()).expect("the toggle");
+            let drops = if toggle.is_smm() { smm } else { mode && *toggle != Toggle::None };
+            assert_eq!(row.counters["refaults"].value, if drops { PAGES } else { 0 }, "{policy}: {}", row.name);
+        }
+        let row = |name: &str| record.measured().find(|row| row.name == name).expect("a row");
+        assert_eq!(row("slot-delete").counters["refaults"].value, PAGES, "{policy}");
+        let teardowns = row("script").counters["teardowns"].value;
+        assert_eq!(teardowns, if mode { 106 } else { 14 }, "{policy}");
+        assert!(row("12-roles").memory.is_some_and(|bytes| bytes.table_bytes > 0));
+    }
+    let bounded = record(&["run", "roots", "--memory", "16M", "--rounds", "1", "--roots", "quota=64"], 60);
+    assert_eq!(bounded.faults(), [""; 0]);
+    let twelve = bounded.measured().find(|row| row.name == "12-roles").expect("twelve roles");
+    // Each takes 11 pages: five of them fit.
+    assert!((33..=64).contains(&twelve.counters["shadow_pages"].value), "{:?}", twelve.counters);
+    assert!(twelve.counters["refaults"].value > 0);
+    // In the lab the same run has a clock, and the same counts.
+    let timed = good(keeping(), 4);
+    assert_eq!(timed.host.ground, "lab");
+    let kept = timed.measured().find(|row| row.name == "cr0.wp").expect("cr0.wp");
+    assert_eq!(kept.counters["refaults"].value, 0);
+    assert!(cheapest(kept, "refault") > 0);
+}
+
+#[test]
+fn a_second_vcpu_holds_the_root() {
+    for results in [keeping(), dropping()] {
+        for row in good(results, 1).measured() {
+            assert_eq!(refaults(row), if row.name == "slot-delete" { PAGES } else { 0 }, "{}", row.name);
+        }
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_before_there_is_a_guest() {
+    refused(&["run", "roots", "--toggle", "cr0.pw"], 2, &["--toggle cr0.pw", "cr0.wp"]);
+    refused(&["lab", "roots", "--toggle", "cr0.pw"], 2, &["--toggle cr0.pw", "cr0.wp"]);
+    refused(&["run", "roots", "--toggle", "cr0.wp@all"], 2, &["cr0.wp@all", "--vcpus 2"]);
+    refused(&["run", "roots", "--toggle", "slot-move@all", "--vcpus", "2"], 2, &["slot-move@all", "@all away"]);
+    refused(&["run", "roots", "--tracker", "clear"], 2, &["roots", "--tracker"]);
+    refused(&["run", "dirty-log", "--toggle", "smm"], 2, &["dirty-log", "--toggle"]);
+    refused(&["run", "dirty-log", "--inject", "break-smm"], 2, &["break-smm", "roots"]);
+    refused(&["run", "roots", "--inject", "lose-page"], 2, &["lose-page", "break-smm"]);
+    refused(&["run", "roots", "--roots", "hoard"], 2, &["--roots hoard", "quota=N"]);
+    refused(&["run", "roots", "--roots", "keep", "--toggle", "sregs"], 2, &["sregs", "KVM's"]);
+    refused(&["run", "roots", "--toggle", "12-roles"], 2, &["12-roles", "--roots"]);
+    let script = |text: &str, parts: &[&str]| {
+        refused(&["run", "roots", "--toggle", "script", "--script", &format!("text:{text}")], 2, parts);
+    };
+    script("grow 1\ncr0.pg=0", &["--script text: line 2", "64-bit", "cr0.pg"]);
+    script("grow 1\nsmi", &["line 2", "SMRAM", "smm"]);
+    script("grow 1\ncr0.pw", &["line 2", "cr0.pw", "cr0.wp"]);
+    script("cr0.wp", &["grow"]);
+    refused(&["run", "roots", "--script", "/nonexistent/boot"], 2, &["--script", "/nonexistent/boot"]);
+}
+
+#[test]
+fn a_pvm_host_does_its_part_and_names_the_lab_for_the_rest() {
+    if !kvm_here() {
+        return refused(&["run", "roots"], 3, &["/dev/kvm"]);
+    }
+    if host::vendor() != "pvm" {
+        return;
+    }
+    let record = record(&["run", "roots", "--memory", "1M", "--rounds", "1"], 60);
+    assert_eq!(record.faults(), [""; 0]);
+    let names: Vec<_> = record.measured().map(|row| row.name.as_str()).collect();
+    assert_eq!(names, ["sregs", "slot-delete", "slot-move"]);
+    for toggle in ["smm", "cr0.wp"] {
+        refused(&["run", "roots", "--toggle", toggle], 3, &[toggle, "PVM", "umbra lab roots"]);
+    }
+}
