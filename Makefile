@@ -115,6 +115,11 @@ bench-roots: build shelf ## which changes of mode cost a VM its page-table root:
 	@mkdir -p target/bench
 	$(UMBRA) lab matrix --spec images/specs/roots.toml --out target/bench/roots.json $(ARGS)
 
+.PHONY: bench-vendors
+bench-vendors: build shelf packages-vmx ## AMD and Intel in one table: a page of L1 and of its L2, each of kvm_intel's parameters, other kernels
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/vendors.toml --out target/bench/vendors.json
+
 .PHONY: soak
 soak: build ## two vCPUs write while every tracker harvests, on this machine's KVM, for SECONDS (60)
 	@$(UMBRA) run soak --vcpus 2 --seconds $(SECONDS) $(ARGS)

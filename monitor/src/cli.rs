@@ -311,9 +311,12 @@ pub struct LabArgs {
     /// Where the modules of a kernel of your own are (`make modules_install INSTALL_MOD_PATH=DIR`).
     #[arg(long, value_name = "DIR")]
     pub modules: Option<PathBuf>,
-    /// `instructions` (exact, one CPU) or `wall` (two CPUs, faster, not deterministic).
+    /// `instructions` (exact) or `wall` (faster, not deterministic).
     #[arg(long, default_value = "instructions")]
     pub clock: String,
+    /// The machine's CPUs, 1 to 8 (default: 1, with the clock wall 2).
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub cpus: Option<u32>,
     /// A module parameter, as `kvm.tdp_mmu=0`; may be repeated.
     #[arg(long = "param")]
     pub params: Vec<String>,

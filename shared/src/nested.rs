@@ -83,8 +83,10 @@ pub struct Map {
 /// Why there is no such map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapError {
-    /// Leaves are 4 KiB or 2 MiB.
+    /// Leaves are 4 KiB, 2 MiB or 1 GiB.
     Leaf(Level),
+    /// Leaves of 1 GiB reach beyond L1's pages: a second copy has no place of its own behind them.
+    Giant(u64),
     /// L1's pages are no whole number of leaves, or none at all.
     Pages(u64),
     /// Not 1 to 2^31 L2 pages.
@@ -96,7 +98,10 @@ pub enum MapError {
 impl fmt::Display for MapError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Leaf(leaf) => write!(f, "leaves of level {}, and there are 1 (4k) and 2 (2m)", leaf.number()),
+            Self::Leaf(leaf) => write!(f, "leaves of level {}, and there are 1 (4k), 2 (2m) and 3 (1g)", leaf.number()),
+            Self::Giant(aliases) => {
+                write!(f, "{aliases} copies, or one that is not in L1's order, by leaves of 1g (use 2m)")
+            }
             Self::Pages(pages) => write!(f, "{pages} pages are no whole number of leaves"),
             Self::Aliases(aliases) => write!(f, "{aliases} copies; L2 can have 1 to {MAX_ACCESSES} pages"),
             Self::Shared(pages) => {
@@ -107,15 +112,19 @@ impl fmt::Display for MapError {
 }
 
 impl Map {
-    /// A map of `aliases` copies of L1's `pages` pages by leaves of `leaf`.
+    /// A map of `aliases` copies of L1's `pages` pages by leaves of `leaf`. The last leaf of 1 GiB may reach beyond them, into the gap behind L1's slot.
     ///
     /// # Errors
     /// Says what cannot be.
     pub const fn new(pages: u64, leaf: Level, aliases: u64, kind: AliasKind, seed: u64) -> Result<Self, MapError> {
-        if !matches!(leaf, Level::K4 | Level::M2) {
+        if !matches!(leaf, Level::K4 | Level::M2 | Level::G1) {
             return Err(MapError::Leaf(leaf));
         }
-        if pages == 0 || !pages.is_multiple_of(leaf.frames()) {
+        let giant = matches!(leaf, Level::G1);
+        if giant && (aliases != 1 || !matches!(kind, AliasKind::Contiguous)) {
+            return Err(MapError::Giant(aliases));
+        }
+        if pages == 0 || (!giant && !pages.is_multiple_of(leaf.frames())) {
             return Err(MapError::Pages(pages));
         }
         if aliases == 0 || pages > MAX_ACCESSES / aliases {
@@ -232,6 +241,7 @@ impl Nested {
         let leaf = match leaf {
             1 => Level::K4,
             2 => Level::M2,
+            3 => Level::G1,
             _ => return None,
         };
         let kind = match kind {
@@ -278,6 +288,12 @@ pub struct Report {
     pub table_pages: u64,
     /// Where the last violation was: an L2 physical address.
     pub last_address: u64,
+    /// What it was: SVM's exit code or VMX's basic exit reason.
+    pub last_code: u64,
+    /// More about it: EXITINFO1 or the exit qualification.
+    pub last_qualification: u64,
+    /// After [`crate::protocol::Command::Provoke`]: the entry that the case is about, when L1 was told or the access was done.
+    pub probed_entry: u64,
 }
 
 const _: () = assert!(size_of::<Report>() as u64 <= PAGE_SIZE);
@@ -341,6 +357,14 @@ mod tests {
     }
 
     #[test]
+    fn leaves_of_1_gib_need_not_be_filled() {
+        let map = Map::new(500, Level::G1, 1, AliasKind::Contiguous, 1).unwrap();
+        let nested = Nested { way: Way::Vmx, map, preset: false, fill_batch: 0 };
+        assert_eq!(Nested::decode(&nested.encode()), Some(Some(nested)));
+        assert_eq!((map.l1_page(499), map.l2_pages()), (499, 500));
+    }
+
+    #[test]
     fn copies_are_scattered_apart() {
         let map = Map::new(1024, Level::K4, 2, AliasKind::Scattered, 1).unwrap();
         let copy = |copy: u64| (0..1024).map(|page| map.l1_page(copy * 1024 + page)).collect::<Vec<_>>();
@@ -354,7 +378,9 @@ mod tests {
     #[test]
     fn what_cannot_be_is_refused() {
         let refused = |pages, leaf, aliases, kind| Map::new(pages, leaf, aliases, kind, 0).unwrap_err();
-        assert_eq!(refused(512, Level::G1, 1, AliasKind::Contiguous), MapError::Leaf(Level::G1));
+        assert_eq!(refused(512, Level::T512, 1, AliasKind::Contiguous), MapError::Leaf(Level::T512));
+        assert_eq!(refused(512, Level::G1, 2, AliasKind::Contiguous), MapError::Giant(2));
+        assert_eq!(refused(512, Level::G1, 1, AliasKind::Scattered), MapError::Giant(1));
         assert_eq!(refused(0, Level::K4, 1, AliasKind::Contiguous), MapError::Pages(0));
         assert_eq!(refused(513, Level::M2, 1, AliasKind::Contiguous), MapError::Pages(513));
         assert_eq!(refused(512, Level::K4, 0, AliasKind::Contiguous), MapError::Aliases(0));
@@ -363,7 +389,7 @@ mod tests {
         assert_eq!(refused(512, Level::M2, 2, AliasKind::SharedTables), MapError::Shared(512));
         assert_eq!(Nested::decode(&[0; 8]), Some(None));
         assert_eq!(Nested::decode(&[9, 512, 1, 1, 0, 0, 0, 0]), None);
-        assert_eq!(Nested::decode(&[2, 512, 3, 1, 0, 0, 0, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 4, 1, 0, 0, 0, 0]), None);
         assert_eq!(Nested::decode(&[2, 512, 1, 0, 0, 0, 0, 0]), None);
     }
 }

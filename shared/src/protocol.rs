@@ -127,6 +127,8 @@ pub enum Command {
     /// As `FreeRun`, but each access waits until [`BootPage::pace`] ticks after the one before it, and is timed into the histogram.
     /// [`Mailbox::accesses_done`] counts them.
     PacedRun = 11,
+    /// L1 alone: provoke case `argument` of [`crate::violation::CASES`], and report what L1 was told ([`crate::nested::Report`]).
+    Provoke = 12,
 }
 
 impl Command {
@@ -145,6 +147,7 @@ impl Command {
             9 => Some(Self::Toggle),
             10 => Some(Self::Touch),
             11 => Some(Self::PacedRun),
+            12 => Some(Self::Provoke),
             _ => None,
         }
     }
@@ -213,7 +216,7 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree() {
-        for number in 0..13 {
+        for number in 0..16 {
             assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
             assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
         }

@@ -66,6 +66,7 @@ fn boot(clock: Clock, jobs: &[&[&str]], params: &[&str]) -> Vec<Result<Record, F
         emulator: Emulator::Qemu,
         kernel,
         clock,
+        cpus: None,
         params: params.iter().map(|param| param.parse().expect("a parameter")).collect(),
         init: umbra_tests::binary(),
         append: String::new(),

@@ -141,7 +141,8 @@ fn drive(case: &str) -> Result<(), Failure> {
         other => (kernel, format!("death={other}")),
     };
     let init = "/proc/self/exe".into();
-    let machine = Machine { emulator, kernel, clock: Clock::Instructions, params: Vec::new(), init, append };
+    let machine =
+        Machine { emulator, kernel, clock: Clock::Instructions, cpus: None, params: Vec::new(), init, append };
     let words = ["umbra", "run", "no-such-scenario"].map(str::to_owned);
     let cli::Command::Run(args) = cli::parse(words)?.command else { panic!("a run is a run") };
     // On a busy machine a boot takes several times as long; only the two cases that wait for a limit have a short one.
@@ -157,7 +158,7 @@ fn shares_a_boot() {
     let param = "kvm.tdp_mmu=0".parse().expect("a parameter");
     let (init, append) = ("/proc/self/exe".into(), "death=none".to_owned());
     let (emulator, clock) = (Emulator::Qemu, Clock::Instructions);
-    let machine = Machine { emulator, kernel, clock, params: vec![param], init, append };
+    let machine = Machine { emulator, kernel, clock, cpus: None, params: vec![param], init, append };
     let jobs = [&["no-such-scenario"][..], &["dirty-log", "--memory=2M", "--tracker=clear", "--backing=hugetlb"]].map(
         |words| match cli::parse(["umbra", "run"].iter().chain(words).map(ToString::to_string))
             .expect("good words")

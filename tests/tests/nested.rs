@@ -55,6 +55,7 @@ fn results() -> &'static [Result<Record, Failure>] {
             emulator: Emulator::Qemu,
             kernel,
             clock: Clock::Instructions,
+            cpus: None,
             params: Vec::new(),
             init: umbra_tests::binary(),
             append: String::new(),
@@ -186,7 +187,8 @@ fn plain_l1_sees_aliases_everywhere() {
 fn bad_options_are_refused_in_one_line() {
     for (words, parts) in [
         (vec!["nested", "--alias", "0"], vec!["--alias 0"]),
-        (vec!["nested", "--leaf", "1g"], vec!["--leaf 1g", "2m"]),
+        (vec!["nested", "--leaf", "1g", "--alias", "2"], vec!["--alias 2", "1g"]),
+        (vec!["nested", "--leaf", "1g", "--slots", "2"], vec!["--slots 2", "1g"]),
         (vec!["nested", "--leaf", "2m", "--memory", "3M"], vec!["--memory"]),
         (vec!["nested", "--alias-kind", "braided"], vec!["braided", "scattered"]),
         (vec!["nested", "--alias-kind", "shared-tables", "--memory", "1M"], vec!["--alias-kind", "whole tables"]),

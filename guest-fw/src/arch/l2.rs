@@ -30,6 +30,9 @@ pub trait Extension: Sized {
     /// L2 finds `value` in RAX.
     fn set_rax(&mut self, value: u64);
 
+    /// Accessed and dirty flags of L1's table are in use from now on, or not. Says whether that can be.
+    fn use_flags(&mut self, on: bool) -> bool;
+
     /// Forgets translations by L1's table, after rights or entries were taken away in it.
     fn forget(&mut self);
 
@@ -88,6 +91,15 @@ impl Violation {
     }
 }
 
+/// What L1 did about a violation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// It made entries where none were: no translation knows of them.
+    Made,
+    /// It changed entries that translations may come from.
+    Changed,
+}
+
 /// What one run of L2 came to.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Run {
@@ -107,14 +119,21 @@ impl<E: Extension> L2<E> {
     /// What this vCPU lacks.
     pub fn new(vcpu: usize, pml4: u64, root: u64) -> Result<Self, E::Absent> {
         let mut l2 = Self(E::new(vcpu, pml4, root)?);
-        l2.run(&mut || (), &mut |violation| panic!("L2 has no system slot at its frame {}", violation.gfn()));
+        l2.run(&mut || (), &mut |violation| -> Answer {
+            panic!("L2 has no system slot at its frame {}", violation.gfn())
+        });
         Ok(l2)
+    }
+
+    /// The extension, for what [`Self::run`] does not do.
+    pub const fn extension(&mut self) -> &mut E {
+        &mut self.0
     }
 
     /// Lets L2 do `work`. `violation` is called for each access that L1's table does not permit; L2 then tries again.
     ///
     /// Panics if L2 is left for another reason.
-    pub fn run(&mut self, work: &mut dyn FnMut(), violation: &mut dyn FnMut(Violation)) -> Run {
+    pub fn run(&mut self, work: &mut dyn FnMut(), violation: &mut dyn FnMut(Violation) -> Answer) -> Run {
         let mut work: &mut dyn FnMut() = work;
         self.0.set_rax((&raw mut work).expose_provenance() as u64);
         let mut run = Run::default();
@@ -124,7 +143,11 @@ impl<E: Extension> L2<E> {
             run.ticks = left.ticks;
             match left.exit {
                 Exit::Hypercall => return run,
-                Exit::Violation(what) => violation(what),
+                Exit::Violation(what) => {
+                    if violation(what) == Answer::Changed {
+                        self.0.forget();
+                    }
+                }
                 Exit::Interrupted => {}
                 Exit::Other { code, information: [first, second], rip } => {
                     panic!("L2 was left at {rip:#x} with exit code {code:#x} ({first:#x}, {second:#x})")

@@ -99,6 +99,12 @@ pub struct LiveReport {
     pub table_pages: AtomicU64,
     /// Where the last violation was.
     pub last_address: AtomicU64,
+    /// What it was.
+    pub last_code: AtomicU64,
+    /// More about it.
+    pub last_qualification: AtomicU64,
+    /// An entry of the probe's.
+    pub probed_entry: AtomicU64,
 }
 
 const _: () = {
@@ -108,6 +114,9 @@ const _: () = {
     assert!(offset_of!(LiveReport, filled) == offset_of!(Report, filled));
     assert!(offset_of!(LiveReport, table_pages) == offset_of!(Report, table_pages));
     assert!(offset_of!(LiveReport, last_address) == offset_of!(Report, last_address));
+    assert!(offset_of!(LiveReport, last_code) == offset_of!(Report, last_code));
+    assert!(offset_of!(LiveReport, last_qualification) == offset_of!(Report, last_qualification));
+    assert!(offset_of!(LiveReport, probed_entry) == offset_of!(Report, probed_entry));
 };
 
 impl LiveReport {

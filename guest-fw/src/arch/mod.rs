@@ -8,7 +8,6 @@ pub mod idt;
 pub mod l2;
 #[cfg(not(test))]
 mod lang;
-#[cfg(not(test))]
 pub mod legacy;
 pub mod lock;
 pub mod mailbox;
@@ -17,6 +16,7 @@ pub mod paging;
 pub mod paging_legacy;
 pub mod port;
 mod privileged;
+pub mod probe;
 pub mod provoke;
 #[cfg(not(test))]
 mod pvh;

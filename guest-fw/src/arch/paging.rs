@@ -44,7 +44,7 @@ impl Format {
 pub enum Error {
     /// The pool is too small; it has that many pages.
     PoolExhausted(usize),
-    /// Leaves are 4 KiB or 2 MiB.
+    /// Leaves are 4 KiB, 2 MiB or 1 GiB.
     NoSuchLeaf(Level),
     /// A slot does not begin where a leaf can.
     Unaligned(Slot),
@@ -54,7 +54,9 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PoolExhausted(pages) => write!(f, "{pages} pages are too few for the page tables"),
-            Self::NoSuchLeaf(level) => write!(f, "no leaves of level {}, only 1 (4 KiB) and 2 (2 MiB)", level.number()),
+            Self::NoSuchLeaf(level) => {
+                write!(f, "no leaves of level {}, only 1 (4 KiB), 2 (2 MiB) and 3 (1 GiB)", level.number())
+            }
             Self::Unaligned(slot) => {
                 write!(f, "the slot at frame {} (page {}) is not aligned to its leaves", slot.base, slot.first_page)
             }
@@ -157,17 +159,21 @@ impl<'a> Pool<'a> {
     /// [`Error::PoolExhausted`] and [`Error::NoSuchLeaf`].
     pub fn table_of(&mut self, linear: u64, level: Level) -> Result<Table, Error> {
         let address = VirtAddr::new(linear);
-        let directory = self.directory(address)?;
-        match level {
-            Level::K4 => Ok(Table { index: self.below(directory, address.p2_index().into())?, level }),
-            Level::M2 => Ok(Table { index: directory, level }),
-            other => Err(Error::NoSuchLeaf(other)),
-        }
+        let index = match level {
+            Level::K4 => {
+                let directory = self.directory(address)?;
+                self.below(directory, address.p2_index().into())?
+            }
+            Level::M2 => self.directory(address)?,
+            Level::G1 => self.below(0, address.p4_index().into())?,
+            other => return Err(Error::NoSuchLeaf(other)),
+        };
+        Ok(Table { index, level })
     }
 
     /// Maps the leaf at `linear`, which `table` holds, to `physical`. Says whether it was not mapped before. Both are aligned to the leaf.
     pub fn set(&mut self, table: Table, linear: u64, physical: u64) -> bool {
-        let huge = if table.level == Level::M2 { PageTableFlags::HUGE_PAGE } else { PageTableFlags::empty() };
+        let huge = if table.level == Level::K4 { PageTableFlags::empty() } else { PageTableFlags::HUGE_PAGE };
         let entry = &mut self.tables[table.index][(linear >> table.level.shift()) as usize % ENTRIES];
         let new = entry.is_unused();
         if new || entry.addr().as_u64() != physical {
@@ -300,12 +306,14 @@ mod tests {
         pool.map(0x20_0000, 0x40_0000, Level::M2).unwrap();
         pool.preset(false);
         pool.map(0x5000, 0x1_2345_6000, Level::K4).unwrap();
+        pool.map(5 << 30, 6 << 30, Level::G1).unwrap();
         let entry =
             |table: usize, index: usize| tables[table][index].addr().as_u64() | tables[table][index].flags().bits();
         assert_eq!(entry(0, 0), (BASE + 0x1000) | 0x107);
         assert_eq!(entry(2, 1), 0x40_0000 | 0x3b7);
         assert_eq!(entry(2, 0), (BASE + 0x3000) | 0x7);
         assert_eq!(entry(3, 5), 0x1_2345_6000 | 0x37);
+        assert_eq!(entry(1, 5), 6 << 30 | 0xb7);
     }
 
     #[test]
@@ -323,7 +331,8 @@ mod tests {
         let short = pool(1024, Level::K4).len() - 1;
         let mut pool = pool(1024, Level::K4);
         assert_eq!(build(&mut pool[..short], BASE, slots(), Level::K4), Err(Error::PoolExhausted(short)));
-        assert_eq!(build(&mut pool, BASE, slots(), Level::G1), Err(Error::NoSuchLeaf(Level::G1)));
+        let no_such_leaf = Pool::new(&mut pool, BASE, Format::LONG).unwrap().map(0, 0, Level::T512);
+        assert_eq!(no_such_leaf, Err(Error::NoSuchLeaf(Level::T512)));
         let slot = Slot { base: Gfn(1), pages: 512, first_page: 0 };
         assert_eq!(build(&mut pool, BASE, [slot].into_iter(), Level::M2), Err(Error::Unaligned(slot)));
     }

@@ -2,9 +2,10 @@
 
 pub mod table;
 
-use crate::arch::l2::{Extension, L2, Violation};
+use crate::arch::l2::{Answer, Extension, L2, Violation};
 use crate::arch::lock::Lock;
 use crate::arch::mailbox::LiveReport;
+use crate::arch::probe;
 use crate::arch::space::{self, SecondSpace};
 use crate::arch::tracked::{Executed, Tracked};
 use crate::arch::vcpu;
@@ -12,6 +13,7 @@ use crate::boot::Setup;
 use core::sync::atomic::Ordering::Relaxed;
 use table::{Refusal, Table12};
 use umbra_shared::nested::Nested;
+use umbra_shared::violation::Case;
 
 /// What the L2s of all vCPUs share.
 struct Shared {
@@ -48,6 +50,14 @@ fn create<E: Extension>(setup: &Setup, nested: &Nested) -> Shared {
     }
 }
 
+/// Reports a violation.
+fn note(report: &LiveReport, violation: &Violation) {
+    report.last_address.store(violation.address, Relaxed);
+    report.last_code.store(violation.code, Relaxed);
+    report.last_qualification.store(violation.qualification, Relaxed);
+    report.violations.fetch_add(1, Relaxed);
+}
+
 impl<E: Extension> Hypervisor<E> {
     /// Makes this vCPU's L2. Its own tables are mapped when this returns: the first touch of its pages is that of the pages alone.
     ///
@@ -72,12 +82,12 @@ impl<E: Extension> Hypervisor<E> {
                 Some(shared) => shared.table.violation(violation.gfn()),
                 None => Err(Refusal::Beyond(violation.gfn())),
             });
-            report.last_address.store(violation.address, Relaxed);
-            report.violations.fetch_add(1, Relaxed);
+            note(report, &violation);
             match made {
                 Ok(entries) => report.filled.fetch_add(entries, Relaxed),
                 Err(refusal) => panic!("{refusal}"),
             };
+            Answer::Made
         };
         let run = self.l2.run(work, &mut violation);
         report.entries.fetch_add(run.entries, Relaxed);
@@ -102,6 +112,40 @@ impl<E: Extension> Hypervisor<E> {
         };
         self.report_tables();
         Executed { writes: 0, ticks }
+    }
+
+    /// Provokes one case of the list, and reports what L1 was told of it: nothing where the access was permitted.
+    pub fn provoke(&mut self, case: &Case) {
+        let (pml4, root) = SHARED.with(|shared| shared.as_ref().map_or((0, 0), |it| (it.pml4, it.table.root())));
+        assert!(self.l2.extension().use_flags(case.accessed_dirty), "this vCPU's EPT has no accessed and dirty flags");
+        // SAFETY: L2 is not running, and these are its tables.
+        unsafe {
+            probe::prepare(pml4);
+            probe::set(root, case, false);
+        }
+        self.l2.extension().forget();
+        let report = self.report;
+        let mut told = false;
+        let mut violation = |violation: Violation| {
+            assert!(!told, "{case:?} violates the table that permits everything: {violation:x?}");
+            told = true;
+            note(report, &violation);
+            // SAFETY: as above.
+            unsafe {
+                report.probed_entry.store(probe::entry(root, case), Relaxed);
+                probe::set(root, case, true);
+            }
+            Answer::Changed
+        };
+        // SAFETY: L2 does it.
+        self.l2.run(&mut || unsafe { probe::access(case.access) }, &mut violation);
+        if !told {
+            // SAFETY: as above.
+            report.probed_entry.store(unsafe { probe::entry(root, case) }, Relaxed);
+        }
+        // SAFETY: as above.
+        unsafe { probe::set(root, case, true) };
+        self.l2.extension().forget();
     }
 
     fn report_tables(&self) {

@@ -165,6 +165,7 @@ pub fn as_slots(
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::BTreeSet;
     use umbra_shared::layout;
     use umbra_shared::nested::Way;
     use x86_64::structures::paging::PageTableFlags;
@@ -256,7 +257,9 @@ mod tests {
             let batch = batch.next_multiple_of(frames);
             let first = page - page % batch;
             let pages = batch.min(map.l2_pages() - first);
-            prop_assert_eq!(made, pages / frames);
+            // Copies that share tables have one entry for all of them.
+            let owners: BTreeSet<u64> = (first..first + pages).map(|page| map.table_owner(page)).collect();
+            prop_assert_eq!(made, owners.len() as u64 / frames);
             prop_assert_eq!(table12.violation(L2_BASE.plus(page)), Err(Refusal::Present(L2_BASE.plus(page))));
             prop_assert_eq!(table12.violation(L2_BASE.plus(map.l2_pages())), Err(Refusal::Beyond(L2_BASE.plus(map.l2_pages()))));
             if map.kind() != AliasKind::SharedTables {
@@ -276,6 +279,17 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_leaf_of_1_gib_holds_all_pages() {
+        let map = Map::new(1000, Level::G1, 1, AliasKind::Contiguous, 1).unwrap();
+        let slots = layout::slots(1000, 1, Level::M2).unwrap();
+        let mut pool = tables(map);
+        let mut table12 = Table12::new(&mut pool, BASE, Format::EPT, &nested(map, true, 0), slots).unwrap();
+        assert_eq!(table12.fill(), Ok(1));
+        let (address, level, ..) = walk(&pool, Format::EPT, L2_BASE.plus(999)).unwrap();
+        assert_eq!((address, level), (layout::TRACKED_GPA + 999 * 4096, 3));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 pub mod plan;
 
 use crate::arch::l2::Extension;
+use crate::arch::legacy::Legacy;
 use crate::arch::mailbox::LiveMailbox;
 use crate::arch::svm::Svm;
 use crate::arch::tracked::{Executed, Tracked};
@@ -19,6 +20,7 @@ use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{Command, Doorbell};
 use umbra_shared::toggle::Toggle;
+use umbra_shared::violation::CASES;
 
 /// Whether the workload does what it is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,8 +38,7 @@ pub struct Worker {
     /// Where they go.
     pub tracked: Tracked,
     /// The same memory in a mode before long mode, where that is asked for.
-    #[cfg(not(test))]
-    legacy: Option<crate::arch::legacy::Legacy>,
+    legacy: Option<Legacy>,
     /// TSC ticks between the accesses of a paced run.
     pace: u64,
     /// This vCPU's index, and how many take part.
@@ -63,8 +64,7 @@ impl Worker {
         Self {
             pattern: setup.pattern,
             tracked,
-            #[cfg(not(test))]
-            legacy: crate::arch::legacy::Legacy::enter(setup.mode),
+            legacy: Legacy::enter(setup.mode),
             pace: setup.page.pace,
             vcpu,
             vcpus,
@@ -110,12 +110,11 @@ impl Worker {
                 Executed { writes: 0, ticks: modes::toggle(toggle) }
             }
             // What only a hypervisor does.
-            Command::Enter | Command::Fill => Executed::default(),
+            Command::Enter | Command::Fill | Command::Provoke => Executed::default(),
         }
     }
 
     fn timed(&mut self) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.timed(&mut self.plan, self.round);
         }
@@ -123,7 +122,6 @@ impl Worker {
     }
 
     fn observed(&mut self) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.observed(&mut self.plan, self.round, self.histogram);
         }
@@ -131,7 +129,6 @@ impl Worker {
     }
 
     fn populate(&self, pages: Range<u64>, round: u64) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.populate(pages, round);
         }
@@ -222,6 +219,11 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
     commands(worker.mailbox, |command, argument| match command {
         Command::Enter => hypervisor.enter(argument),
         Command::Fill => hypervisor.fill(),
+        Command::Provoke => {
+            let Some(case) = CASES.get(argument as usize) else { panic!("there is no case {argument}") };
+            hypervisor.provoke(case);
+            Executed::default()
+        }
         _ => {
             let mut executed = Executed::default();
             hypervisor.run(&mut || executed = worker.execute(command, argument));

@@ -469,7 +469,7 @@ impl Machine {
                 filled: sum.filled.saturating_add(one.filled),
                 // All vCPUs have one table.
                 table_pages: sum.table_pages.max(one.table_pages),
-                last_address: one.last_address,
+                ..one
             })
         })
     }
@@ -721,6 +721,7 @@ const fn name(command: Command) -> &'static str {
         Command::Fill => "filling L1's table",
         Command::Toggle => "a toggle",
         Command::Touch => "touching pages",
+        Command::Provoke => "provoking a violation",
     }
 }
 

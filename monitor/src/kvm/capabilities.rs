@@ -118,25 +118,48 @@ pub fn nested_svm() -> Result<(), Error> {
     Ok(())
 }
 
-/// Whether a guest of this KVM can run guests of its own by VMX with extended page tables.
+/// What KVM offers to a guest that runs guests of its own by VMX with extended page tables (Intel SDM 3D, A.10; 2A, CPUID).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NestedEpt {
+    /// Bits of a physical address.
+    pub address_bits: u8,
+    /// Entries may permit execution alone.
+    pub execute_only: bool,
+    /// Leaves of 1 GiB.
+    pub giant_pages: bool,
+    /// Accessed and dirty flags.
+    pub accessed_dirty: bool,
+}
+
+/// One of the MSRs that say what KVM offers, 0 where it has none.
+fn feature_msr(kvm: &Kvm, index: u32) -> Result<u64, Error> {
+    let entry = kvm_msr_entry { index, ..kvm_msr_entry::default() };
+    // One entry always fits.
+    let mut msrs = Msrs::from_entries(&[entry]).map_err(|_| missing("KVM_GET_MSRS", "no room".to_owned()))?;
+    let read = kvm.get_msrs(&mut msrs).map_err(super::vm::failed("KVM_GET_MSRS"))?;
+    Ok(msrs.as_slice().first().filter(|_| read == 1).map_or(0, |entry| entry.data))
+}
+
+/// Whether a guest of this KVM can run guests of its own by VMX with extended page tables, and what it is offered.
 ///
 /// # Errors
 /// [`Error::Capability`] with what is missing first: the module, its parameter, the capability, the bit of CPUID (Intel SDM 2A, CPUID), or EPT among
 /// the controls (SDM 3D, A.3.3).
-pub fn nested_vmx() -> Result<(), Error> {
+pub fn nested_vmx() -> Result<NestedEpt, Error> {
     const IA32_VMX_PROCBASED_CTLS2: u32 = 0x48b;
+    const IA32_VMX_EPT_VPID_CAP: u32 = 0x48c;
     let kvm = VMX.open()?;
-    if leaf(&cpuid(&kvm)?, 1).is_none_or(|entry| entry.ecx >> 5 & 1 == 0) {
+    let cpuid = cpuid(&kvm)?;
+    if leaf(&cpuid, 1).is_none_or(|entry| entry.ecx >> 5 & 1 == 0) {
         return Err(missing("VMX in CPUID", "KVM offers guests none here".to_owned()));
     }
-    let entry = kvm_msr_entry { index: IA32_VMX_PROCBASED_CTLS2, ..kvm_msr_entry::default() };
-    // One entry always fits.
-    let mut msrs = Msrs::from_entries(&[entry]).map_err(|_| missing("KVM_GET_MSRS", "no room".to_owned()))?;
-    let read = kvm.get_msrs(&mut msrs).map_err(super::vm::failed("KVM_GET_MSRS"))?;
     // The high half of the register are controls that may be set; enabling EPT is the second of them.
-    let offered = msrs.as_slice().first().filter(|_| read == 1).map_or(0, |entry| entry.data >> 32);
-    if offered >> 1 & 1 == 0 {
+    if feature_msr(&kvm, IA32_VMX_PROCBASED_CTLS2)? >> 33 & 1 == 0 {
         return Err(missing("nested EPT", "KVM offers guests none here (kvm_intel.ept=0?)".to_owned()));
     }
-    Ok(())
+    let offered = feature_msr(&kvm, IA32_VMX_EPT_VPID_CAP)?;
+    let bit = |bit: u32| offered >> bit & 1 == 1;
+    // CPUID 80000008h: without the leaf a processor has 36 bits.
+    let address_bits = leaf(&cpuid, 0x8000_0008).map_or(36, |entry| entry.eax.to_le_bytes()[0]);
+    Ok(NestedEpt { address_bits, execute_only: bit(0), giant_pages: bit(17), accessed_dirty: bit(21) })
 }

@@ -67,11 +67,11 @@ fn help() -> Result<String, Failure> {
 ///
 /// # Errors
 /// [`Failure::NotHere`] when something is not installed or a file cannot be written.
-pub fn vmx(directory: &Path, kernel: &Path, append: &str) -> Result<Command, Failure> {
+pub fn vmx(directory: &Path, cpus: u32, kernel: &Path, append: &str) -> Result<Command, Failure> {
     let write = |name: &str, bytes: &[u8]| fs::write(directory.join(name), bytes).map_err(Error::Scratch);
     press(directory, kernel, append)?;
     write(name::SEED, SEED)?;
-    write(name::CONFIGURATION, configuration().as_bytes())?;
+    write(name::CONFIGURATION, configuration(cpus).as_bytes())?;
     let mut command = Child::command(PROGRAM, PACKAGES)?;
     command.args(["-q", "-f", name::CONFIGURATION]);
     // A Bochs with the debugger waits for a command before it begins; one without knows no such option.
@@ -121,13 +121,13 @@ fn menu(append: &str) -> String {
 
 /// Bochs's own configuration (bochsrc(5)). `panic` is Bochs's word for what it cannot go on after; switching the machine off is one of
 /// them. With `reset_on_triple_fault=0` a triple fault is another.
-fn configuration() -> String {
+fn configuration(cpus: u32) -> String {
     let (disc, ips) = (name::DISC, 1_000_000_000 / NANOSECONDS_PER_INSTRUCTION);
     let (console, messages, log) = (file::CONSOLE, file::MESSAGES, file::LOG);
     format!(
         "config_interface: textconfig
 display_library: term
-cpu: model=corei7_skylake_x, count=1, ips={ips}, reset_on_triple_fault=0
+cpu: model=corei7_skylake_x, count={cpus}, ips={ips}, reset_on_triple_fault=0
 memory: guest=2048, host=2048
 romimage: file={BIOS}
 vgaromimage: file={VGA_BIOS}
@@ -188,8 +188,8 @@ mod tests {
 
     #[test]
     fn one_tick_is_one_instruction() {
-        let text = configuration();
-        assert!(text.contains(" ips=50000000,"), "{text}");
+        let text = configuration(2);
+        assert!(text.contains(" count=2, ips=50000000,"), "{text}");
         // The kernel is told the same rate, in kHz.
         assert!(APPEND.contains("tsc_early_khz=50000"));
         assert!(menu("a b").ends_with("APPEND a b\n"));

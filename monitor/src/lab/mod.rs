@@ -51,6 +51,8 @@ pub struct Machine {
     pub kernel: Entry,
     /// The clock.
     pub clock: Clock,
+    /// CPUs, if not as many as the clock has by default.
+    pub cpus: Option<u32>,
     /// Module parameters.
     pub params: Vec<Param>,
     /// The program that is PID 1: Umbra itself, wherever it is.
@@ -111,7 +113,8 @@ impl Machine {
         emulator.version()?;
         let kernel = Self::kernel(args, progress)?;
         let append = args.append.clone().unwrap_or_default();
-        let mut machine = Self { emulator, kernel, clock, params, init: "/proc/self/exe".into(), append };
+        let mut machine =
+            Self { emulator, kernel, clock, cpus: args.cpus, params, init: "/proc/self/exe".into(), append };
         let modules = machine.modules();
         for param in &machine.params {
             if machine.kernel.is_own() && modules.iter().all(|module| module.name != param.module) {
@@ -123,6 +126,14 @@ impl Machine {
         }
         machine.append.truncate(machine.append.trim_end().len());
         Ok(machine)
+    }
+
+    /// How many CPUs it has. Under the instruction clock several are as exact as one, but nothing gets faster: they take turns.
+    fn cpus(&self) -> u32 {
+        self.cpus.unwrap_or(match self.clock {
+            Clock::Instructions => 1,
+            Clock::Nanoseconds => 2,
+        })
     }
 
     /// The modules that are loaded: the kernel's, without those for other machines' processors.
@@ -227,6 +238,7 @@ fn boot_image(
         host.emulator = Some(emulator.clone());
         host.image_sha256 = Some(image.sha256.clone());
         host.params.extend(params.clone());
+        host.params.extend(machine.cpus.map(|cpus| ("cpus".to_owned(), cpus.to_string())));
         if !machine.append.is_empty() {
             host.params.insert("append".to_owned(), machine.append.clone());
         }

@@ -40,13 +40,14 @@ pub fn end(log: &str) -> Option<End> {
 ///
 /// # Errors
 /// [`Failure::NotHere`] when QEMU is not installed.
-pub fn svm(clock: Clock, kernel: &Path, append: &str) -> Result<Command, Failure> {
+pub fn svm(clock: Clock, cpus: u32, kernel: &Path, append: &str) -> Result<Command, Failure> {
     let mut command = Child::command(PROGRAM, PACKAGE)?;
     command.args(["-no-user-config", "-machine", "q35", "-cpu", "max,+svm,+npt,-rdrand,-rdseed", "-m", "4G"]);
     match clock {
-        Clock::Instructions => command.args(["-accel", "tcg", "-icount", "shift=0,sleep=off", "-smp", "1"]),
-        Clock::Nanoseconds => command.args(["-accel", "tcg,thread=multi", "-smp", "2"]),
+        Clock::Instructions => command.args(["-accel", "tcg", "-icount", "shift=0,sleep=off"]),
+        Clock::Nanoseconds => command.args(["-accel", "tcg,thread=multi"]),
     };
+    command.arg("-smp").arg(cpus.to_string());
     command.args(["-seed", "42", "-rtc", "base=2024-01-01,clock=vm"]);
     command.args(["-nic", "none", "-display", "none", "-monitor", "none", "-no-reboot"]);
     command.args(["-d", "cpu_reset", "-D", file::LOG]);
@@ -64,7 +65,7 @@ mod tests {
     #[test]
     fn the_clock_decides_about_icount() {
         let words = |clock| {
-            let command = svm(clock, Path::new("/k"), "no5lvl").unwrap();
+            let command = svm(clock, 2, Path::new("/k"), "no5lvl").unwrap();
             command.get_args().map(|word| word.to_string_lossy().into_owned()).collect::<Vec<_>>()
         };
         let exact = words(Clock::Instructions);

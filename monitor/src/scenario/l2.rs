@@ -108,9 +108,13 @@ impl L2Options {
                 "--guest-page 2m: it cannot hold leaves of {leaf} that are scattered (use --guest-page 4k or --leaf 2m)"
             )));
         }
+        if level == Level::G1 && args.slots > 1 {
+            return Err(Failure::Input(format!("--slots {}: a leaf of 1g holds one slot (use --leaf 2m)", args.slots)));
+        }
         let map = Map::new(args.memory / PAGE_SIZE, level, aliases, alias_kind, args.seed).map_err(|error| {
             let (option, value) = match error {
                 MapError::Leaf(_) => ("leaf", leaf.clone()),
+                MapError::Giant(_) => ("alias", format!("{aliases} with --alias-kind {kind}")),
                 MapError::Pages(_) => ("memory", args.memory.to_string()),
                 MapError::Aliases(_) => ("alias", aliases.to_string()),
                 MapError::Shared(_) => ("alias-kind", format!("{kind} with --leaf {leaf}")),
@@ -143,8 +147,9 @@ impl L2Options {
 
     /// Whether the row of this name was asked for by its way, so that it is a failure when it is missing.
     #[must_use]
-    pub fn by_name(&self, row: &str) -> bool {
-        self.ways.iter().any(|way| row.split_once(':').is_some_and(|(name, _)| name == way.name()))
+    pub fn named(&self, row: &str) -> bool {
+        let of_row = row.split(':').next();
+        self.ways.iter().any(|way| of_row == Some(way.name()))
     }
 
     /// What the firmware is told to be one of those ways.

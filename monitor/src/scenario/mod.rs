@@ -18,6 +18,7 @@ mod snapshot;
 mod soak;
 mod storm;
 mod toggles;
+mod violations;
 
 pub use setup::{Options, Setup};
 
@@ -106,6 +107,12 @@ pub const ALL: &[Scenario] = &[
         trackers: &track::OF_KVM,
         work: Work::Kvm(soak::run),
     },
+    Scenario {
+        name: setup::VIOLATIONS,
+        description: "what L1 is told of accesses that its table does not permit: KVM's nesting beside Umbra's walker",
+        trackers: &[],
+        work: Work::Kvm(violations::run),
+    },
 ];
 
 impl Scenario {
@@ -166,7 +173,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
             args.vcpus
         )));
     }
-    let has_l2 = name == setup::NESTED;
+    let has_l2 = setup::has_l2(name);
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
             "{name}: it runs no L2, so --nesting, --accessed-dirty and --fill-batch mean nothing (nested does)"

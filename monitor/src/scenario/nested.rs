@@ -16,6 +16,7 @@ use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::Row;
 use crate::track::Kind;
+use umbra_shared::Level;
 use umbra_shared::nested::Way;
 use umbra_shared::protocol::Command;
 
@@ -34,7 +35,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
         }
     }
     // A way that nobody asked for may be missing; the trackers that were asked for are there.
-    setup.record_of(rows, |name| l2.by_name(name))
+    setup.record_of(rows, |name| l2.named(name))
 }
 
 /// How the firmware runs L2 that way, if it and this host can.
@@ -51,7 +52,10 @@ fn way(l2: &L2Options, nesting: Nesting) -> Result<Way, Failure> {
             }
         }
         Nesting::Vmx => {
-            capabilities::nested_vmx()?;
+            let offered = capabilities::nested_vmx()?;
+            if l2.map.leaf() == Level::G1 && !offered.giant_pages {
+                return Err(not_here("leaves of 1 GiB", "KVM offers guests EPT without them (--leaf 2m is there)"));
+            }
             match l2.format {
                 None | Some(Format::Ept) => Ok(Way::Vmx),
                 Some(_) => Err(not_here("EPT", "it is the one format that vmx has")),

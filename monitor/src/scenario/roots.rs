@@ -22,10 +22,11 @@ use crate::report::record::{Counter, Phase, Row};
 use crate::truth::{Contents, Round};
 use std::ops::Range;
 use std::time::Duration;
+use umbra_shared::Level;
 use umbra_shared::layout::TRACKED_GPA;
+use umbra_shared::nested::{AliasKind, Map, Nested, Way};
 use umbra_shared::protocol::Command;
 use umbra_shared::smm::View;
-use umbra_shared::toggle::Toggle;
 
 /// The counter of the tracepoint.
 const FAULTS: &str = "page_faults";
@@ -77,6 +78,12 @@ fn row(setup: &Setup, toggling: Toggling, progress: &Progress) -> Result<Row, Fa
     row.truth.pages += observed.truth.pages;
     row.truth.faults.extend(observed.truth.faults);
     Ok(row)
+}
+
+/// An L2 whose pages are those of L1, in order; `None` if there cannot be so many.
+fn nested(pages: u64) -> Option<Nested> {
+    let map = Map::new(pages, Level::K4, 1, AliasKind::Contiguous, 1).ok()?;
+    Some(Nested { way: Way::Svm, map, preset: true, fill_batch: 0 })
 }
 
 /// One pass of one row.
@@ -144,7 +151,8 @@ impl<'a> Run<'a> {
             Change::Script => replay::smm(setup),
             _ => toggling.smm(),
         };
-        let plan = Plan { smm, ..setup.plan.clone() };
+        let nested = (toggling.change == Change::Nested).then(|| nested(setup.plan.pattern.pages)).flatten();
+        let plan = Plan { nested, smm, ..setup.plan.clone() };
         let log = if pass == Pass::Observed { RoleLog::begin().ok() } else { None };
         let machine = Machine::new(&plan, None, |_| Ok(()))?;
         if setup.inject == Some(Fault::BreakSmm) {
@@ -153,6 +161,10 @@ impl<'a> Run<'a> {
         let counting = Counting::of(&machine, pass);
         let row = Row { name: toggling.to_string(), ..Row::default() };
         let mut run = Self { setup, toggling, pass, progress, machine, counting, log, row };
+        if nested.is_some() {
+            // All of L1's table, so that L2's faults are KVM's alone.
+            run.machine.command(Command::Fill, 0)?;
+        }
         run.log("boot")?;
         Ok(run)
     }
@@ -217,7 +229,8 @@ impl<'a> Run<'a> {
         };
         let vcpus = self.vcpus(toggling);
         let window = match toggling.change {
-            Change::Firmware(toggle) => return self.change_by_firmware(toggle, vcpus),
+            Change::Firmware(toggle) => return self.change_by_firmware(Command::Toggle, toggle as u64, vcpus),
+            Change::Nested => return self.change_by_firmware(Command::Enter, 1, vcpus),
             Change::Sregs => self.machine.work(vcpus, || Box::new(toggles::set_sregs))?,
             Change::Cpuid => self.machine.work(vcpus, || Box::new(toggles::set_cpuid))?,
             Change::SlotDelete => {
@@ -235,10 +248,15 @@ impl<'a> Run<'a> {
     }
 
     /// The guest measures itself, so that the way to the monitor and back is left out. Several vCPUs go one after the other.
-    fn change_by_firmware(&self, toggle: Toggle, vcpus: Range<usize>) -> Result<(u64, &'static str, bool), Failure> {
+    fn change_by_firmware(
+        &self,
+        command: Command,
+        argument: u64,
+        vcpus: Range<usize>,
+    ) -> Result<(u64, &'static str, bool), Failure> {
         let (mut ticks, mut clean) = (0, true);
         for vcpu in vcpus {
-            clean &= self.machine.command_of(vcpu..vcpu + 1, Command::Toggle, toggle as u64)?.clean;
+            clean &= self.machine.command_of(vcpu..vcpu + 1, command, argument)?.clean;
             ticks += self.machine.mailbox(vcpu)?.ticks;
         }
         let (unit, convert) = pass::ticks_to(self.setup.plan.timer.clock().unit(), self.machine.tsc_khz());
@@ -301,7 +319,7 @@ impl<'a> Run<'a> {
         let (Some(log), Counting::Tracepoint(_), Some(refaults)) = (&mut self.log, &self.counting, refaults) else {
             return;
         };
-        let mapped = log.torn_down();
+        let Some(mapped) = log.torn_down() else { return };
         let of_vcpu = matches!(self.toggling.change, Change::Firmware(_) | Change::Sregs | Change::Cpuid);
         if of_vcpu && host::parameter("kvm", "tdp_mmu").as_deref() == Some("Y") && mapped != refaults {
             self.row.truth.faults.push(format!(

@@ -47,10 +47,17 @@ impl Fault {
 /// Accesses per million TSC ticks.
 const DEFAULT_RATE: u64 = 100;
 
-/// The scenario that has an L2.
+/// The scenarios that have an L2.
 pub const NESTED: &str = "nested";
+/// The other one.
+pub const VIOLATIONS: &str = "violations";
 /// The scenario that has toggles.
 pub const ROOTS: &str = "roots";
+
+/// Whether the scenario of this name has an L2.
+pub fn has_l2(scenario: &str) -> bool {
+    [NESTED, VIOLATIONS].contains(&scenario)
+}
 
 /// More than anybody waits for; the stamps have room for 2^32.
 const MAX_ROUNDS: u64 = 1 << 20;
@@ -126,7 +133,7 @@ impl Options {
             Some("kernel") => true,
             Some(other) => return Err(input(format!("--irqchip {other}: it is none or kernel"))),
         };
-        let has_l2 = args.scenario == NESTED;
+        let has_l2 = has_l2(&args.scenario);
         let huge_leaves = guest_page == Level::M2 || args.shadow.leaf.as_deref() == Some("2m");
         let granule = if huge_leaves || backing == Some(Backing::Hugetlb) { Level::M2 } else { Level::K4 };
         let inject = args.inject.as_deref().map(Fault::parse).transpose()?;
@@ -351,6 +358,12 @@ impl Setup {
         &self.trackers.rows
     }
 
+    /// Whether the processor is one of the lab's emulators'.
+    #[must_use]
+    pub fn in_lab(&self) -> bool {
+        self.host.ground == "lab"
+    }
+
     /// The same run with another share of writes.
     #[must_use]
     pub fn writing(&self, percent: u64) -> Self {
@@ -416,8 +429,7 @@ impl Setup {
     /// What this host lacks, and where it would run.
     #[must_use]
     pub fn not_here(&self, what: &str) -> Failure {
-        let where_else =
-            if self.host.ground == "lab" { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
+        let where_else = if self.in_lab() { String::new() } else { format!(" (try `umbra lab {}`)", self.scenario) };
         Failure::NotHere(format!("{what}{where_else}"))
     }
 

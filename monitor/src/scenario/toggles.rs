@@ -19,6 +19,8 @@ pub enum Change {
     Sregs,
     /// The monitor takes a bit out of CPUID and puts it back.
     Cpuid,
+    /// The guest, a hypervisor here, leaves its L2, which touches the pages, and enters it again.
+    Nested,
     /// The monitor deletes a memory slot and makes it again.
     SlotDelete,
     /// The monitor moves a memory slot away and back.
@@ -36,6 +38,7 @@ impl Change {
         let own = [
             Self::Sregs,
             Self::Cpuid,
+            Self::Nested,
             Self::SlotDelete,
             Self::SlotMove,
             Self::SmiStorm,
@@ -50,6 +53,7 @@ impl Change {
             Self::Firmware(toggle) => toggle.name(),
             Self::Sregs => "sregs",
             Self::Cpuid => "cpuid",
+            Self::Nested => "nested",
             Self::SlotDelete => "slot-delete",
             Self::SlotMove => "slot-move",
             Self::SmiStorm => "smm:storm",
@@ -71,7 +75,7 @@ impl Change {
 
     /// Whether it happens to one vCPU, rather than to the VM.
     const fn is_of_a_vcpu(self) -> bool {
-        matches!(self, Self::Firmware(_) | Self::Sregs | Self::Cpuid)
+        matches!(self, Self::Firmware(_) | Self::Sregs | Self::Cpuid | Self::Nested)
     }
 }
 
@@ -134,6 +138,7 @@ impl Toggling {
         let toggle = match self.change {
             Change::Firmware(toggle) => toggle,
             Change::SmiStorm => Toggle::Smm,
+            Change::Nested => return capabilities::nested_svm(),
             _ => return Ok(()),
         };
         if host::vendor() == "pvm" {

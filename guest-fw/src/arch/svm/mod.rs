@@ -203,6 +203,11 @@ impl Extension for Svm {
         unsafe { (*self.vmcb).rax = value };
     }
 
+    fn use_flags(&mut self, on: bool) -> bool {
+        // NPT has no other way (APM 2, 15.25.6).
+        on
+    }
+
     fn forget(&mut self) {
         // SAFETY: this vCPU's own page; L2 is not running.
         unsafe { (*self.vmcb).tlb_control = FLUSH };

@@ -16,6 +16,7 @@ use core::fmt;
 use instruction::{Failed, invept_single_context, outcome, vmclear, vmptrld, vmread, vmwrite, vmxon};
 use umbra_shared::PAGE_SIZE;
 use umbra_shared::layout::{vcpu_area, vcpu_area as area};
+use umbra_shared::paging::ept;
 use umbra_shared::protocol::DOORBELL_PORT;
 use vmcs::{Field, field, guest, host, reason, rights};
 
@@ -65,6 +66,8 @@ pub struct Vmx {
     registers: Registers,
     launched: bool,
     ept_pointer: u64,
+    /// Bits of the EPT pointer that the CPU offers.
+    offered: u64,
 }
 
 /// A page of vCPU `vcpu`'s area.
@@ -293,7 +296,7 @@ impl Extension for Vmx {
                 write_host(vcpu, registers)
             }
         });
-        Ok(Self { registers: Registers::new(), launched: false, ept_pointer })
+        Ok(Self { registers: Registers::new(), launched: false, ept_pointer, offered: controls.ept })
     }
 
     fn enter(&mut self) -> Left {
@@ -311,6 +314,17 @@ impl Extension for Vmx {
 
     fn set_rax(&mut self, value: u64) {
         self.registers.rax = value;
+    }
+
+    fn use_flags(&mut self, on: bool) -> bool {
+        let flags = if on { ept::EPTP_ACCESSED_DIRTY } else { 0 };
+        if flags & !self.offered != 0 {
+            return false;
+        }
+        self.ept_pointer = self.ept_pointer & !ept::EPTP_ACCESSED_DIRTY | flags;
+        // SAFETY: at ring 0, in VMX operation since `new`; the same table, and bits that the CPU offers.
+        at_ring_0(|| unsafe { vmwrite(field::EPT_POINTER, self.ept_pointer) });
+        true
     }
 
     fn forget(&mut self) {

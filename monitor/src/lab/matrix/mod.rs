@@ -3,7 +3,7 @@
 pub mod spec;
 mod store;
 
-use super::{Machine, boot_image, digest, image, initramfs, interrupt, limits, plan, qemu};
+use super::{Machine, boot_image, digest, image, initramfs, interrupt, limits, plan};
 use crate::cli::{LabArgs, RunArgs};
 use crate::failure::Failure;
 use crate::progress::Progress;
@@ -120,8 +120,8 @@ fn finish(state: State, runs: &[LabArgs], output: Option<Output>) -> Result<Outc
 /// Numbers of runs that share a boot, in the order of the first of each.
 fn shared(runs: &[LabArgs], sharing: Boot) -> Vec<Vec<usize>> {
     let machine = |args: &LabArgs| {
-        let LabArgs { machine, kernel, modules, clock, params, append, pad, run: _ } = args.clone();
-        (machine, kernel, modules, clock, params, append, pad)
+        let LabArgs { machine, kernel, modules, clock, cpus, params, append, pad, run: _ } = args.clone();
+        (machine, kernel, modules, clock, cpus, params, append, pad)
     };
     let mut groups: Vec<Vec<usize>> = Vec::new();
     for (number, args) in runs.iter().enumerate() {
@@ -144,24 +144,36 @@ fn prepare(runs: &[LabArgs], numbers: Vec<usize>, progress: &Progress) -> Result
     };
     let jobs: Vec<RunArgs> = numbers.iter().map(|&number| runs[number].run.clone()).collect();
     let image = image(&machine, &jobs, args.pad)?;
-    let parts =
-        [&qemu::version()?, &machine.kernel.package(), &image.sha256, &args.machine, &args.clock, &machine.append];
+    let parts = [
+        &machine.emulator.version()?,
+        &machine.kernel.package(),
+        &image.sha256,
+        &args.machine,
+        &args.clock,
+        &machine.cpus().to_string(),
+        &machine.append,
+    ];
     let key = digest::of(parts.map(String::as_str).join("\n").as_bytes());
     Ok(Group { name: boot_name(args, jobs.len()), runs: numbers, machine, image, key })
 }
 
 fn boot_name(args: &LabArgs, jobs: usize) -> String {
-    let mut words = vec![format!("kernel {}", args.kernel.as_deref().unwrap_or("by default"))];
-    words.extend(args.params.iter().cloned());
+    let mut words = machine_words(args);
     words.extend(args.append.clone());
     format!("{}, {jobs} run{}", words.join(" "), if jobs == 1 { "" } else { "s" })
+}
+
+/// The machine and its kernel as a line names them.
+fn machine_words(args: &LabArgs) -> Vec<String> {
+    let mut words = vec![args.machine.clone(), format!("kernel {}", args.kernel.as_deref().unwrap_or("by default"))];
+    words.extend(args.params.iter().cloned());
+    words
 }
 
 /// A run as a line names it.
 fn describe(args: &LabArgs) -> String {
     let run = &args.run;
-    let mut words = vec![format!("kernel {}", args.kernel.as_deref().unwrap_or("by default"))];
-    words.extend(args.params.iter().cloned());
+    let mut words = machine_words(args);
     words.push(run.scenario.clone());
     words.extend((!run.tracker.is_empty()).then(|| run.tracker.join(",")));
     words.extend(run.backing.clone());

@@ -120,7 +120,7 @@ fn order(name: &str) -> (u8, &str) {
     let rank = match name {
         "scenario" => 0,
         "kernel" => 1,
-        "modules" | "machine" | "clock" | "append" => 2,
+        "modules" | "machine" | "clock" | "cpus" | "append" => 2,
         _ if name.contains('.') => 3,
         "tracker" => 5,
         _ => 4,
