@@ -185,7 +185,7 @@ fuzz-tables: packages ## hostile guest tables against the shadow MMU, for SECOND
 	@timeout $$(($(SECONDS) + 120)) $(mmu) fuzz_tables -- SEED=$(SEED) SECONDS=$(SECONDS)
 
 .PHONY: bench-mmu
-bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind), with 64 MiB to 1 TiB of L2
+bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind), with 64 MiB to 1 TiB of L2; some minutes
 	@$(mmu) bench_mmu -- MIB=64,1024,16384,1048576 ROOM=0
 
 .PHONY: bench-caches
