@@ -14,11 +14,11 @@ use std::fmt::Write as _;
 /// millionths,
 pub const NOISE_PPM: u64 = 300;
 /// or instructions, for what is too short to have a share;
-pub const NOISE_INSTRUCTIONS: u64 = 100;
+pub const NOISE_INSTRUCTIONS: u64 = 400;
 /// and both for phases that change a memory slot: they wait for grace periods of RCU, whose threads wake a few times more or less.
 pub const NOISE_OF_SLOTS_PPM: u64 = 6000;
 /// As above.
-pub const NOISE_OF_SLOTS_INSTRUCTIONS: u64 = 1600;
+pub const NOISE_OF_SLOTS_INSTRUCTIONS: u64 = 6000;
 
 /// Whether a phase changes a memory slot.
 #[must_use]
