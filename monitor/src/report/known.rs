@@ -1,7 +1,6 @@
 //! Figures of the same work from elsewhere: another tool on the same ground, or earlier measurements. A run is held against them, and where it differs
 //! by more than it may, the difference has to be what named counters account for.
 
-use super::compare::changes_a_slot;
 use super::record::{Phase, Record, Row};
 use super::table::{accesses, heading_cell, pages, plain_table, right};
 use comfy_table::Cell;
@@ -168,7 +167,8 @@ impl<'a> Line<'a> {
             line.accounted += events * more.each;
             line.why.push(&more.why);
         }
-        line.rounded = line.rounded.max(if changes_a_slot(&phase.phase) { GRACE_PERIOD } else { 0.0 });
+        line.rounded =
+            line.rounded.max(if matches!(phase.phase.as_str(), "enable" | "disable") { GRACE_PERIOD } else { 0.0 });
         line
     }
 
