@@ -1,7 +1,7 @@
 //! The log of all roots that KVM makes and tears down: role, time, cause, pages mapped, life time. From the kernel's own events, in the observed
 //! pass alone.
 //!
-//! Three of `kvmmmu`'s events are enough and the same on every kernel of the shelf: a shadow page is got (a root is one of the highest level), one is
+//! Three of `kvmmmu`'s events are enough and the same on every kernel that has them (the TDP MMU has since Linux 5.11: on 5.10 the log is empty): a shadow page is got (a root is one of the highest level), one is
 //! zapped, an entry is set. A root of the TDP MMU has no event of its own at its end, so the end is that of the table below it. Mapped pages are leaves
 //! of tracked memory that were set since the newest root was made, and are counted for that root.
 
@@ -116,9 +116,10 @@ impl RoleLog {
         }
     }
 
-    /// Tracked pages that were mapped by the roots that were torn down since the last call.
-    pub fn torn_down(&mut self) -> u64 {
-        std::mem::take(&mut self.torn_down)
+    /// Tracked pages that were mapped by the roots that were torn down since the last call; `None` where this kernel tells nothing about roots.
+    pub fn torn_down(&mut self) -> Option<u64> {
+        let pages = std::mem::take(&mut self.torn_down);
+        (!self.lives.is_empty()).then_some(pages)
     }
 
     /// The lives of all roots, in the order in which they were made.
