@@ -1,7 +1,6 @@
 //! Figures of the same work from elsewhere: another tool on the same ground, or earlier measurements. A run is held against them, and where it differs
 //! by more than it may, the difference has to be what named counters account for.
 
-use super::compare::noise;
 use super::record::{Phase, Record, Row};
 use super::table::{accesses, heading_cell, pages, plain_table, right};
 use comfy_table::Cell;
@@ -12,6 +11,9 @@ use std::ops::RangeInclusive;
 
 /// How much of a difference may stay without an account, in percent of it.
 const OPEN: f64 = 10.0;
+
+/// Instructions by which a phase that changes a memory slot may differ, short as it may be: a thread of RCU's wakes once more or once less.
+const GRACE_PERIOD: f64 = 1600.0;
 
 /// What is known of one run.
 #[derive(Clone, Debug, Deserialize)]
@@ -165,8 +167,8 @@ impl<'a> Line<'a> {
             line.accounted += events * more.each;
             line.why.push(&more.why);
         }
-        // What one image of ours may differ from another in, short as the phase may be, is no difference either.
-        line.rounded = line.rounded.max(count(noise(&phase.phase, 0)));
+        line.rounded =
+            line.rounded.max(if matches!(phase.phase.as_str(), "enable" | "disable") { GRACE_PERIOD } else { 0.0 });
         line
     }
 

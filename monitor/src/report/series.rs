@@ -205,7 +205,7 @@ pub fn noise_of(records: &[Record]) -> (String, Vec<String>) {
         }
     }
     let text = format!(
-        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread is {worst:.3}%, and {of_slots:.3}% in phases that change a memory slot, \
+        "{}: {} images that are merely shifted, Linux {}\n\n{table}\nThe worst spread is {worst:.3}%, and {of_slots:.3}% in phases that allocate or change a memory slot, \
 beside {} and {} instructions that a short phase may have.\n",
         first.scenario,
         records.len(),
@@ -224,7 +224,7 @@ mod tests {
 
     fn record(kernel: &str, enable: u64) -> Record {
         let phase = Phase {
-            phase: "populate".into(),
+            phase: "first-touch".into(),
             round: 0,
             pass: "timed".into(),
             value: enable,
@@ -296,6 +296,6 @@ mod tests {
         let (text, over) = noise_of(&[record("k", 10_000_000), record("k", 10_001_000)]);
         assert!(over.is_empty() && text.contains("0.010%"), "{text}");
         let (_, over) = noise_of(&[record("k", 10_000_000), record("k", 10_010_000)]);
-        assert_eq!(over, ["clear: populate varies by 10000 instructions, and the floor is 3003"]);
+        assert_eq!(over, ["clear: first touch varies by 10000 instructions, and the floor is 3003"]);
     }
 }
