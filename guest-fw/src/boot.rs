@@ -1,6 +1,6 @@
 //! The first Rust code of each vCPU, at ring 3: checks the boot page, builds the final page tables, starts the payload.
 
-use crate::arch::{idt, paging, smm, space, vcpu};
+use crate::arch::{idt, legacy, paging, smm, space, vcpu};
 use crate::nested::table;
 use crate::{abi, console, selftest, workload};
 use core::fmt;
@@ -145,13 +145,10 @@ static ARGUMENTS: Arguments = Arguments([c"umbra".as_ptr().cast(), core::ptr::nu
 /// The tables of a mode before long mode, where one is asked for. Tests cannot link its 32-bit code.
 #[cfg_attr(test, allow(clippy::unnecessary_wraps))]
 fn create_legacy(setup: &Setup) -> Result<(), paging::Error> {
-    #[cfg(not(test))]
-    if setup.mode != Mode::Long {
-        let (tables, bytes) = (setup.page.legacy_tables, setup.page.legacy_table_bytes);
-        return crate::arch::legacy::create(tables, bytes, setup.slots(), setup.leaf, setup.mode);
+    if setup.mode == Mode::Long {
+        return Ok(());
     }
-    let _ = setup;
-    Ok(())
+    legacy::create(setup.page.legacy_tables, setup.page.legacy_table_bytes, setup.slots(), setup.leaf, setup.mode)
 }
 
 /// Where the entry code leads each vCPU: ring 3, on its own stack.

@@ -8,7 +8,6 @@ pub mod idt;
 pub mod l2;
 #[cfg(not(test))]
 mod lang;
-#[cfg(not(test))]
 pub mod legacy;
 pub mod lock;
 pub mod mailbox;

@@ -3,6 +3,7 @@
 pub mod plan;
 
 use crate::arch::l2::Extension;
+use crate::arch::legacy::Legacy;
 use crate::arch::mailbox::LiveMailbox;
 use crate::arch::svm::Svm;
 use crate::arch::tracked::{Executed, Tracked};
@@ -37,8 +38,7 @@ pub struct Worker {
     /// Where they go.
     pub tracked: Tracked,
     /// The same memory in a mode before long mode, where that is asked for.
-    #[cfg(not(test))]
-    legacy: Option<crate::arch::legacy::Legacy>,
+    legacy: Option<Legacy>,
     /// TSC ticks between the accesses of a paced run.
     pace: u64,
     /// This vCPU's index, and how many take part.
@@ -64,8 +64,7 @@ impl Worker {
         Self {
             pattern: setup.pattern,
             tracked,
-            #[cfg(not(test))]
-            legacy: crate::arch::legacy::Legacy::enter(setup.mode),
+            legacy: Legacy::enter(setup.mode),
             pace: setup.page.pace,
             vcpu,
             vcpus,
@@ -116,7 +115,6 @@ impl Worker {
     }
 
     fn timed(&mut self) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.timed(&mut self.plan, self.round);
         }
@@ -124,7 +122,6 @@ impl Worker {
     }
 
     fn observed(&mut self) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.observed(&mut self.plan, self.round, self.histogram);
         }
@@ -132,7 +129,6 @@ impl Worker {
     }
 
     fn populate(&self, pages: Range<u64>, round: u64) -> Executed {
-        #[cfg(not(test))]
         if let Some(legacy) = self.legacy {
             return legacy.populate(pages, round);
         }

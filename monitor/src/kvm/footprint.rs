@@ -2,7 +2,7 @@
 //!
 //! Every page table has a header (`struct kvm_mmu_page`), so that headers count tables on kernels that do not count these themselves (`SecPageTables`, since
 //! Linux 6.1). Caches that were merged with others have no line of their own: `slab_nomerge` on the kernel's command line keeps them apart. The allocator
-//! counts whole slabs of a CPU as in use, so a figure may be a slab too large.
+//! counts whole slabs of a CPU as in use, so that these are given back first (`shrink`, where it lets us).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,6 +30,10 @@ pub fn source(counter: &str) -> &'static str {
 #[must_use]
 pub fn read() -> BTreeMap<String, u64> {
     let mut bytes = BTreeMap::new();
+    for (cache, _) in CACHES {
+        // Where it cannot be done, a figure may be a slab too large.
+        let _ = fs::write(format!("/sys/kernel/slab/{cache}/shrink"), "1");
+    }
     let slabs = fs::read_to_string("/proc/slabinfo").unwrap_or_default();
     for (cache, counter) in CACHES {
         let Some((objects, size)) = cache_of(&slabs, cache) else { continue };

@@ -269,6 +269,28 @@ mod tests {
         assert!(!matrix(&[record("6.12", 1)]).contains("bytes"), "a row of KVM's has none");
     }
 
+    /// svm and vmx in one table: of Intel's parameters one varies and one does not, and svm has neither.
+    #[test]
+    fn a_parameter_of_one_machine_is_a_column_if_it_varies_there() {
+        let on = |vendor: &str, params: &[(&str, &str)]| {
+            let mut record = record("6.12.111+deb12", 200_000);
+            record.host.vendor = vendor.to_owned();
+            record.host.params = params.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect();
+            record
+        };
+        let text = matrix(&[
+            on("amd", &[("kvm_amd.npt", "Y")]),
+            on("intel", &[("kvm_intel.ept", "Y"), ("kvm_intel.pml", "Y")]),
+            on("intel", &[("kvm_intel.ept", "Y"), ("kvm_intel.pml", "N")]),
+        ]);
+        let first = text.lines().next().unwrap();
+        assert!(first.contains("kvm_amd.npt Y") && first.contains("kvm_intel.ept Y"), "{text}");
+        let words: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        for row in [["-", "amd"], ["Y", "intel"], ["N", "intel"]] {
+            assert!(words.iter().any(|line| line.starts_with(&row)), "{row:?}: {text}");
+        }
+    }
+
     #[test]
     fn a_spread_above_the_floor_is_told() {
         let (text, over) = noise_of(&[record("k", 10_000_000), record("k", 10_001_000)]);
