@@ -5,12 +5,16 @@
 //! zapped, an entry is set. A root of the TDP MMU has no event of its own at its end, so the end is that of the table below it. Mapped pages are leaves
 //! of tracked memory that were set since the newest root was made, and are counted for that root.
 
+use crate::host;
 use crate::kvm::Error;
 use crate::kvm::events::{Event, Events, Wanted};
 use crate::report::record::RootLife;
+use std::fs;
 use umbra_shared::layout::TRACKED_GPA;
 use umbra_shared::{Gfn, PAGE_SIZE};
 
+/// This event came with those of the TDP MMU.
+const OF_TDP_MMU: &str = "/sys/kernel/tracing/events/kvmmmu/kvm_tdp_mmu_spte_changed";
 const GOT: usize = 0;
 const ZAPPED: usize = 1;
 const SET: usize = 2;
@@ -59,8 +63,14 @@ impl RoleLog {
     /// Begins to log. Before the VM has a root: the first ones would be missing.
     ///
     /// # Errors
-    /// [`Error::Call`] where the user may not, or the kernel has no such events.
+    /// [`Error::Call`] where the user may not, or the kernel has no such events; [`Error::Capability`] where its TDP MMU does not take part in them.
     pub fn begin() -> Result<Self, Error> {
+        if host::parameter("kvm", "tdp_mmu").as_deref() == Some("Y") && !fs::exists(OF_TDP_MMU).unwrap_or(false) {
+            return Err(Error::Capability {
+                capability: "kvmmmu/kvm_tdp_mmu_spte_changed",
+                consequence: "before Linux 5.11 the TDP MMU tells nothing about its roots".into(),
+            });
+        }
         Ok(Self { events: Events::record(&WANTED)?, begin: None, top: 0, lives: Vec::new(), torn_down: 0 })
     }
 
