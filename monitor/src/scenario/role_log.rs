@@ -1,9 +1,10 @@
 //! The log of all roots that KVM makes and tears down: role, time, cause, pages mapped, life time. From the kernel's own events, in the observed
 //! pass alone.
 //!
-//! Three of `kvmmmu`'s events are enough and the same on every kernel that has them (the TDP MMU has since Linux 5.11: on 5.10 the log is empty): a shadow page is got (a root is one of the highest level), one is
-//! zapped, an entry is set. A root of the TDP MMU has no event of its own at its end, so the end is that of the table below it. Mapped pages are leaves
-//! of tracked memory that were set since the newest root was made, and are counted for that root.
+//! Three of `kvmmmu`'s events are enough and the same on every kernel whose TDP MMU takes part in them (5.10's does not: there the log is empty): a
+//! shadow page is got (a root is one of the highest level), one is zapped, an entry is set. A root of the TDP MMU has no event of its own at its end,
+//! so the end is that of the table below it. Mapped pages are leaves of tracked memory that were set since the newest root was made, and are counted
+//! for that root.
 
 use crate::host;
 use crate::kvm::Error;
@@ -68,7 +69,7 @@ impl RoleLog {
         if host::parameter("kvm", "tdp_mmu").as_deref() == Some("Y") && !fs::exists(OF_TDP_MMU).unwrap_or(false) {
             return Err(Error::Capability {
                 capability: "kvmmmu/kvm_tdp_mmu_spte_changed",
-                consequence: "before Linux 5.11 the TDP MMU tells nothing about its roots".into(),
+                consequence: "this kernel's TDP MMU tells nothing about its roots".into(),
             });
         }
         Ok(Self { events: Events::record(&WANTED)?, begin: None, top: 0, lives: Vec::new(), torn_down: 0 })
