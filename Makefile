@@ -103,11 +103,12 @@ NESTED := '--memory 16M --backing anonymous' \
           '--memory 16M --backing anonymous --accessed-dirty preset' \
           '--memory 16M --backing thp --leaf 2m' \
           '--memory 16M --backing anonymous --alias 2 --alias-kind scattered' \
+          '--memory 16M --backing anonymous --alias 2 --remaps 32' \
           '--memory 4M --backing anonymous --accessed-dirty preset --fill-batch 8'
 .PHONY: bench-nested
-bench-nested: build shelf ## what a guest's guest costs under KVM's own nesting, beside L1's own writes, in the lab
+bench-nested: build shelf ## what a guest's guest costs: on Umbra's shadow MMU, under KVM's own nesting, beside L1's own writes; in the lab
 	@for options in $(NESTED); do
-	    $(UMBRA) lab nested --tracker bitmap,clear+init-set $$options $(ARGS)
+	    $(UMBRA) lab nested --tracker bitmap,clear+init-set --strategy log,write-protect $$options $(ARGS)
 	done
 
 .PHONY: bench-roots
@@ -184,7 +185,7 @@ fuzz-tables: packages ## hostile guest tables against the shadow MMU, for SECOND
 	@timeout $$(($(SECONDS) + 120)) $(mmu) fuzz_tables -- SEED=$(SEED) SECONDS=$(SECONDS)
 
 .PHONY: bench-mmu
-bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind), with 64 MiB to 1 TiB of L2
+bench-mmu: packages-bench ## what each operation of the shadow MMU costs, in instructions (callgrind), with 64 MiB to 1 TiB of L2; some minutes
 	@$(mmu) bench_mmu -- MIB=64,1024,16384,1048576 ROOM=0
 
 .PHONY: bench-caches

@@ -189,7 +189,7 @@ pub extern "C" fn start(entered_by: u64, index: u64) -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use umbra_shared::nested::{AliasKind, Map};
+    use umbra_shared::nested::{AliasKind, Flags, Format, Map};
     use umbra_shared::pattern::Kind;
 
     fn page() -> BootPage {
@@ -240,7 +240,7 @@ mod tests {
     fn an_l2_has_as_many_pages_as_its_pattern() {
         let nested = |pages, aliases| {
             let map = Map::new(pages, Level::K4, aliases, AliasKind::Contiguous, 1).unwrap();
-            Nested { way: Way::Svm, map, preset: false, fill_batch: 0 }.encode()
+            Nested { way: Way::Svm, map, format: Format::Npt, flags: Flags::Clear, fill_batch: 0, remaps: 0 }.encode()
         };
         let pattern = |pages| {
             Pattern { kind: Kind::Sequential, seed: 1, pages, write_percent: 100, accesses_per_page: 1 }.encode()

@@ -217,12 +217,21 @@ pub struct NestedArgs {
     /// Ways to run L2, separated by commas: plain (L1 itself), svm, vmx, umbra (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub nesting: Vec<String>,
-    /// A and D in the entries that L1 makes: clear, preset (clear).
+    /// A and D in the entries that L1 makes: clear, preset, or unused, which ept alone can be (clear; with ept unused).
     #[arg(long)]
     pub accessed_dirty: Option<String>,
     /// L2 pages whose entries L1 makes at a violation; 0 for all before L2 starts (0).
     #[arg(long)]
     pub fill_batch: Option<u64>,
+    /// Pairs of leaves that L1 exchanges in each round, between L2's writes and the harvest (0).
+    #[arg(long)]
+    pub remaps: Option<u64>,
+    /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
+    #[arg(long, value_delimiter = ',')]
+    pub mechanism: Vec<String>,
+    /// How umbra learns where L2 faulted: tracepoint, userfaultfd, auto (auto).
+    #[arg(long)]
+    pub fault_source: Option<String>,
 }
 
 impl NestedArgs {
@@ -231,7 +240,10 @@ impl NestedArgs {
         let nesting = (!self.nesting.is_empty()).then(|| ("nesting", self.nesting.join(",").into()));
         let accessed_dirty = self.accessed_dirty.clone().map(|text| ("accessed-dirty", text.into()));
         let fill_batch = self.fill_batch.map(|number| ("fill-batch", number.into()));
-        [nesting, accessed_dirty, fill_batch]
+        let mechanism = (!self.mechanism.is_empty()).then(|| ("mechanism", self.mechanism.join(",").into()));
+        let fault_source = self.fault_source.clone().map(|text| ("fault-source", text.into()));
+        let remaps = self.remaps.map(|number| ("remaps", number.into()));
+        [nesting, accessed_dirty, fill_batch, remaps, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))
@@ -242,7 +254,7 @@ impl NestedArgs {
 /// Options of Umbra's own shadow MMU (umbra-mmu). An option that is not given has the default that its help names.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct ShadowArgs {
-    /// Strategies, separated by commas (default: all): write-protect, lazy-huge, dirty-bit, log, combined, twin.
+    /// Strategies, separated by commas (default: all; in nested all that can be made effective): write-protect, lazy-huge, dirty-bit, log, combined, twin.
     #[arg(long, value_delimiter = ',')]
     pub strategy: Vec<String>,
     /// How a huge entry becomes small ones: lazy, shatter, eager, eager-clear (lazy).
@@ -254,7 +266,7 @@ pub struct ShadowArgs {
     /// What becomes of roots: drop, address-space, keep, quota=N (keep).
     #[arg(long)]
     pub roots: Option<String>,
-    /// The format of EPT12: ept, npt, pae, 32bit (ept; in nested npt under svm).
+    /// The format of EPT12: ept, npt, pae, 32bit (ept; in nested under svm npt).
     #[arg(long)]
     pub format: Option<String>,
     /// The leaves of EPT12: 4k, 2m, 1g (4k).
@@ -266,7 +278,7 @@ pub struct ShadowArgs {
     /// How the aliases lie: contiguous, scattered, shared-tables (contiguous).
     #[arg(long)]
     pub alias_kind: Option<String>,
-    /// Pages that one fault may map, a power of two up to 512 (1).
+    /// Pages that one fault may map, a power of two up to 512 (1; in nested 64, and 512 on huge pages).
     #[arg(long)]
     pub extent: Option<u32>,
     /// Split-cache sizes in objects, MINIMUM/CAPACITY (1/40 tables, 64/104 descriptors; given, both are that).

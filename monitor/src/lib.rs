@@ -12,6 +12,7 @@ pub mod host;
 pub mod hostmm;
 pub mod kvm;
 pub mod lab;
+pub mod nested;
 pub mod pages;
 pub mod probe;
 pub mod progress;

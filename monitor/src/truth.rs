@@ -22,6 +22,58 @@ impl Touched {
     }
 }
 
+/// Which tracked page each of the pattern's is: a map, and what L1 exchanged since.
+#[derive(Clone, Debug)]
+pub struct Translation {
+    map: Map,
+    /// All of them, once L1 has exchanged some.
+    edited: Option<Vec<u32>>,
+}
+
+impl Translation {
+    /// By `map`, as long as L1 exchanges nothing.
+    #[must_use]
+    pub const fn new(map: Map) -> Self {
+        Self { map, edited: None }
+    }
+
+    /// The tracked page that the pattern's page `page` is now.
+    #[must_use]
+    pub fn l1_page(&self, page: u64) -> u64 {
+        let edited = self.edited.as_ref().and_then(|pages| pages.get(usize::try_from(page).ok()?));
+        edited.map_or_else(|| self.map.l1_page(page), |&page| page.into())
+    }
+
+    /// Tracked pages.
+    #[must_use]
+    pub const fn l1_pages(&self) -> u64 {
+        self.map.l1_pages()
+    }
+
+    /// The pattern's pages.
+    #[must_use]
+    pub const fn l2_pages(&self) -> u64 {
+        self.map.l2_pages()
+    }
+
+    /// L1 made its `remaps` exchanges of round `round`.
+    pub fn exchange(&mut self, round: u64, remaps: u64) {
+        let map = self.map;
+        // There are at most 2^31 pages of a pattern, and not more tracked ones.
+        let number = |page| u32::try_from(map.l1_page(page)).unwrap_or(u32::MAX);
+        let pages = self.edited.get_or_insert_with(|| (0..map.l2_pages()).map(number).collect());
+        for index in 0..remaps {
+            let (one, other) = map.exchanged(round, index);
+            for offset in 0..map.leaf().frames() {
+                let at = |page: u64| usize::try_from(page + offset).unwrap_or(usize::MAX);
+                if at(one).max(at(other)) < pages.len() {
+                    pages.swap(at(one), at(other));
+                }
+            }
+        }
+    }
+}
+
 /// What one round does to the pages.
 #[derive(Debug)]
 pub struct Round {
@@ -38,17 +90,17 @@ pub struct Round {
 impl Round {
     /// Evaluates round `round` of `pattern`, whose pages `map` makes tracked pages.
     #[must_use]
-    pub fn of(pattern: &Pattern, map: &Map, round: u64) -> Self {
+    pub fn of(pattern: &Pattern, map: &Translation, round: u64) -> Self {
         Self::from_accesses(map, (0..pattern.accesses()).map(|index| pattern.access(round, index)))
     }
 
     /// Populating: every page is written once, in ascending order.
     #[must_use]
-    pub fn populating(map: &Map) -> Self {
+    pub fn populating(map: &Translation) -> Self {
         Self::from_accesses(map, (0..map.l2_pages()).map(|page| Access { page, write: true }))
     }
 
-    fn from_accesses(map: &Map, accesses: impl Iterator<Item = Access>) -> Self {
+    fn from_accesses(map: &Translation, accesses: impl Iterator<Item = Access>) -> Self {
         let mut result = Self {
             l1: Touched::none(map.l1_pages()),
             l2: Touched::none(map.l2_pages()),
@@ -119,7 +171,7 @@ impl Contents {
 
 /// The pages of L2 that `map` makes one of `l1`.
 #[must_use]
-pub fn l2_of(map: &Map, l1: &PageSet) -> PageSet {
+pub fn l2_of(map: &Translation, l1: &PageSet) -> PageSet {
     let mut l2 = PageSet::new(map.l2_pages());
     for page in (0..map.l2_pages()).filter(|&page| l1.contains(map.l1_page(page))) {
         l2.insert(page);
@@ -129,7 +181,7 @@ pub fn l2_of(map: &Map, l1: &PageSet) -> PageSet {
 
 /// The tracked pages that `map` makes of `l2`.
 #[must_use]
-pub fn l1_of(map: &Map, l2: &PageSet) -> PageSet {
+pub fn l1_of(map: &Translation, l2: &PageSet) -> PageSet {
     let mut l1 = PageSet::new(map.l1_pages());
     for page in l2.iter() {
         l1.insert(map.l1_page(page));
@@ -179,7 +231,7 @@ mod tests {
     }
 
     fn plain(write_percent: u64) -> Round {
-        Round::of(&pattern(200, write_percent), &Map::identity(200), 1)
+        Round::of(&pattern(200, write_percent), &Translation::new(Map::identity(200)), 1)
     }
 
     fn aliased() -> Map {
@@ -214,14 +266,29 @@ mod tests {
 
     #[test]
     fn aliases_are_one_page_of_l1() {
-        let map = aliased();
-        let round = Round::of(&pattern(600, 25), &map, 2);
+        let now = Translation::new(aliased());
+        let round = Round::of(&pattern(600, 25), &now, 2);
         assert_eq!((round.writes, round.l2.written.count()), (150, 150));
         assert!(round.l1.written.count() < 150, "no two aliases were written");
-        assert_eq!(l1_of(&map, &round.l2.written), round.l1.written);
-        let all = l2_of(&map, &round.l1.written);
+        assert_eq!(l1_of(&now, &round.l2.written), round.l1.written);
+        let all = l2_of(&now, &round.l1.written);
         assert_eq!(all.count(), 3 * round.l1.written.count());
         assert_eq!(round.l2.written.without(&all).count(), 0);
+    }
+
+    #[test]
+    fn exchanged_leaves_change_places_and_all_pages_stay() {
+        let mut now = Translation::new(aliased());
+        let before: Vec<u64> = (0..600).map(|page| now.l1_page(page)).collect();
+        now.exchange(3, 1);
+        let (one, other) = aliased().exchanged(3, 0);
+        let after: Vec<u64> = (0..600).map(|page| now.l1_page(page)).collect();
+        let mut expected = before.clone();
+        expected.swap(usize::try_from(one).unwrap(), usize::try_from(other).unwrap());
+        assert_ne!(one, other);
+        assert_eq!(after, expected);
+        now.exchange(3, 1);
+        assert_eq!((0..600).map(|page| now.l1_page(page)).collect::<Vec<_>>(), before);
     }
 
     #[test]
@@ -231,12 +298,12 @@ mod tests {
         let mut memory = vec![0; 200];
         let mut contents = Contents::zeroes(&map, 1);
         assert_eq!(contents.wrong(|page| memory.get(usize::try_from(page).unwrap()).copied()).count(), 0);
-        contents.write(0, &Round::populating(&map));
+        contents.write(0, &Round::populating(&Translation::new(map)));
         for page in 0..600 {
             memory[usize::try_from(map.l1_page(page)).unwrap()] = Pattern::stamp(0, page);
         }
         for number in 1..4 {
-            contents.write(number, &Round::of(&pattern, &map, number));
+            contents.write(number, &Round::of(&pattern, &Translation::new(map), number));
             for access in (0..600).map(|index| pattern.access(number, index)).filter(|access| access.write) {
                 memory[usize::try_from(map.l1_page(access.page)).unwrap()] = Pattern::stamp(number, access.page);
             }
@@ -254,7 +321,7 @@ mod tests {
     fn vcpus_that_share_an_alias_leave_its_last_writer_open() {
         let map = Map::new(4, Level::K4, 2, AliasKind::Contiguous, 1).unwrap();
         let mut contents = Contents::zeroes(&map, 2);
-        contents.write(0, &Round::populating(&map));
+        contents.write(0, &Round::populating(&Translation::new(map)));
         assert!(contents.holds(1, Some(Pattern::stamp(0, 1))) && contents.holds(1, Some(Pattern::stamp(0, 5))));
         assert!(!contents.holds(1, Some(Pattern::stamp(0, 2))) && !contents.holds(1, Some(Pattern::stamp(1, 5))));
         assert!(!contents.holds(1, Some(Pattern::stamp(0, 9))));

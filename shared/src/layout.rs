@@ -60,7 +60,7 @@ pub mod vcpu_area {
     pub const NESTED_REPORT: u64 = 0x9000;
     /// What SMM's handler reports to everybody: 8 bytes, the SMIs that it has handled.
     pub const SMM_REPORT: u64 = 0x9800;
-    /// The VMCB or VMCS of this vCPU's L2.
+    /// The VMCB or VMCS of this vCPU's L2, or its control page where the monitor runs it ([`crate::control::ControlPage`]).
     pub const CONTROL_BLOCK: u64 = 0xa000;
     /// What the processor keeps for L1: where VMRUN saves its state (SVM), or the VMXON region (VMX).
     pub const HOST_REGION: u64 = 0xb000;

@@ -23,7 +23,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// Where L2's pages begin in L2's physical space.
 pub const L2_BASE: L2Gfn = L2Gfn::containing(TRACKED_GPA);
 
-/// Who executes the pattern over L2's pages, and by whose means. The number 4 is for Umbra's paravirtual interface.
+/// Words of the boot page that a [`Nested`] takes.
+pub const WORDS: usize = 10;
+
+/// Who executes the pattern over L2's pages, and by whose means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum Way {
@@ -33,6 +36,102 @@ pub enum Way {
     Svm = 2,
     /// An L2 on Intel's VMX with extended page tables.
     Vmx = 3,
+    /// An L2 that the monitor runs on its own shadow MMU, by the interface of [`crate::control`].
+    Umbra = 4,
+}
+
+impl Way {
+    /// The way of that number, or `None`.
+    #[must_use]
+    pub const fn from_number(number: u64) -> Option<Self> {
+        match number {
+            1 => Some(Self::Plain),
+            2 => Some(Self::Svm),
+            3 => Some(Self::Vmx),
+            4 => Some(Self::Umbra),
+            _ => None,
+        }
+    }
+}
+
+/// The format of L1's table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Format {
+    /// Intel's extended page tables, four levels.
+    Ept = 1,
+    /// AMD's nested page tables, 64-bit, four levels.
+    Npt = 2,
+    /// The same, PAE.
+    Pae = 3,
+    /// The same, with 4-byte entries.
+    ThirtyTwoBit = 4,
+}
+
+impl Format {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Ept, Self::Npt, Self::Pae, Self::ThirtyTwoBit];
+
+    /// The name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Ept => "ept",
+            Self::Npt => "npt",
+            Self::Pae => "pae",
+            Self::ThirtyTwoBit => "32bit",
+        }
+    }
+
+    /// The format of that number, or `None`.
+    #[must_use]
+    pub const fn from_number(number: u64) -> Option<Self> {
+        match number {
+            1 => Some(Self::Ept),
+            2 => Some(Self::Npt),
+            3 => Some(Self::Pae),
+            4 => Some(Self::ThirtyTwoBit),
+            _ => None,
+        }
+    }
+}
+
+/// A and D in the entries that L1 makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u64)]
+pub enum Flags {
+    /// In use, and clear: whoever walks the table sets them.
+    Clear = 0,
+    /// In use, and set beforehand.
+    Preset = 1,
+    /// Not in use (EPTP bit 6 clear): EPT alone can do without.
+    Unused = 2,
+}
+
+impl Flags {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Clear, Self::Preset, Self::Unused];
+
+    /// The name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Clear => "clear",
+            Self::Preset => "preset",
+            Self::Unused => "unused",
+        }
+    }
+
+    /// The value of that number, or `None`.
+    #[must_use]
+    pub const fn from_number(number: u64) -> Option<Self> {
+        match number {
+            0 => Some(Self::Clear),
+            1 => Some(Self::Preset),
+            2 => Some(Self::Unused),
+            _ => None,
+        }
+    }
 }
 
 /// How the copies of L1's pages lie in L2's physical space: one after the other, each of them all of L1's pages.
@@ -194,6 +293,15 @@ impl Map {
         if page < self.l2_pages() { Some(page) } else { None }
     }
 
+    /// The first pages of the two leaves that L1 exchanges in round `round` as its edit number `index`. They may be the same.
+    #[must_use]
+    pub const fn exchanged(&self, round: u64, index: u64) -> (u64, u64) {
+        let frames = self.leaf.frames();
+        let leaves = self.l2_pages() / frames;
+        let one = mix(self.seed ^ mix(round ^ mix(index)));
+        (one % leaves * frames, mix(one) % leaves * frames)
+    }
+
     /// The page of copy 0 whose leaf table serves `l2_page`: itself, unless the copies share tables.
     #[must_use]
     pub const fn table_owner(&self, l2_page: u64) -> u64 {
@@ -211,32 +319,37 @@ pub struct Nested {
     pub way: Way,
     /// What L2's pages are.
     pub map: Map,
-    /// Whether L1 sets A and D in the entries that it makes.
-    pub preset: bool,
+    /// The format of L1's table.
+    pub format: Format,
+    /// A and D in the entries that L1 makes.
+    pub flags: Flags,
     /// L2 pages whose entries L1 makes at a violation; 0 for all before L2 starts.
     pub fill_batch: u64,
+    /// Pairs of leaves that L1 exchanges in each round, after L2 has written ([`Map::exchanged`]).
+    pub remaps: u64,
 }
 
 impl Nested {
     /// As words for the boot page.
     #[must_use]
-    pub const fn encode(&self) -> [u64; 8] {
-        let Self { way, map, preset, fill_batch } = *self;
+    pub const fn encode(&self) -> [u64; WORDS] {
+        let Self { way, map, format, flags, fill_batch, remaps } = *self;
         let Map { pages, leaf, aliases, kind, seed } = map;
-        [way as u64, pages, leaf as u64, aliases, kind as u64, seed, preset as u64, fill_batch]
+        [way as u64, pages, leaf as u64, aliases, kind as u64, seed, flags as u64, fill_batch, format as u64, remaps]
     }
 
     /// What such words mean: `Some(None)` is no L2 (all zeroes), `None` nothing at all.
     #[must_use]
     #[allow(clippy::option_option)] // Three answers.
-    pub const fn decode(words: &[u64; 8]) -> Option<Option<Self>> {
-        let &[way, pages, leaf, aliases, kind, seed, preset, fill_batch] = words;
-        let way = match way {
-            0 => return Some(None),
-            1 => Way::Plain,
-            2 => Way::Svm,
-            3 => Way::Vmx,
-            _ => return None,
+    pub const fn decode(words: &[u64; WORDS]) -> Option<Option<Self>> {
+        let &[way, pages, leaf, aliases, kind, seed, flags, fill_batch, format, remaps] = words;
+        if way == 0 {
+            return Some(None);
+        }
+        let (Some(way), Some(format), Some(flags)) =
+            (Way::from_number(way), Format::from_number(format), Flags::from_number(flags))
+        else {
+            return None;
         };
         let leaf = match leaf {
             1 => Level::K4,
@@ -251,7 +364,7 @@ impl Nested {
             _ => return None,
         };
         match Map::new(pages, leaf, aliases, kind, seed) {
-            Ok(map) => Some(Some(Self { way, map, preset: preset != 0, fill_batch })),
+            Ok(map) => Some(Some(Self { way, map, format, flags, fill_batch, remaps })),
             Err(_) => None,
         }
     }
@@ -261,7 +374,7 @@ impl Nested {
     pub const fn table_bytes(&self, guest_page: Level) -> u64 {
         match self.way {
             Way::Plain => 0,
-            Way::Svm | Way::Vmx => {
+            Way::Svm | Way::Vmx | Way::Umbra => {
                 self.own_table_bytes(guest_page) + crate::layout::table_bytes(self.map.l2_pages(), self.map.leaf)
             }
         }
@@ -340,6 +453,15 @@ mod tests {
         }
 
         #[test]
+        fn what_is_exchanged_are_leaves(map in maps(), round: u64, index: u64) {
+            let (one, other) = map.exchanged(round, index);
+            for page in [one, other] {
+                prop_assert!(page < map.l2_pages() && page.is_multiple_of(map.leaf().frames()));
+            }
+            prop_assert_eq!(map.exchanged(round, index), (one, other));
+        }
+
+        #[test]
         fn l2_pages_and_frames_are_each_others_inverse(map in maps()) {
             for page in 0..map.l2_pages() {
                 prop_assert_eq!(map.l2_page(L2_BASE.plus(page)), Some(page));
@@ -350,8 +472,10 @@ mod tests {
         }
 
         #[test]
-        fn options_survive_the_boot_page(map in maps(), preset: bool, fill_batch: u64, way in prop::sample::select(vec![Way::Plain, Way::Svm, Way::Vmx])) {
-            let nested = Nested { way, map, preset, fill_batch };
+        fn options_survive_the_boot_page(map in maps(), which in 0_usize..48, fill_batch: u64) {
+            let way = [Way::Plain, Way::Svm, Way::Vmx, Way::Umbra][which % 4];
+            let (flags, format) = (Flags::ALL[which / 4 % 3], Format::ALL[which / 12]);
+            let nested = Nested { way, map, format, flags, fill_batch, remaps: fill_batch / 3 };
             prop_assert_eq!(Nested::decode(&nested.encode()), Some(Some(nested)));
         }
     }
@@ -387,9 +511,11 @@ mod tests {
         assert_eq!(refused(512, Level::K4, 1 << 23, AliasKind::Contiguous), MapError::Aliases(1 << 23));
         assert_eq!(refused(100, Level::K4, 2, AliasKind::SharedTables), MapError::Shared(100));
         assert_eq!(refused(512, Level::M2, 2, AliasKind::SharedTables), MapError::Shared(512));
-        assert_eq!(Nested::decode(&[0; 8]), Some(None));
-        assert_eq!(Nested::decode(&[9, 512, 1, 1, 0, 0, 0, 0]), None);
-        assert_eq!(Nested::decode(&[2, 512, 4, 1, 0, 0, 0, 0]), None);
-        assert_eq!(Nested::decode(&[2, 512, 1, 0, 0, 0, 0, 0]), None);
+        assert_eq!(Nested::decode(&[0; WORDS]), Some(None));
+        assert_eq!(Nested::decode(&[9, 512, 1, 1, 0, 0, 0, 0, 1, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 4, 1, 0, 0, 0, 0, 1, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 1, 0, 0, 0, 0, 0, 1, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 1, 1, 0, 0, 3, 0, 1, 0]), None);
+        assert_eq!(Nested::decode(&[2, 512, 1, 1, 0, 0, 0, 0, 5, 0]), None);
     }
 }

@@ -35,6 +35,12 @@ pub enum Doorbell {
     NotHere = 6,
     /// The chipset's SMI command: the monitor sends this vCPU an SMI and enters it again.
     Smi = 7,
+    /// L1 wants its L2 to run, as the control page says ([`crate::control`]); the next instruction is executed when L2 was left.
+    EnterL2 = 8,
+    /// L1 changed entries of its table that were present: translations of it are void.
+    Invalidate = 9,
+    /// L2 has done its work: it is left, and L1 goes on.
+    Yield = 10,
 }
 
 impl Doorbell {
@@ -49,8 +55,19 @@ impl Doorbell {
             5 => Some(Self::Panic),
             6 => Some(Self::NotHere),
             7 => Some(Self::Smi),
+            8 => Some(Self::EnterL2),
+            9 => Some(Self::Invalidate),
+            10 => Some(Self::Yield),
             _ => None,
         }
+    }
+}
+
+impl Doorbell {
+    /// Whether an L2 may ring it for itself, as any guest may: all but those by which L1 speaks about its L2, and the end of a command.
+    #[must_use]
+    pub const fn is_of_any_guest(self) -> bool {
+        matches!(self, Self::Print | Self::Exit | Self::Exception | Self::Panic | Self::NotHere)
     }
 }
 
@@ -79,7 +96,7 @@ pub struct BootPage {
     /// The pattern, encoded.
     pub pattern: [u64; 8],
     /// What the pages of the pattern are, if not the tracked pages themselves ([`crate::nested::Nested`], encoded); else zeroes.
-    pub nested: [u64; 8],
+    pub nested: [u64; crate::nested::WORDS],
     /// Physical address of the tables that an L2 needs, L2's own and L1's.
     pub nested_tables: u64,
     /// Bytes of them.
@@ -129,6 +146,8 @@ pub enum Command {
     PacedRun = 11,
     /// L1 alone: provoke case `argument` of [`crate::violation::CASES`], and report what L1 was told ([`crate::nested::Report`]).
     Provoke = 12,
+    /// L1 alone: exchange leaves of its table as round `argument` demands, and say so where that is due.
+    Edit = 13,
 }
 
 impl Command {
@@ -148,6 +167,7 @@ impl Command {
             10 => Some(Self::Touch),
             11 => Some(Self::PacedRun),
             12 => Some(Self::Provoke),
+            13 => Some(Self::Edit),
             _ => None,
         }
     }

@@ -87,6 +87,7 @@ fn program(name: &str) -> Result<(String, u64), umbra::guest::Error> {
         mode: umbra_shared::paging::Mode::Long,
         pace: 0,
         nested: None,
+        shadow: None,
         smm: None,
         image: Arc::new(Image::load(Some(&image(name))).expect("an image of ours")),
         timer: Timer::new(Clock::Nanoseconds),

@@ -21,7 +21,7 @@ const LOG: u64 = 512;
 
 /// `nested`: KVM's own nested VMX. One entry a violation; aliases on two vCPUs by a table that L1 fills; A and D set beforehand.
 const NESTED: [&str; 3] = [
-    "nested --memory 4M --tracker clear --backing anonymous --rounds 2",
+    "nested --memory 4M --tracker clear --backing anonymous --rounds 2 --nesting plain,vmx",
     "nested --memory 1M --tracker bitmap --backing anonymous --rounds 1 --nesting vmx --fill-batch 8 --vcpus 2 --alias 2 --alias-kind scattered",
     "nested --memory 2M --tracker clear+init-set --rounds 2 --nesting vmx --leaf 2m --accessed-dirty preset",
 ];

@@ -1,4 +1,4 @@
-//! An L2 on this CPU's extension for guests, and the one trait in which AMD's and Intel's meet.
+//! An L2 on this CPU's extension for guests, and the one trait in which AMD's, Intel's and the monitor's meet.
 //!
 //! L2 is the same program on tables and a stack of its own, at ring 3. It waits in its hypercall between two pieces of work: [`L2::run`] hands
 //! it one and lets it run until the next hypercall, handling what comes between. Everything that L2 does not need is intercepted, ports and
@@ -9,20 +9,21 @@
 use super::paging::Format;
 use core::fmt;
 use umbra_shared::L2Gfn;
+use umbra_shared::nested::Nested;
 
 /// A CPU's extension, with the one L2 that this vCPU has on it.
 pub trait Extension: Sized {
     /// Why this vCPU cannot have an L2.
     type Absent: fmt::Display;
     /// The format of L1's table.
-    const FORMAT: Format;
+    fn format(nested: &Nested) -> Format;
 
-    /// Switches the extension on and makes the L2 of vCPU `vcpu`, which executes this: on the tables `pml4`, its own, and `root`, L1's. It
-    /// begins at [`main`], and needs nothing but the system slot to come to its first hypercall.
+    /// Switches the extension on and makes the L2 of vCPU `vcpu`, which executes this, on `tables`. It begins at [`main`], and needs nothing
+    /// but the system slot to come to its first hypercall.
     ///
     /// # Errors
     /// What this vCPU lacks.
-    fn new(vcpu: usize, pml4: u64, root: u64) -> Result<Self, Self::Absent>;
+    fn new(vcpu: usize, tables: &Tables) -> Result<Self, Self::Absent>;
 
     /// Enters L2 once, and says why it was left. After a hypercall L2 goes on behind it.
     fn enter(&mut self) -> Left;
@@ -41,6 +42,19 @@ pub trait Extension: Sized {
     /// # Safety
     /// Only L2 may execute it.
     unsafe fn hypercall() -> u64;
+}
+
+/// What an L2 runs on.
+#[derive(Clone, Copy, Debug)]
+pub struct Tables {
+    /// Its own tables' root, in its physical space and in L1's.
+    pub pml4: u64,
+    /// Bytes of its own tables, from the root on.
+    pub own_bytes: u64,
+    /// The root of L1's table.
+    pub root: u64,
+    /// What L2 is.
+    pub nested: Nested,
 }
 
 /// An entry into L2 that is over.
@@ -117,8 +131,8 @@ impl<E: Extension> L2<E> {
     ///
     /// # Errors
     /// What this vCPU lacks.
-    pub fn new(vcpu: usize, pml4: u64, root: u64) -> Result<Self, E::Absent> {
-        let mut l2 = Self(E::new(vcpu, pml4, root)?);
+    pub fn new(vcpu: usize, tables: &Tables) -> Result<Self, E::Absent> {
+        let mut l2 = Self(E::new(vcpu, tables)?);
         l2.run(&mut || (), &mut |violation| -> Answer {
             panic!("L2 has no system slot at its frame {}", violation.gfn())
         });

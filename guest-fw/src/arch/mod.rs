@@ -14,6 +14,7 @@ pub mod mailbox;
 pub mod modes;
 pub mod paging;
 pub mod paging_legacy;
+pub mod paravirtual;
 pub mod port;
 mod privileged;
 pub mod probe;

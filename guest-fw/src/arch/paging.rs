@@ -182,6 +182,13 @@ impl<'a> Pool<'a> {
         new
     }
 
+    /// Where the leaf at `linear`, which `table` holds, leads to; `None` if it is not mapped.
+    #[must_use]
+    pub fn get(&self, table: Table, linear: u64) -> Option<u64> {
+        let entry = &self.tables[table.index][(linear >> table.level.shift()) as usize % ENTRIES];
+        (!entry.is_unused()).then(|| entry.addr().as_u64())
+    }
+
     /// Maps the leaf of `level` at `linear` to `physical`; both are aligned to it. Says whether it was not mapped before.
     ///
     /// # Errors

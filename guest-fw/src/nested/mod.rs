@@ -2,7 +2,7 @@
 
 pub mod table;
 
-use crate::arch::l2::{Answer, Extension, L2, Violation};
+use crate::arch::l2::{Answer, Extension, L2, Tables, Violation};
 use crate::arch::lock::Lock;
 use crate::arch::mailbox::LiveReport;
 use crate::arch::probe;
@@ -44,7 +44,7 @@ fn create<E: Extension>(setup: &Setup, nested: &Nested) -> Shared {
             Ok(second) => second,
             Err(error) => panic!("L2's page tables: {error}"),
         };
-    match Table12::new(rest, nested_address, E::FORMAT, nested, setup.slots()) {
+    match Table12::new(rest, nested_address, E::format(nested), nested, setup.slots()) {
         Ok(table) => Shared { pml4, tracked, table },
         Err(error) => panic!("L1's nested page table: {error}"),
     }
@@ -67,9 +67,9 @@ impl<E: Extension> Hypervisor<E> {
         let (pml4, root, tracked) =
             with_shared::<E, _>(setup, nested, |shared| (shared.pml4, shared.table.root(), shared.tracked));
         let index = vcpu::current();
-        let l2 = L2::new(index, pml4, root)?;
-        let mut hypervisor = Self { l2, tracked, report: LiveReport::of(index) };
         let own_bytes = nested.own_table_bytes(setup.leaf);
+        let l2 = L2::new(index, &Tables { pml4, own_bytes, root, nested: *nested })?;
+        let mut hypervisor = Self { l2, tracked, report: LiveReport::of(index) };
         hypervisor.run(&mut || space::touch(pml4, own_bytes));
         Ok(hypervisor)
     }
@@ -112,6 +112,23 @@ impl<E: Extension> Hypervisor<E> {
         };
         self.report_tables();
         Executed { writes: 0, ticks }
+    }
+
+    /// Exchanges leaves as `round` demands, once for all vCPUs. Each forgets what it had translated.
+    pub fn edit(&mut self, nested: &Nested, round: u64) -> Executed {
+        let begin = crate::arch::tsc::now();
+        if vcpu::current() == 0 {
+            for index in 0..nested.remaps {
+                let (one, other) = nested.map.exchanged(round, index);
+                let edited =
+                    SHARED.with(|shared| shared.as_mut().map_or(Ok(()), |shared| shared.table.exchange(one, other)));
+                if let Err(refusal) = edited {
+                    panic!("{refusal}");
+                }
+            }
+        }
+        self.l2.extension().forget();
+        Executed { writes: 0, ticks: crate::arch::tsc::now().wrapping_sub(begin) }
     }
 
     /// Provokes one case of the list, and reports what L1 was told of it: nothing where the access was permitted.

@@ -7,7 +7,7 @@
 use crate::arch::paging::{ENTRIES, Error, Format, Pool};
 use core::fmt;
 use umbra_shared::layout::{MAX_SLOTS, Slot, frame_of};
-use umbra_shared::nested::{AliasKind, L2_BASE, Map, Nested};
+use umbra_shared::nested::{AliasKind, Flags, L2_BASE, Map, Nested};
 use umbra_shared::{L2Gfn, Level};
 use x86_64::structures::paging::PageTable;
 
@@ -64,7 +64,7 @@ impl<'a> Table12<'a> {
     ) -> Result<Self, Error> {
         let mut pool = Pool::new(tables, base, format)?;
         pool.map_system()?;
-        pool.preset(nested.preset);
+        pool.preset(nested.flags == Flags::Preset);
         let mut table = Self {
             pool,
             map: nested.map,
@@ -111,6 +111,23 @@ impl<'a> Table12<'a> {
             Made { entries: 0, tables: 0 } => Err(Refusal::Present(gfn)),
             made => Ok(made.entries),
         }
+    }
+
+    /// Exchanges where the leaves at L2's pages `one` and `other` lead to. Does nothing if one of them is not mapped.
+    ///
+    /// # Errors
+    /// [`Refusal::Tables`].
+    pub fn exchange(&mut self, one: u64, other: u64) -> Result<(), Refusal> {
+        let leaf = self.map.leaf();
+        let address = |page: u64| L2_BASE.plus(page).address();
+        let mut table = |page| self.pool.table_of(address(page), leaf).map_err(Refusal::Tables);
+        let tables = (table(one)?, table(other)?);
+        let leads = (self.pool.get(tables.0, address(one)), self.pool.get(tables.1, address(other)));
+        if let (Some(first), Some(second)) = leads {
+            self.pool.set(tables.0, address(one), second);
+            self.pool.set(tables.1, address(other), first);
+        }
+        Ok(())
     }
 
     /// Maps L2's pages `first..end`, table by table; `first` begins a leaf.
@@ -167,13 +184,14 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::BTreeSet;
     use umbra_shared::layout;
-    use umbra_shared::nested::Way;
+    use umbra_shared::nested::{self, Way};
     use x86_64::structures::paging::PageTableFlags;
 
     const BASE: u64 = 0x90_0000;
 
     fn nested(map: Map, preset: bool, fill_batch: u64) -> Nested {
-        Nested { way: Way::Svm, map, preset, fill_batch }
+        let flags = if preset { Flags::Preset } else { Flags::Clear };
+        Nested { way: Way::Svm, map, format: nested::Format::Npt, flags, fill_batch, remaps: 0 }
     }
 
     fn tables(map: Map) -> Vec<PageTable> {
@@ -267,6 +285,23 @@ mod tests {
                     prop_assert_eq!(walk(&pool, format, L2_BASE.plus(page)).is_some(), (first..first + pages).contains(&page));
                 }
             }
+        }
+
+        #[test]
+        fn exchanged_leaves_lead_to_each_others_pages((map, count) in cases(), format in formats(), round: u64) {
+            let Some(slots) = slots(&map, count) else { return Ok(()) };
+            if map.kind() == AliasKind::SharedTables {
+                return Ok(());
+            }
+            let mut pool = tables(map);
+            let mut table12 = Table12::new(&mut pool, BASE, format, &nested(map, false, 0), slots).unwrap();
+            table12.fill().unwrap();
+            let (one, other) = map.exchanged(round, 3);
+            table12.exchange(one, other).unwrap();
+            let leads = |page| walk(&pool, format, L2_BASE.plus(page)).unwrap().0;
+            let slots = layout::slots(map.l1_pages(), count, map.leaf()).unwrap();
+            let frame = |page| frame_of(slots.clone(), map.l1_page(page)).unwrap().address();
+            prop_assert_eq!((leads(one), leads(other)), (frame(other), frame(one)));
         }
 
         #[test]

@@ -5,6 +5,7 @@ pub mod plan;
 use crate::arch::l2::Extension;
 use crate::arch::legacy::Legacy;
 use crate::arch::mailbox::LiveMailbox;
+use crate::arch::paravirtual::Paravirtual;
 use crate::arch::svm::Svm;
 use crate::arch::tracked::{Executed, Tracked};
 use crate::arch::vmx::Vmx;
@@ -110,7 +111,7 @@ impl Worker {
                 Executed { writes: 0, ticks: modes::toggle(toggle) }
             }
             // What only a hypervisor does.
-            Command::Enter | Command::Fill | Command::Provoke => Executed::default(),
+            Command::Enter | Command::Fill | Command::Edit | Command::Provoke => Executed::default(),
         }
     }
 
@@ -204,6 +205,7 @@ pub fn serve(tracked: Tracked, conduct: Conduct) -> ! {
     match setup.nested {
         Some(nested @ Nested { way: Way::Svm, .. }) => serve_nested::<Svm>(&setup, &nested, conduct),
         Some(nested @ Nested { way: Way::Vmx, .. }) => serve_nested::<Vmx>(&setup, &nested, conduct),
+        Some(nested @ Nested { way: Way::Umbra, .. }) => serve_nested::<Paravirtual>(&setup, &nested, conduct),
         Some(Nested { way: Way::Plain, .. }) | None => {}
     }
     let mut worker = Worker::new(&setup, tracked, conduct);
@@ -219,6 +221,7 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
     commands(worker.mailbox, |command, argument| match command {
         Command::Enter => hypervisor.enter(argument),
         Command::Fill => hypervisor.fill(),
+        Command::Edit => hypervisor.edit(nested, argument),
         Command::Provoke => {
             let Some(case) = CASES.get(argument as usize) else { panic!("there is no case {argument}") };
             hypervisor.provoke(case);

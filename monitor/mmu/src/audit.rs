@@ -80,6 +80,7 @@ impl Mmu {
         let touched = self.arena.header(at.page()).touched >> (at.index() >> 6) & 1 != 0;
         if let Some(track) = &self.track
             && open
+            && first >= self.config.first_tracked
             && !track.strategy.admit(track, first, level, touched)
             && track.twins.iter().all(|twin| !twin.is_of(first))
         {

@@ -5,6 +5,7 @@ use std::fmt;
 use umbra_shared::Level;
 
 use crate::guest::GuestCaps;
+use crate::spte::Frame;
 use crate::track::Strategy;
 
 /// Why an operation did not happen. The MMU is consistent afterwards and the operation may be tried again.
@@ -133,6 +134,8 @@ pub struct Config {
     pub caps: GuestCaps,
     /// How a range is tracked.
     pub strategy: &'static dyn Strategy,
+    /// The first page of L1's memory that is tracked; those before it are never closed and never reported.
+    pub first_tracked: Frame,
     /// Also report by L2 frame.
     pub by_l2: bool,
     /// How huge leaves become small.
@@ -167,6 +170,7 @@ impl Config {
             memory_frames,
             caps: GuestCaps::default(),
             strategy,
+            first_tracked: Frame(0),
             by_l2: false,
             split: Split::default(),
             collapse: Collapse::default(),

@@ -270,10 +270,12 @@ impl Mmu {
 
     /// Sets A/D flags in EPT12. The monitor writes L1's memory here, so those pages are dirty too.
     fn set_guest_flags(&mut self, env: &mut Env<'_>, format: Format, walk: &mut Walk, write: bool) -> bool {
-        let (track, stats) = (&mut self.track, &mut self.stats);
+        let (track, stats, first_tracked) = (&mut self.track, &mut self.stats, self.config.first_tracked);
         guest::set_accessed_dirty(env.memory, format, walk, write, |frame| {
             stats.guest_flags += 1;
-            if let Some(track) = track {
+            if let Some(track) = track
+                && frame >= first_tracked
+            {
                 track.dirty.insert(frame);
             }
         })

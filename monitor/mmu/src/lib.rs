@@ -18,6 +18,7 @@
 mod access;
 mod arena;
 mod audit;
+mod block;
 mod collapse;
 mod config;
 mod defects;

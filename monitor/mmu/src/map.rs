@@ -3,6 +3,7 @@
 use umbra_shared::{Gfn, L2Gfn, Level};
 
 use crate::access::Access;
+use crate::block::BLOCK;
 use crate::config::{NoMemory, Split};
 use crate::defects::Defect;
 use crate::fault::Outcome;
@@ -40,6 +41,7 @@ impl Mmu {
         let mut level = self.slots.max_level(target.gfn, limit, self.defect(Defect::CollapseAcrossSlot));
         if let Some(track) = &self.track
             && target.write
+            && target.frame >= self.config.first_tracked
         {
             while level > Level::K4 {
                 let base = base_frame(target, level);
@@ -211,6 +213,9 @@ impl Mmu {
     /// Whether tracking lets a leaf be mapped open, outside a trap.
     pub(crate) fn admits(&self, frame: Frame, level: Level, at: SpteRef) -> bool {
         let Some(track) = &self.track else { return true };
+        if frame < self.config.first_tracked {
+            return true;
+        }
         let touched = self.arena.header(at.page()).touched >> (at.index() >> 6) & 1 != 0;
         track.strategy.admit(track, frame, level, touched)
     }
@@ -222,8 +227,20 @@ impl Mmu {
         let page = leaf.at.page();
         let (root, base) = leaf.path();
         let base = base - (leaf.at.index() - first) as u64;
+        let mut straight = first..first;
         for index in first..first + window {
             let at = SpteRef::new(page, index);
+            if index & (BLOCK - 1) == 0
+                && window >= BLOCK
+                && let Some(spte) = self.map_straight(env, at)
+            {
+                straight = index..index + BLOCK;
+                let extent: Extent = extent(root, base + (index - first) as u64, BLOCK as u64);
+                self.out.map(env.mapper, &mut self.stats, extent, (spte.frame(), Level::K4, spte.access()));
+            }
+            if straight.contains(&index) {
+                continue;
+            }
             if at != leaf.at && (self.arena.spte(at).present() || !self.map_neighbour(env, at)) {
                 continue;
             }

@@ -23,6 +23,13 @@ pub trait L1Memory {
     /// The little-endian 8 bytes at `offset` (a multiple of 8, below 4096) of `frame`; 0 beyond the end.
     fn read(&self, frame: Frame, offset: u64) -> u64;
 
+    /// The 64 words from `offset` (a multiple of 512, below 4096) of `frame` on: as many [`L1Memory::read`]s.
+    fn read_block(&self, frame: Frame, offset: u64, words: &mut [u64; 64]) {
+        for (word, at) in words.iter_mut().zip((offset..).step_by(8)) {
+            *word = self.read(frame, at);
+        }
+    }
+
     /// Replaces the 8 bytes at `offset` if they are still `old`. Out of range counts as [`Exchange::Done`].
     fn exchange(&mut self, frame: Frame, offset: u64, old: u64, new: u64) -> Exchange;
 

@@ -145,6 +145,9 @@ impl Mmu {
 
     fn admitted_word(&self, page: u32, word: usize, first: Frame) -> u64 {
         let Some(track) = &self.track else { return u64::MAX };
+        if first < self.config.first_tracked {
+            return u64::MAX;
+        }
         let touched = self.arena.header(page).touched >> word & 1 != 0;
         track.strategy.admit_word(track, first.plus(word as u64 * 64), touched)
     }
@@ -183,7 +186,8 @@ impl Mmu {
                 }
                 let mut entries = self.arena.present(page);
                 while let Some((at, spte)) = entries.next(&self.arena) {
-                    if spte.is_leaf(level) && self.split_at(env, at, level).is_err() {
+                    let tracked = spte.is_leaf(level) && spte.frame() >= self.config.first_tracked;
+                    if tracked && self.split_at(env, at, level).is_err() {
                         return;
                     }
                 }

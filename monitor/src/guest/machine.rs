@@ -4,14 +4,16 @@ use super::{Error, Image};
 use crate::ground::Clock;
 use crate::kvm::clock::{self, Timer, Window};
 use crate::kvm::exits::{Exits, Hits};
+use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::ring::Rings;
 use crate::kvm::stats::Stats;
-use crate::kvm::vcpu::{Exit, Stop, Vcpu, VcpuThread, Work};
+use crate::kvm::vcpu::{Below, Exit, Stop, Vcpu, VcpuThread, Work};
 use crate::kvm::witness::Witness;
 use crate::kvm::{self, Backing, Vm};
+use crate::nested;
 use crossbeam::channel::Receiver;
 use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, Msrs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, Msrs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
 use std::collections::BTreeMap;
@@ -20,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::{self, Slot, vcpu_area};
-use umbra_shared::nested::{Map, Nested, Report};
+use umbra_shared::nested::{Map, Nested, Report, WORDS};
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage, Command, Doorbell, ENTERED_BY_MONITOR, ExceptionReport, Mailbox};
@@ -62,6 +64,8 @@ pub struct Plan {
     pub pace: u64,
     /// What the pattern's pages are, if not the tracked pages themselves.
     pub nested: Option<Nested>,
+    /// How the monitor runs L2, if it does.
+    pub shadow: Option<nested::Options>,
     /// What SMM sees, if the machine has one.
     pub smm: Option<smm::View>,
     /// The firmware.
@@ -90,6 +94,8 @@ pub struct Machine {
     /// Of the VM, then of each vCPU.
     stats: Vec<Stats>,
     tsc_khz: u32,
+    /// L2, if the monitor runs it.
+    l2: Option<Arc<nested::Host>>,
     vm: Vm,
 }
 
@@ -122,8 +128,11 @@ impl Machine {
     ) -> Result<Self, Error> {
         let kvm = kvm::vm::open()?;
         let place = SystemPlace::new(plan)?;
-        let vm = Vm::new(&kvm, place.bytes, plan.slots.iter().copied(), plan.backing, prepare)?;
+        // L2's VM maps all of L1's memory.
+        let system = if plan.shadow.is_some() { plan.backing } else { Backing::Anonymous };
+        let vm = Vm::new(&kvm, (place.bytes, system), plan.slots.iter().copied(), plan.backing, prepare)?;
         plan.image.write_to(vm.system())?;
+        let l2 = plan.shadow.as_ref().map(|options| nested::Host::new(&kvm, &vm, options)).transpose()?;
 
         let rings = ring_entries.map(|entries| {
             let mut slots = vec![(0, 0)];
@@ -174,7 +183,11 @@ impl Machine {
             .into_iter()
             .enumerate()
             .map(|(index, fd)| {
-                VcpuThread::start(Vcpu { index, fd, timer: plan.timer, rings: rings.clone() }, report.clone())
+                let below = match &l2 {
+                    Some(l2) => Some(Box::new(l2.vcpu(index, &cpuid)?) as Box<dyn Below>),
+                    None => None,
+                };
+                VcpuThread::start(Vcpu { index, fd, timer: plan.timer, rings: rings.clone(), below }, report.clone())
             })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self {
@@ -185,6 +198,7 @@ impl Machine {
             clock: plan.timer.clock(),
             stats,
             tsc_khz,
+            l2,
             vm,
         })
     }
@@ -542,6 +556,12 @@ impl Machine {
         &self.vm
     }
 
+    /// L2, if the monitor runs it.
+    #[must_use]
+    pub const fn l2(&self) -> Option<&Arc<nested::Host>> {
+        self.l2.as_ref()
+    }
+
     /// The rings, if the machine was prepared with them.
     #[must_use]
     pub const fn rings(&self) -> Option<&Arc<Mutex<Rings>>> {
@@ -627,7 +647,7 @@ fn write_boot_page(memory: &GuestMemoryMmap, plan: &Plan, place: &SystemPlace, t
         tables: place.tables,
         table_bytes: place.table_bytes,
         pattern: plan.pattern.encode(),
-        nested: plan.nested.map_or([0; 8], |nested| nested.encode()),
+        nested: plan.nested.map_or([0; WORDS], |nested| nested.encode()),
         nested_tables: place.nested_tables,
         nested_table_bytes: place.nested_table_bytes,
         guest_paging: plan.mode as u64,
@@ -652,35 +672,8 @@ fn read<T: FromBytes>(memory: &GuestMemoryMmap, address: u64) -> Result<T, Error
     T::read_from_bytes(&bytes).map_err(|_| Error::Memory("a report has the wrong size".into()))
 }
 
-/// 64-bit mode as the firmware expects it: Intel SDM 3A, 9.8.5; flat segments, the image's own page tables.
+/// The state in which the firmware expects to be entered: ring 0, on the image's own page tables.
 fn set_registers(vcpu: &VcpuFd, index: usize, image: &Image) -> Result<(), kvm::Error> {
-    const CR0_PE_MP_ET_NE_PG: u64 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 31;
-    const CR4_PAE_OSFXSR_OSXMMEXCPT: u64 = 1 << 5 | 1 << 9 | 1 << 10;
-    const EFER_LME_LMA: u64 = 1 << 8 | 1 << 10;
-    let code = kvm_segment {
-        limit: 0xffff_ffff,
-        selector: 0x8,
-        // Execute, read, accessed.
-        type_: 0xb,
-        present: 1,
-        s: 1,
-        l: 1,
-        g: 1,
-        ..kvm_segment::default()
-    };
-    // Read, write, accessed.
-    let data = kvm_segment { selector: 0x10, type_: 0x3, l: 0, db: 1, ..code };
-    // A busy 64-bit TSS: VMX refuses to enter without one (SDM 3C, 26.3.1.2).
-    let task = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..kvm_segment::default() };
-    let mut sregs = vcpu.get_sregs().map_err(kvm::vm::failed("KVM_GET_SREGS"))?;
-    sregs.cs = code;
-    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    sregs.tr = task;
-    sregs.cr0 = CR0_PE_MP_ET_NE_PG;
-    sregs.cr3 = image.boot_tables;
-    sregs.cr4 = CR4_PAE_OSFXSR_OSXMMEXCPT;
-    sregs.efer = EFER_LME_LMA;
-    vcpu.set_sregs(&sregs).map_err(kvm::vm::failed("KVM_SET_SREGS"))?;
     let registers = kvm_regs {
         rip: image.entry,
         rdi: ENTERED_BY_MONITOR,
@@ -690,7 +683,16 @@ fn set_registers(vcpu: &VcpuFd, index: usize, image: &Image) -> Result<(), kvm::
         rflags: 2,
         ..kvm_regs::default()
     };
-    vcpu.set_regs(&registers).map_err(kvm::vm::failed("KVM_SET_REGS"))
+    let state = LongMode {
+        cr3: image.boot_tables,
+        ring: 0,
+        selectors: [0x8, 0x10, 0],
+        task: Table { base: 0, limit: 0x67 },
+        gdt: None,
+        idt: None,
+        registers,
+    };
+    state.load(vcpu)
 }
 
 /// SMBASE, where a firmware's own relocation would leave it (Intel SDM 3C, 32.11; the register is the host's to write alone).
@@ -719,6 +721,7 @@ const fn name(command: Command) -> &'static str {
         Command::ClearHistogram => "clearing the histogram",
         Command::Enter => "entering L2",
         Command::Fill => "filling L1's table",
+        Command::Edit => "editing L1's table",
         Command::Toggle => "a toggle",
         Command::Touch => "touching pages",
         Command::Provoke => "provoking a violation",

@@ -1,10 +1,11 @@
-//! userfaultfd in write-protect mode.
+//! userfaultfd: write protection, and pages that are missing.
 //!
 //! Numbers and structures: Linux, include/uapi/linux/userfaultfd.h; semantics: Documentation/admin-guide/mm/userfaultfd.rst and
 //! `ioctl_userfaultfd(2)`.
 //!
 //! *Synchronous*: whoever writes to a protected page sleeps until the page's protection is taken off, and the descriptor delivers its address.
 //! *Asynchronous*: the kernel takes it off itself, and pagemap tells afterwards.
+//! *Missing*: whoever touches a page that is not there sleeps as well, until he is woken.
 
 use super::ioctls::{
     Api, Range, Register, UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT,
@@ -23,12 +24,16 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 const UFFD_API: u64 = 0xaa;
 const FEATURE_PAGEFAULT_FLAG_WP: u64 = 1 << 0;
+const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
+const FEATURE_THREAD_ID: u64 = 1 << 8;
 const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
+const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 const EVENT_PAGEFAULT: u8 = 0x12;
+const PAGEFAULT_FLAG_WRITE: u64 = 1 << 0;
 const PAGEFAULT_FLAG_WP: u64 = 1 << 1;
 
 /// How writes to protected pages are told.
@@ -38,6 +43,8 @@ pub enum Mode {
     Synchronous,
     /// By pagemap, afterwards.
     Asynchronous,
+    /// By an event, as accesses to missing pages are, and each event names the thread.
+    Everything,
 }
 
 impl Mode {
@@ -47,6 +54,15 @@ impl Mode {
             Self::Synchronous => {
                 &[(FEATURE_PAGEFAULT_FLAG_WP, "UFFD_FEATURE_PAGEFAULT_FLAG_WP", "uffd-wp needs Linux 5.7 or later")]
             }
+            Self::Everything => &[
+                (
+                    FEATURE_THREAD_ID,
+                    "UFFD_FEATURE_THREAD_ID",
+                    "userfaultfd as a fault source needs Linux 4.14 or later",
+                ),
+                (FEATURE_MISSING_SHMEM, "UFFD_FEATURE_MISSING_SHMEM", "it needs Linux 4.11 or later"),
+                (FEATURE_WP_HUGETLBFS_SHMEM, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM", "it needs Linux 5.19 or later"),
+            ],
             Self::Asynchronous => &[(FEATURE_WP_ASYNC, "UFFD_FEATURE_WP_ASYNC", "pagemap needs Linux 6.7 or later")],
         }
     }
@@ -68,6 +84,14 @@ impl Event {
     #[must_use]
     pub fn written(&self) -> Option<Hva> {
         (self.kind == EVENT_PAGEFAULT && self.flags & PAGEFAULT_FLAG_WP != 0).then_some(Hva(self.address))
+    }
+
+    /// The address of an access that sleeps, whether it is a write, and the id of its thread; `None` for any other event.
+    #[must_use]
+    pub fn fault(&self) -> Option<(Hva, bool, u64)> {
+        let write = self.flags & (PAGEFAULT_FLAG_WRITE | PAGEFAULT_FLAG_WP) != 0;
+        // The id takes half of the word (`uffd_msg.arg.pagefault.feat.ptid`).
+        (self.kind == EVENT_PAGEFAULT).then_some((Hva(self.address), write, self.thread & u64::from(u32::MAX)))
     }
 }
 
@@ -135,7 +159,19 @@ impl Userfault {
     /// # Errors
     /// [`Error::Capability`] if the kernel cannot protect memory of that kind.
     pub fn register(&self, stretch: Stretch) -> Result<(), Error> {
-        let mut register = Register { range: range(stretch), mode: REGISTER_MODE_WP, ioctls: 0 };
+        self.register_mode(stretch, REGISTER_MODE_WP)
+    }
+
+    /// Registers memory whose missing pages are told by events.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] if the kernel cannot do that with memory of that kind.
+    pub fn register_missing(&self, stretch: Stretch) -> Result<(), Error> {
+        self.register_mode(stretch, REGISTER_MODE_MISSING)
+    }
+
+    fn register_mode(&self, stretch: Stretch, mode: u64) -> Result<(), Error> {
+        let mut register = Register { range: range(stretch), mode, ioctls: 0 };
         // SAFETY: the structure has the layout that the call reads and writes; the call changes how faults are handled, not memory.
         check(unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_REGISTER(), &mut register) }).map_err(|error| {
             if error.raw_os_error() == Some(libc::EINVAL) {
@@ -175,6 +211,17 @@ impl Userfault {
                 other => return other.map_err(|error| Error::call("UFFDIO_WRITEPROTECT", error)),
             }
         }
+    }
+
+    /// Wakes who sleeps on these pages; they try again.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn wake(&self, stretch: Stretch) -> Result<(), Error> {
+        let mut range = range(stretch);
+        // SAFETY: as above.
+        check(unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_WAKE(), &mut range) })
+            .map_err(|error| Error::call("UFFDIO_WAKE", error))
     }
 
     /// Sleeps until there is an event, or `wake` can be read. Says whether it was `wake`.

@@ -11,13 +11,42 @@ use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use vmm_sys_util::ioctl::{ioctl, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val};
+use vmm_sys_util::ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val};
 use vmm_sys_util::{ioctl_io_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 ioctl_iow_nr!(KVM_GET_DIRTY_LOG, KVMIO, 0x42, kvm_dirty_log);
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 ioctl_io_nr!(KVM_RESET_DIRTY_RINGS, KVMIO, 0xc7);
 ioctl_io_nr!(KVM_GET_STATS_FD, KVMIO, 0xce);
+ioctl_iowr_nr!(KVM_PRE_FAULT_MEMORY, KVMIO, 0xd5, PreFaultMemory);
+
+/// `struct kvm_pre_fault_memory`.
+#[repr(C)]
+struct PreFaultMemory {
+    gpa: u64,
+    size: u64,
+    flags: u64,
+    padding: [u64; 5],
+}
+
+/// `KVM_PRE_FAULT_MEMORY` (api.rst, 4.143): maps `size` bytes from `gpa` on as the guest's reads would.
+///
+/// # Errors
+/// The system's.
+pub fn pre_fault_memory(vcpu: &impl AsRawFd, gpa: u64, size: u64) -> io::Result<()> {
+    let mut range = PreFaultMemory { gpa, size, flags: 0, padding: [0; 5] };
+    while range.size > 0 {
+        // SAFETY: the structure has the layout that the call reads and writes; what it maps is what a fault of the guest would map.
+        let result = check(unsafe { ioctl_with_mut_ref(vcpu, KVM_PRE_FAULT_MEMORY(), &mut range) });
+        match result {
+            // It did a part, and says which is left.
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
 
 /// 64-bit words of a bitmap that KVM may write for a slot of `pages`.
 #[allow(clippy::cast_possible_truncation)] // usize has 64 bits on the one target there is.
@@ -155,6 +184,46 @@ fn perf_event(attr: &PerfEventAttr, thread: libc::c_long, cpu: i64, filter: Opti
         check(unsafe { ioctl_with_ptr(&file, PERF_EVENT_IOC_SET_FILTER(), filter.as_ptr()) })?;
     }
     Ok(file)
+}
+
+/// `PERF_SAMPLE_RAW`, and the flag `disabled` of a `perf_event_attr`.
+const SAMPLE_RAW: u64 = 1 << 10;
+const FLAG_DISABLED: u64 = 1;
+ioctl_io_nr!(PERF_EVENT_IOC_ENABLE, 0x24, 0);
+ioctl_io_nr!(PERF_EVENT_IOC_DISABLE, 0x24, 1);
+
+/// An event that records each hit of a tracepoint on the calling thread, once it is enabled (`perf_event_open(2)`).
+///
+/// # Errors
+/// The system's: the user may not.
+pub fn tracepoint_sampler(number: u64) -> io::Result<File> {
+    let attr = PerfEventAttr {
+        kind: PERF_TYPE_TRACEPOINT,
+        size: 64,
+        config: number,
+        sample_period: 1,
+        sample_type: SAMPLE_RAW,
+        flags: FLAG_DISABLED,
+        ..PerfEventAttr::default()
+    };
+    let (this_thread, any_cpu, no_group) = (0_i64, -1_i64, -1_i64);
+    // SAFETY: `attr` has the size that it says; the kernel only reads it.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_perf_event_open, &raw const attr, this_thread, any_cpu, no_group, PERF_FLAG_FD_CLOEXEC)
+    };
+    let fd = check(fd.try_into().map_err(io::Error::other)?)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { File::from_raw_fd(fd) })
+}
+
+/// Lets an event record, or not.
+///
+/// # Errors
+/// The system's.
+pub fn enable_event(event: &File, on: bool) -> io::Result<()> {
+    // SAFETY: the calls take no argument but a flag, 0.
+    check(unsafe { ioctl(event, if on { PERF_EVENT_IOC_ENABLE() } else { PERF_EVENT_IOC_DISABLE() }) })?;
+    Ok(())
 }
 
 /// `KVM_GET_STATS_FD` of a VM or vCPU.

@@ -3,6 +3,9 @@
 use super::{Error, ioctls};
 use kvm_ioctls::VmFd;
 
+/// The largest `num_pages` of a CLEAR that is a multiple of 64: whole slots in one call.
+pub const WHOLE_SLOT: u64 = u32::MAX as u64 & !63;
+
 /// The bitmap that KVM fills, as long as the slot.
 #[derive(Debug)]
 pub struct SlotBitmap {
@@ -43,6 +46,34 @@ impl SlotBitmap {
             first += pages;
         }
         Ok(())
+    }
+
+    /// Clears these pages, in ascending order, in KVM's log and here.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn clear_pages(&mut self, vm: &VmFd, pages: &[u64]) -> Result<(), Error> {
+        let (Some(&first), Some(&last)) = (pages.first(), pages.last()) else { return Ok(()) };
+        let start = first & !63;
+        let count = (last + 1).next_multiple_of(64).min(self.pages) - start;
+        let mut words = vec![0_u64; ioctls::bitmap_words(count)];
+        for page in pages {
+            let (word, bit) = (ioctls::bitmap_words(page + 1) - 1, 1 << (page % 64));
+            if let (Some(mine), Some(theirs)) =
+                (self.words.get_mut(word), words.get_mut(word - ioctls::bitmap_words(start)))
+            {
+                *mine &= !bit;
+                *theirs |= bit;
+            }
+        }
+        ioctls::clear_dirty_log(vm, self.slot, start, u32::try_from(count).unwrap_or(u32::MAX), &words)
+            .map_err(|source| Error::Call { what: "KVM_CLEAR_DIRTY_LOG", source })
+    }
+
+    /// Whether page `page` has its bit here.
+    #[must_use]
+    pub fn is_set(&self, page: u64) -> bool {
+        self.words.get(ioctls::bitmap_words(page + 1) - 1).is_some_and(|word| word >> (page % 64) & 1 == 1)
     }
 
     /// Pages of the slot.

@@ -5,7 +5,9 @@ use crate::hostmm::Hva;
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use umbra_shared::{Level, PAGE_SIZE};
 
 /// What backs the tracked memory.
@@ -118,6 +120,8 @@ pub struct HostMemory {
     address: *mut u8,
     bytes: usize,
     backing: Backing,
+    /// The memfd, if it is one.
+    file: Option<OwnedFd>,
 }
 
 // SAFETY: the memory belongs to this value and is reached only by KVM, through volatile accesses (below) and through vm-memory, whose own are
@@ -164,13 +168,13 @@ impl HostMemory {
                 unsafe { mm::munmap(start.cast(), bytes) }.map_err(failed)?;
             }
         }
-        let memory = Self { address, bytes: length, backing };
-        memory.back(backing).map_err(failed)?;
+        let mut memory = Self { address, bytes: length, backing, file: None };
+        memory.file = memory.back(backing).map_err(failed)?;
         Ok(memory)
     }
 
-    /// Puts the backing into the reservation.
-    fn back(&self, backing: Backing) -> rustix::io::Result<()> {
+    /// Puts the backing into the reservation. Gives the memfd, if it is one.
+    fn back(&self, backing: Backing) -> rustix::io::Result<Option<OwnedFd>> {
         let address = self.address.cast::<c_void>();
         let rw = ProtFlags::READ | ProtFlags::WRITE;
         match backing {
@@ -179,13 +183,14 @@ impl HostMemory {
                 // SAFETY: the whole reservation is ours.
                 unsafe {
                     mm::mprotect(address, self.bytes, MprotectFlags::READ | MprotectFlags::WRITE)?;
-                    mm::madvise(address, self.bytes, advice)
+                    mm::madvise(address, self.bytes, advice)?;
                 }
+                Ok(None)
             }
             Backing::Hugetlb => {
                 let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::HUGETLB | MapFlags::HUGE_2MB;
                 // SAFETY: replaces our own reservation, exactly.
-                unsafe { mm::mmap_anonymous(address, self.bytes, rw, flags) }.map(|_| ())
+                unsafe { mm::mmap_anonymous(address, self.bytes, rw, flags) }.map(|_| None)
             }
             Backing::Shmem | Backing::ShmemHuge | Backing::ShmemSmall => {
                 let file = rustix::fs::memfd_create("umbra", rustix::fs::MemfdFlags::CLOEXEC)?;
@@ -196,10 +201,11 @@ impl HostMemory {
                 let advice = match backing {
                     Backing::ShmemHuge => Advice::LinuxHugepage,
                     Backing::ShmemSmall => Advice::LinuxNoHugepage,
-                    _ => return Ok(()),
+                    _ => return Ok(Some(file)),
                 };
                 // SAFETY: our own mapping.
-                unsafe { mm::madvise(address, self.bytes, advice) }
+                unsafe { mm::madvise(address, self.bytes, advice) }?;
+                Ok(Some(file))
             }
         }
     }
@@ -222,6 +228,12 @@ impl HostMemory {
         self.backing
     }
 
+    /// The memfd behind it, for who maps it a second time; `None` if it is private.
+    #[must_use]
+    pub const fn file(&self) -> Option<&OwnedFd> {
+        self.file.as_ref()
+    }
+
     /// Bytes.
     #[must_use]
     pub const fn len(&self) -> usize {
@@ -242,14 +254,48 @@ impl HostMemory {
         self.bytes == 0
     }
 
-    /// The address of page `index`'s first word, inside the mapping and aligned. `None` beyond the end.
-    fn word_at(&self, index: u64) -> Option<*mut u64> {
-        let offset = usize::try_from(index.checked_mul(PAGE_SIZE)?).ok()?;
-        if offset.checked_add(8)? > self.bytes {
+    /// The address of the word at byte `within` of page `index`, inside the mapping and aligned. `None` beyond the end.
+    fn word_in(&self, index: u64, within: u64) -> Option<*mut u64> {
+        let offset = usize::try_from(index.checked_mul(PAGE_SIZE)?.checked_add(within)?).ok()?;
+        if offset.checked_add(8)? > self.bytes || !within.is_multiple_of(8) {
             return None;
         }
         #[allow(clippy::cast_ptr_alignment)] // The mapping and the offset are multiples of a page.
         Some(self.address.wrapping_add(offset).cast())
+    }
+
+    /// The address of page `index`'s first word.
+    fn word_at(&self, index: u64) -> Option<*mut u64> {
+        self.word_in(index, 0)
+    }
+
+    /// The word at byte `within` of page `index` as an atomic. `None` beyond the end, and between words.
+    #[must_use]
+    pub fn word(&self, index: u64, within: u64) -> Option<&AtomicU64> {
+        let word = self.word_in(index, within)?;
+        // SAFETY: the eight bytes lie inside the mapping, which lives as long as this, and are aligned. Others, the guest among them, may
+        // change them at any moment, which an atomic allows.
+        Some(unsafe { AtomicU64::from_ptr(word) })
+    }
+
+    /// The `count` words from byte `within` of page `index` on. `None` if they leave the page or the memory, and between words.
+    #[must_use]
+    pub fn words(&self, index: u64, within: u64, count: usize) -> Option<&[AtomicU64]> {
+        let first = self.word_in(index, within)?;
+        if within.checked_add(8 * count as u64)? > PAGE_SIZE {
+            return None;
+        }
+        self.word_in(index, within + 8 * count as u64 - 8)?;
+        // SAFETY: as in `word`; all of them lie in one page, whose last word the mapping holds. An AtomicU64 is laid out as a u64.
+        Some(unsafe { std::slice::from_raw_parts(first.cast::<AtomicU64>(), count) })
+    }
+
+    /// Copies page `index` into `page`, word by word. Returns false, and changes nothing, beyond the end.
+    #[must_use]
+    pub fn copy_page(&self, index: u64, page: &mut [u64; 512]) -> bool {
+        let Some(words) = self.words(index, 0, page.len()) else { return false };
+        page.iter_mut().zip(words).for_each(|(word, from)| *word = from.load(Ordering::Relaxed));
+        true
     }
 
     /// The first word of page `index`, which the guest may be writing at this moment. `None` beyond the end.

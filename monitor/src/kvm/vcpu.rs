@@ -104,6 +104,20 @@ pub struct Vcpu {
     pub timer: Timer,
     /// Where a full ring is emptied.
     pub rings: Option<Arc<Mutex<Rings>>>,
+    /// Who runs this vCPU's L2, if the monitor does.
+    pub below: Option<Box<dyn Below>>,
+}
+
+/// An L2 that the monitor runs on the thread of the L1 vCPU that owns it.
+pub trait Below: Send {
+    /// L1 rang a doorbell that is about its L2.
+    ///
+    /// # Errors
+    /// Those that end the order.
+    fn answer(&mut self, doorbell: Doorbell) -> Result<(), Error>;
+
+    /// Runs L2 until L1 goes on: at once, if it is L1's turn. Else says what ends the order.
+    fn run(&mut self, kicked: &AtomicBool) -> Option<Exit>;
 }
 
 extern "C" fn interrupt_only(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -236,6 +250,9 @@ fn run(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> Exit {
 
 fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> Exit {
     let what = loop {
+        if let Some(exit) = vcpu.below.as_mut().and_then(|below| below.run(&wishes.kicked)) {
+            return exit;
+        }
         match vcpu.fd.run() {
             Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => {
                 let number = data.try_into().map_or(0, u32::from_le_bytes);
@@ -244,6 +261,12 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
                         // Between two KVM_RUNs: the call waits for the end of one.
                         if let Err(error) = vcpu.fd.smi() {
                             break failed("KVM_SMI")(error).to_string();
+                        }
+                    }
+                    Some(doorbell @ (Doorbell::EnterL2 | Doorbell::Invalidate | Doorbell::Yield)) => {
+                        let Some(below) = &mut vcpu.below else { break format!("it rang {doorbell:?}, and has no L2") };
+                        if let Err(error) = below.answer(doorbell) {
+                            break error.to_string();
                         }
                     }
                     Some(doorbell) => return Exit::Doorbell(doorbell),

@@ -30,7 +30,7 @@ pub struct TrackedSlot {
     /// Where it lies in the guest.
     pub place: Slot,
     /// What backs it.
-    pub memory: HostMemory,
+    pub memory: Arc<HostMemory>,
 }
 
 /// A VM with a system slot and tracked slots.
@@ -40,7 +40,7 @@ pub struct Vm {
     fd: Arc<VmFd>,
     system: GuestMemoryMmap,
     slots: Vec<TrackedSlot>,
-    system_memory: HostMemory,
+    system_memory: Arc<HostMemory>,
     smram: Option<Smram>,
 }
 
@@ -79,6 +79,16 @@ pub(crate) fn failed(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Er
     move |error| Error::call(what, std::io::Error::from_raw_os_error(error.errno()))
 }
 
+/// A VM without slots.
+///
+/// # Errors
+/// The system's.
+pub fn create(kvm: &Kvm) -> Result<VmFd, Error> {
+    let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
+    fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+    Ok(fd)
+}
+
 impl Vm {
     /// Makes a VM. `prepare` may enable capabilities before there is a slot or vCPU.
     ///
@@ -86,19 +96,19 @@ impl Vm {
     /// The system's, those of `prepare`, and [`Error::Memory`].
     pub fn new(
         kvm: &Kvm,
-        system_bytes: u64,
+        (system_bytes, system_backing): (u64, Backing),
         slots: impl Iterator<Item = Slot>,
         backing: Backing,
         prepare: impl FnOnce(&VmFd) -> Result<(), Error>,
     ) -> Result<Self, Error> {
-        let fd = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-        fd.set_tss_address(TSS_ADDRESS).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        let fd = create(kvm)?;
         prepare(&fd)?;
-        let system_memory = HostMemory::new(system_bytes, Backing::Anonymous)?;
+        let system_memory = Arc::new(HostMemory::new(system_bytes, system_backing)?);
         let slots = slots
             .zip(SYSTEM_SLOT + 1..)
             .map(|(place, id)| {
-                Ok(TrackedSlot { id, place, memory: HostMemory::new(place.pages * PAGE_SIZE, backing)? })
+                let memory = Arc::new(HostMemory::new(place.pages * PAGE_SIZE, backing)?);
+                Ok(TrackedSlot { id, place, memory })
             })
             .collect::<Result<Vec<_>, Error>>()?;
         let vm = Self { fd: Arc::new(fd), system: view(&system_memory, 0)?, slots, system_memory, smram: None };
@@ -244,6 +254,12 @@ impl Vm {
     #[must_use]
     pub const fn system(&self) -> &GuestMemoryMmap {
         &self.system
+    }
+
+    /// The system slot's memory as the host has it.
+    #[must_use]
+    pub const fn system_memory(&self) -> &Arc<HostMemory> {
+        &self.system_memory
     }
 
     /// The tracked slots.

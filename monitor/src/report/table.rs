@@ -133,13 +133,16 @@ fn about_l2(record: &Record) -> String {
         0 => "all before it starts".to_owned(),
         batch => format!("{batch} at a violation"),
     };
+    let flags = match words(record, "accessed-dirty").as_str() {
+        "" => String::new(),
+        given => format!(" with A and D {given}"),
+    };
     format!(
-        "L2: {} pages, {} of them for each of L1's ({}); L1 maps them by {} leaves with A and D {}, {filled}\n",
+        "L2: {} pages, {} of them for each of L1's ({}); L1 maps them by {} leaves{flags}, {filled}\n",
         pattern_pages(record),
         aliases(record),
         words(record, "alias-kind"),
         words(record, "leaf"),
-        words(record, "accessed-dirty"),
     )
 }
 
@@ -238,9 +241,11 @@ pub(super) const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
     ("baseline", "baseline", Rounds::None, Share::Accesses),
     ("enable", "enable", Rounds::None, Share::Pages),
     ("dirty 1", "dirty", Rounds::First, Share::Accesses),
+    ("edit 1", "edit", Rounds::First, Share::One),
     ("get 1", "get", Rounds::First, Share::Pages),
     ("clear 1", "clear", Rounds::First, Share::Pages),
     ("dirty 2+", "dirty", Rounds::Later, Share::Accesses),
+    ("edit 2+", "edit", Rounds::Later, Share::One),
     ("get 2+", "get", Rounds::Later, Share::Pages),
     ("clear 2+", "clear", Rounds::Later, Share::Pages),
     ("disable", "disable", Rounds::None, Share::Pages),
@@ -389,6 +394,11 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
     }
     if record.scenario == "nested" {
         text.push_str("enter: one entry into L2 and the hypercall that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
+        if number(record, "remaps") > 0 {
+            text.push_str(
+                "edit: L1's exchanges in a round, from its first store to the end of what it says about them.\n",
+            );
+        }
     }
     if rows.iter().any(|row| row.stall.is_some()) {
         text.push_str(

@@ -7,10 +7,10 @@ use crate::host;
 use crate::pages::PageSet;
 use crate::report::record::{Truth, TruthOfL2, TruthRound};
 use crate::track::{self, Expectation, Kind};
-use crate::truth::{self, Contents, Round, Touched, Verdict};
+use crate::truth::{self, Contents, Round, Touched, Translation, Verdict};
 use umbra_shared::Level;
 use umbra_shared::layout::Slot;
-use umbra_shared::nested::{Map, Way};
+use umbra_shared::nested::Way;
 use umbra_shared::pattern::Pattern;
 
 /// Faults that a row names one by one; more are counted.
@@ -45,7 +45,7 @@ impl Prediction {
     }
 
     /// Pages of L1 that a report may hold although they were not written, when the guest did `l1` and `l2` since the last one.
-    fn explained(&mut self, map: &Map, l1: &Touched, l2: &Touched) -> PageSet {
+    fn explained(&mut self, map: &Translation, l1: &Touched, l2: &Touched) -> PageSet {
         let mut explained = self.l1.explained(&l1.written, &l1.read);
         if let Some(expectation) = &mut self.l2 {
             explained.add(&truth::l1_of(map, &expectation.explained(&l2.written, &l2.read)));
@@ -59,7 +59,9 @@ pub struct Check {
     name: String,
     pass: Pass,
     pattern: Pattern,
-    map: Map,
+    map: Translation,
+    /// Exchanges of L1 in each round.
+    remaps: u64,
     /// Whether the row is an L2's, whose pages are checked too.
     has_l2: bool,
     contents: Contents,
@@ -79,7 +81,8 @@ impl Check {
             name: case.name.clone(),
             pass,
             pattern: case.plan.pattern,
-            map,
+            map: Translation::new(map),
+            remaps: case.plan.nested.map_or(0, |nested| nested.remaps),
             has_l2,
             contents: Contents::zeroes(&map, case.plan.vcpus),
             prediction: Prediction::new(case),
@@ -96,6 +99,11 @@ impl Check {
     /// Round `round` was executed, and nobody asked which pages it wrote.
     pub fn executed(&mut self, round: u64) {
         self.contents.write(round, &Round::of(&self.pattern, &self.map, round));
+    }
+
+    /// L1 edited its table after L2's writes of round `round`. To be said after the round's report.
+    pub fn edited(&mut self, round: u64) {
+        self.map.exchange(round, self.remaps);
     }
 
     /// Holds the report of `round` against the truth. `writes` is what the firmware says it made.

@@ -2,12 +2,18 @@
 
 use crate::cli::RunArgs;
 use crate::failure::Failure;
+use crate::kvm::Backing;
+use crate::nested::{self, Means, Mechanism, source};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use umbra_shared::nested::{AliasKind, Map, MapError, Nested, Way};
+use umbra_mmu::track::STRATEGIES;
+use umbra_shared::nested::{AliasKind, Flags, Format, Map, MapError, Nested, Way};
 use umbra_shared::{Level, PAGE_SIZE};
+
+/// Edits of L1's table in a round that anybody waits for.
+const MAX_REMAPS: u64 = 1 << 20;
 
 /// A way to run L2, as `--nesting` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,23 +55,6 @@ impl FromStr for Nesting {
     }
 }
 
-/// The formats of L1's table.
-const FORMATS: [(&str, Format); 4] =
-    [("ept", Format::Ept), ("npt", Format::Npt), ("pae", Format::Pae), ("32bit", Format::ThirtyTwoBit)];
-
-/// A format of L1's table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// Intel's extended page tables.
-    Ept,
-    /// AMD's nested page tables, 64-bit.
-    Npt,
-    /// The same, PAE.
-    Pae,
-    /// The same, with 4-byte entries.
-    ThirtyTwoBit,
-}
-
 /// What `--NAME text` chooses among `choices`.
 fn named<T: Copy>(name: &str, text: &str, choices: &[(&str, T)]) -> Result<T, Failure> {
     choices.iter().find(|(choice, _)| *choice == text).map(|(_, value)| *value).ok_or_else(|| {
@@ -83,8 +72,18 @@ pub struct L2Options {
     pub map: Map,
     /// The table's format, if it was asked for.
     pub format: Option<Format>,
-    preset: bool,
+    /// A and D, if they were asked for.
+    flags: Option<Flags>,
     fill_batch: u64,
+    remaps: u64,
+    /// Umbra's rows: a strategy each, and what makes it effective.
+    pub means: Vec<Means>,
+    /// Whether mechanisms were asked for by name.
+    pub means_by_name: bool,
+    /// The fault source, if one was asked for.
+    pub source: Option<source::Kind>,
+    /// Pages that one fault may map, if it was asked for.
+    extent: Option<u32>,
 }
 
 impl L2Options {
@@ -98,11 +97,28 @@ impl L2Options {
         let text = |given: &Option<String>, default: &str| given.clone().unwrap_or_else(|| default.to_owned());
         let (leaf, kind) = (text(&table.leaf, "4k"), text(&table.alias_kind, AliasKind::Contiguous.name()));
         let (aliases, fill_batch) = (table.alias.unwrap_or(1), given.fill_batch.unwrap_or(0));
-        let accessed_dirty = text(&given.accessed_dirty, "clear");
         let level = named("leaf", &leaf, &[("4k", Level::K4), ("2m", Level::M2), ("1g", Level::G1)])?;
         let alias_kind = named("alias-kind", &kind, &AliasKind::ALL.map(|kind| (kind.name(), kind)))?;
-        let preset = named("accessed-dirty", &accessed_dirty, &[("clear", false), ("preset", true)])?;
-        let format = table.format.as_deref().map(|format| named("format", format, &FORMATS)).transpose()?;
+        let flags = Flags::ALL.map(|flags| (flags.name(), flags));
+        let flags = given.accessed_dirty.as_deref().map(|text| named("accessed-dirty", text, &flags)).transpose()?;
+        let formats = Format::ALL.map(|format| (format.name(), format));
+        let format = table.format.as_deref().map(|format| named("format", format, &formats)).transpose()?;
+        let sources = source::Kind::ALL.map(|kind| (kind.name(), Some(kind)));
+        let sources: Vec<_> = sources.into_iter().chain([("auto", None)]).collect();
+        let source = given.fault_source.as_deref().map_or(Ok(None), |text| named("fault-source", text, &sources))?;
+        let means = means(&table.strategy, &given.mechanism)?;
+        let remaps = given.remaps.unwrap_or(0);
+        if remaps > MAX_REMAPS {
+            return Err(Failure::Input(format!("--remaps {remaps}: there can be {MAX_REMAPS}")));
+        }
+        if remaps > 0 && (alias_kind == AliasKind::SharedTables || args.vcpus > 1 && aliases > 1) {
+            return Err(Failure::Input(format!(
+                "--remaps {remaps}: which page an L2 page is then must be known, so no --alias-kind shared-tables, and no --alias with several --vcpus"
+            )));
+        }
+        if let Some(extent) = table.extent.filter(|extent| !extent.is_power_of_two() || *extent > 512) {
+            return Err(Failure::Input(format!("--extent {extent}: it is a power of two up to 512")));
+        }
         if alias_kind == AliasKind::Scattered && guest_page > level {
             return Err(Failure::Input(format!(
                 "--guest-page 2m: it cannot hold leaves of {leaf} that are scattered (use --guest-page 4k or --leaf 2m)"
@@ -125,12 +141,14 @@ impl L2Options {
             ("leaf", Value::from(leaf)),
             ("alias", aliases.into()),
             ("alias-kind", kind.into()),
-            ("accessed-dirty", accessed_dirty.into()),
             ("fill-batch", fill_batch.into()),
+            ("remaps", remaps.into()),
         ] {
             config.insert(name.to_owned(), value);
         }
-        Ok(Self { ways, map, format, preset, fill_batch })
+        let means_by_name = !given.mechanism.is_empty();
+        let extent = table.extent;
+        Ok(Self { ways, map, format, flags, fill_batch, remaps, means, means_by_name, source, extent })
     }
 
     /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
@@ -139,9 +157,9 @@ impl L2Options {
     pub fn ways_here(&self, vendor: &str) -> Vec<Nesting> {
         match vendor {
             _ if !self.ways.is_empty() => self.ways.clone(),
-            "amd" => vec![Nesting::Plain, Nesting::Svm],
-            "intel" => vec![Nesting::Plain, Nesting::Vmx],
-            _ => vec![Nesting::Plain, Nesting::Svm, Nesting::Vmx],
+            "amd" => vec![Nesting::Plain, Nesting::Svm, Nesting::Umbra],
+            "intel" => vec![Nesting::Plain, Nesting::Vmx, Nesting::Umbra],
+            _ => vec![Nesting::Plain, Nesting::Svm, Nesting::Vmx, Nesting::Umbra],
         }
     }
 
@@ -154,7 +172,42 @@ impl L2Options {
 
     /// What the firmware is told to be one of those ways.
     #[must_use]
-    pub const fn nested(&self, way: Way) -> Nested {
-        Nested { way, map: self.map, preset: self.preset, fill_batch: self.fill_batch }
+    pub fn nested(&self, way: Way) -> Nested {
+        let format = self.format.unwrap_or(match way {
+            Way::Umbra | Way::Vmx => Format::Ept,
+            Way::Svm | Way::Plain => Format::Npt,
+        });
+        let unused = way == Way::Umbra && format == Format::Ept;
+        let flags = self.flags.unwrap_or(if unused { Flags::Unused } else { Flags::Clear });
+        Nested { way, map: self.map, format, flags, fill_batch: self.fill_batch, remaps: self.remaps }
     }
+
+    /// How the monitor runs L2 by `means`, with faults told by `source`. On huge pages one fault maps a whole one.
+    #[must_use]
+    pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
+        let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
+        let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
+        nested::Options { means, source, extent, pieces }
+    }
+}
+
+/// The strategies and mechanisms that fit each other and were asked for.
+fn means(strategies: &[String], mechanisms: &[String]) -> Result<Vec<Means>, Failure> {
+    let all = STRATEGIES.map(|strategy| (strategy.name(), strategy.name()));
+    let strategies = strategies.iter().map(|text| named("strategy", text, &all)).collect::<Result<Vec<_>, _>>()?;
+    let all = Mechanism::ALL.map(|mechanism| (mechanism.name(), mechanism));
+    let mechanisms = mechanisms.iter().map(|text| named("mechanism", text, &all)).collect::<Result<Vec<_>, _>>()?;
+    let wanted = |means: &Means| {
+        (strategies.is_empty() || strategies.contains(&means.strategy))
+            && (mechanisms.is_empty() || mechanisms.contains(&means.mechanism))
+    };
+    let means: Vec<Means> = Means::all().filter(wanted).collect();
+    if means.is_empty() {
+        let all: Vec<String> = Means::all().map(|means| means.to_string()).collect();
+        return Err(Failure::Input(format!(
+            "--strategy and --mechanism: nothing fits both; there are {}",
+            all.join(", ")
+        )));
+    }
+    Ok(means)
 }

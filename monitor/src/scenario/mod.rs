@@ -176,7 +176,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let has_l2 = setup::has_l2(name);
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
-            "{name}: it runs no L2, so --nesting, --accessed-dirty and --fill-batch mean nothing (nested does)"
+            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --mechanism and --fault-source mean nothing (nested does)"
         )));
     }
     let has_toggles = name == setup::ROOTS;
@@ -196,11 +196,10 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
             "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots)"
         )));
     }
-    let ShadowArgs { format, leaf, alias, alias_kind, .. } = args.shadow.clone();
-    let of_table = ShadowArgs { format, leaf, alias, alias_kind, ..ShadowArgs::default() };
-    if has_l2 && args.shadow != of_table {
+    let ShadowArgs { split, collapse, roots, cache, .. } = args.shadow.clone();
+    if has_l2 && (split, collapse, roots, cache) != (None, None, None, None) {
         return Err(Failure::Input(format!(
-            "{name}: KVM's nesting has no --strategy, --split, --collapse, --roots, --extent or --cache (model has)"
+            "{name}: a running L2 has no --split, --collapse, --roots or --cache to choose (model has)"
         )));
     }
     if has_l2 || has_toggles || name == MODEL || args.shadow == ShadowArgs::default() {

@@ -1,23 +1,24 @@
-//! What a guest's guest costs: the same pattern over the same pages, executed by L1 itself (`plain`) and by an L2 on KVM's own nesting (`svm`,
-//! `vmx`).
+//! What a guest's guest costs: the same pattern over the same pages, executed by L1 itself (`plain`), by an L2 on KVM's own nesting (`svm`,
+//! `vmx`) and by one on Umbra's shadow MMU (`umbra`).
 //! A row for each way and tracker. The rounds are those of `dirty-log`; before them come the monitor's populating of L1's memory (so that a first
 //! touch is KVM's work alone), an entry into L2 and back, L1's filling of its table, and L2's first touch of every page.
 //!
 //! The trackers track L1's pages, as a VMM does that migrates a guest hypervisor.
 
 use super::Setup;
-use super::l2::{Format, L2Options, Nesting};
+use super::l2::{L2Options, Nesting};
 use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
 use crate::host;
 use crate::kvm::{self, capabilities};
+use crate::nested::source;
 use crate::progress::Progress;
 use crate::report::Record;
-use crate::report::record::Row;
+use crate::report::record::{Row, Rows};
 use crate::track::Kind;
 use umbra_shared::Level;
-use umbra_shared::nested::Way;
+use umbra_shared::nested::{Flags, Format, Way};
 use umbra_shared::protocol::Command;
 
 /// The first entry maps what every entry needs; this one is warm.
@@ -29,64 +30,102 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     setup.check_named()?;
     let mut rows = Vec::new();
     for nesting in l2.ways_here(host::vendor()) {
-        for &kind in setup.trackers() {
+        let kinds: Vec<Kind> = match nesting {
+            Nesting::Umbra => l2.means.iter().copied().map(Kind::Shadow).collect(),
+            _ => setup.trackers().to_vec(),
+        };
+        let plan = plan(setup, l2, nesting, progress);
+        for kind in kinds {
             let name = format!("{nesting}:{kind}");
-            rows.push(Setup::or_not_here(&name, row(setup, l2, nesting, kind, &name, progress))?);
+            let row = match &plan {
+                Ok(plan) => row(setup, plan, kind, &name, progress),
+                Err(Failure::NotHere(why)) => Err(Failure::NotHere(why.clone())),
+                Err(other) => Err(Failure::Check(other.to_string())),
+            };
+            rows.push(Setup::or_not_here(&name, row)?);
         }
     }
-    // A way that nobody asked for may be missing; the trackers that were asked for are there.
-    setup.record_of(rows, |name| l2.named(name))
+    // A way that nobody asked for may be missing; the trackers that were asked for are there. Of umbra's means a host may have some alone.
+    let has_umbra = rows.iter().any(|row| matches!(row, Rows::Measured(row) if row.name.starts_with("umbra:")));
+    setup.record_of(rows, |name| {
+        let umbra = name.starts_with("umbra:");
+        if umbra && has_umbra { l2.means_by_name } else { l2.named(name) || umbra && l2.means_by_name }
+    })
 }
 
-/// How the firmware runs L2 that way, if it and this host can.
-fn way(l2: &L2Options, nesting: Nesting) -> Result<Way, Failure> {
-    match nesting {
-        Nesting::Plain => Ok(Way::Plain),
-        Nesting::Svm => {
+/// The machine of a way to run L2, if the firmware and this host can. Umbra's rows differ in their means.
+fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) -> Result<Plan, Failure> {
+    let way = match nesting {
+        Nesting::Plain => Way::Plain,
+        Nesting::Svm => Way::Svm,
+        Nesting::Vmx => Way::Vmx,
+        Nesting::Umbra => Way::Umbra,
+    };
+    let nested = l2.nested(way);
+    let mut plan = Plan { nested: Some(nested), ..setup.plan.clone() };
+    match (nesting, nested.format) {
+        (Nesting::Plain, _) if nested.remaps > 0 => {
+            return Err(not_here("L1's table", "plain has none that --remaps could edit"));
+        }
+        (Nesting::Svm, Format::Npt) => {
             capabilities::nested_svm()?;
-            match l2.format {
-                None | Some(Format::Npt) => Ok(Way::Svm),
-                Some(_) => {
-                    Err(not_here("NPT", "it follows L1's own mode, which is 64-bit: svm has the format npt alone"))
-                }
+            if nested.flags == Flags::Unused {
+                return Err(not_here("NPT without A and D", "they are always in use there"));
             }
         }
-        Nesting::Vmx => {
+        (Nesting::Svm, _) => {
+            return Err(not_here("NPT", "it follows L1's own mode, which is 64-bit: svm has the format npt alone"));
+        }
+        (Nesting::Vmx, Format::Ept) => {
             let offered = capabilities::nested_vmx()?;
             if l2.map.leaf() == Level::G1 && !offered.giant_pages {
                 return Err(not_here("leaves of 1 GiB", "KVM offers guests EPT without them (--leaf 2m is there)"));
             }
-            match l2.format {
-                None | Some(Format::Ept) => Ok(Way::Vmx),
-                Some(_) => Err(not_here("EPT", "it is the one format that vmx has")),
-            }
         }
-        Nesting::Umbra => Err(not_here("Umbra's shadow MMU", "it does not run an L2 yet")),
+        (Nesting::Vmx, _) => return Err(not_here("EPT", "it is the one format that vmx has")),
+        (Nesting::Umbra, Format::Pae | Format::ThirtyTwoBit) => {
+            return Err(not_here("an L2 below 4 GiB", "pae and 32bit cannot name its pages, which begin there"));
+        }
+        (Nesting::Umbra, Format::Npt) if nested.flags == Flags::Unused => {
+            return Err(not_here("NPT without A and D", "they are always in use there"));
+        }
+        (Nesting::Umbra, _) => {
+            let source = fault_source(l2, progress)?;
+            plan.shadow = l2.means.first().map(|&means| l2.options(means, source, plan.backing));
+        }
+        _ => {}
     }
+    Ok(plan)
+}
+
+/// The fault source that was asked for, or the cheapest that this host has.
+fn fault_source(l2: &L2Options, progress: &Progress) -> Result<source::Kind, Failure> {
+    if let Some(kind) = l2.source {
+        kind.open()?;
+        return Ok(kind);
+    }
+    let (kind, missing) = source::cheapest()?;
+    let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
+    progress.step(&format!("umbra: fault source {kind}{missing}"));
+    Ok(kind)
 }
 
 fn not_here(capability: &'static str, consequence: &str) -> Failure {
     kvm::Error::Capability { capability, consequence: consequence.to_owned() }.into()
 }
 
-fn row(
-    setup: &Setup,
-    l2: &L2Options,
-    nesting: Nesting,
-    kind: Kind,
-    name: &str,
-    progress: &Progress,
-) -> Result<Row, Failure> {
-    let way = way(l2, nesting)?;
-    let (begin, explained_by): (fn(&mut Run) -> _, _) = match way {
-        Way::Plain => (begin_plain, ExplainedBy::L1),
-        Way::Svm | Way::Vmx => (begin_nested, ExplainedBy::L2),
+fn row(setup: &Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) -> Result<Row, Failure> {
+    let mut plan = plan.clone();
+    let (begin, explained_by): (fn(&mut Run) -> _, _) = match (plan.nested.map(|nested| nested.way), kind) {
+        (Some(Way::Umbra), Kind::Shadow(means)) => {
+            plan.shadow = plan.shadow.map(|options| crate::nested::Options { means, ..options });
+            (begin_nested, ExplainedBy::L1)
+        }
+        (Some(Way::Svm | Way::Vmx), _) => (begin_nested, ExplainedBy::L2),
+        _ => (begin_plain, ExplainedBy::L1),
     };
-    let plan = Plan { nested: Some(l2.nested(way)), ..setup.plan.clone() };
-    pass::row(
-        &Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin, ending: Ending::Stopped },
-        progress,
-    )
+    let case = Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin, ending: Ending::Stopped };
+    pass::row(&case, progress)
 }
 
 fn begin_plain(run: &mut Run) -> Result<(), Failure> {

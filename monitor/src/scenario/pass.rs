@@ -16,7 +16,7 @@ use crate::kvm::footprint;
 use crate::kvm::witness::{self, Witness};
 use crate::pages::PageSet;
 use crate::progress::Progress;
-use crate::report::record::{Counter, Phase, Row, Stall};
+use crate::report::record::{Bytes, Counter, Phase, Row, Stall};
 use crate::track::{Kind, Tracker};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -125,6 +125,7 @@ pub fn row(case: &Case, progress: &Progress) -> Result<Row, Failure> {
     row.phases.extend(observed.phases);
     row.counters.extend(observed.counters);
     row.stall = observed.stall;
+    row.memory = observed.memory;
     row.truth.pages += observed.truth.pages;
     row.truth.rounds.extend(observed.truth.rounds);
     row.truth.faults.extend(observed.truth.faults);
@@ -215,6 +216,11 @@ impl<'a> Run<'a> {
             Some(self.counters()?)
         };
         self.count(&Statistics { booted, before, after, stopped, end, settled })?;
+        if let Some(l2) = self.machine.l2()
+            && let Err(difference) = l2.shadow()?.audit()
+        {
+            self.check.fault(&format!("at the end: {difference}"));
+        }
         self.row.truth = self.check.finish(&self.machine);
         Ok(self.row)
     }
@@ -265,6 +271,12 @@ impl<'a> Run<'a> {
         let window = self.machine.command(self.pass.command(), 0)?;
         self.phase("dirty", round, window.length(), window.clean);
         let writes = self.machine.writes()?;
+        let edits = self.nested().is_some_and(|nested| nested.remaps > 0);
+        if edits {
+            self.step("edit", round);
+            let window = self.machine.command(Command::Edit, round)?;
+            self.phase("edit", round, window.length(), window.clean);
+        }
         self.window("get", round, |tracker, machine| tracker.harvest(machine))?;
         if self.tracker.clears() {
             self.window("clear", round, |tracker, machine| tracker.clear(machine))?;
@@ -272,6 +284,9 @@ impl<'a> Run<'a> {
         reported.clear();
         self.tracker.report(&self.machine, reported);
         self.check.reported(round, writes, reported, &self.machine);
+        if edits {
+            self.check.edited(round);
+        }
         Ok(())
     }
 
@@ -373,6 +388,15 @@ impl<'a> Run<'a> {
                     ("ept12_pages", report.table_pages),
                 ]);
             }
+        }
+        if let Some(l2) = self.machine.l2() {
+            let memory = l2.shadow()?.memory();
+            self.row.memory = Some(Bytes {
+                table_bytes: memory.table_bytes,
+                rmap_bytes: memory.rmap_bytes,
+                cache_bytes: memory.cache_bytes,
+                track_bytes: memory.track_bytes,
+            });
         }
         let own = own.into_iter().map(|(name, value)| (name, Some(value), "umbra"));
         let slabs = statistics.of_memory().into_iter().map(|(name, value)| (name, value, footprint::source(name)));

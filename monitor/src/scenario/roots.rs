@@ -19,12 +19,12 @@ use crate::kvm::witness::Witness;
 use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::{Counter, Phase, Row};
-use crate::truth::{Contents, Round};
+use crate::truth::{Contents, Round, Translation};
 use std::ops::Range;
 use std::time::Duration;
 use umbra_shared::Level;
 use umbra_shared::layout::TRACKED_GPA;
-use umbra_shared::nested::{AliasKind, Map, Nested, Way};
+use umbra_shared::nested::{AliasKind, Flags, Format, Map, Nested, Way};
 use umbra_shared::protocol::Command;
 use umbra_shared::smm::View;
 
@@ -83,7 +83,7 @@ fn row(setup: &Setup, toggling: Toggling, progress: &Progress) -> Result<Row, Fa
 /// An L2 whose pages are those of L1, in order; `None` if there cannot be so many.
 fn nested(pages: u64) -> Option<Nested> {
     let map = Map::new(pages, Level::K4, 1, AliasKind::Contiguous, 1).ok()?;
-    Some(Nested { way: Way::Svm, map, preset: true, fill_batch: 0 })
+    Some(Nested { way: Way::Svm, map, format: Format::Npt, flags: Flags::Preset, fill_batch: 0, remaps: 0 })
 }
 
 /// One pass of one row.
@@ -176,11 +176,12 @@ impl<'a> Run<'a> {
             return Ok(self.row);
         }
         let map = self.setup.plan.map();
+        let now = Translation::new(map);
         let mut contents = Contents::zeroes(&map, self.setup.plan.vcpus);
         self.step("populate", 0, self.setup.rounds);
         let window = self.machine.command(Command::Populate, 0)?;
         self.phase("populate", 0, window.length(), window.clean);
-        contents.write(0, &Round::populating(&map));
+        contents.write(0, &Round::populating(&now));
         self.log("populate")?;
         let mut most = None;
         for round in 1..=self.setup.rounds {
@@ -197,7 +198,7 @@ impl<'a> Run<'a> {
             let window = self.machine.command(Command::Timed, 0)?;
             let after = self.counting.read(&self.machine)?;
             self.phase("refault", round, window.length(), window.clean);
-            let touched = Round::of(&self.setup.plan.pattern, &map, round);
+            let touched = Round::of(&self.setup.plan.pattern, &now, round);
             contents.write(round, &touched);
             self.row.truth.pages.written += touched.l1.written.count();
             self.log("touch")?;

@@ -327,6 +327,7 @@ impl Setup {
             // Never 0: the firmware divides nothing by it, but a rate without an end is none.
             pace: 1_000_000 / args.rate.unwrap_or(DEFAULT_RATE),
             nested: None,
+            shadow: None,
             smm: None,
             image: options.image,
             timer: Timer::new(ground.clock()),

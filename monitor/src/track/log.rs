@@ -32,9 +32,6 @@ impl Log {
     }
 }
 
-/// The largest `num_pages` of a CLEAR that is a multiple of 64: whole slots in one call.
-pub const WHOLE: u64 = u32::MAX as u64 & !63;
-
 impl Tracker for Log {
     fn start(&mut self, machine: &Machine) -> Result<(), Error> {
         machine.vm().log_dirty_pages(true)

@@ -6,6 +6,7 @@ mod log;
 mod mincore;
 mod pagemap;
 mod ring;
+mod shadow;
 mod soft_dirty;
 mod uffd_wp;
 
@@ -19,6 +20,7 @@ use crate::guest::Machine;
 use crate::hostmm::userfault::{Mode, Userfault};
 use crate::kvm::ring::{DEFAULT_ENTRIES, MAX_ENTRIES, MIN_ENTRIES};
 use crate::kvm::{self, Error};
+use crate::nested::Means;
 use crate::pages::PageSet;
 use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use kvm_ioctls::VmFd;
@@ -91,6 +93,8 @@ pub enum Kind {
     SoftDirty,
     /// Outside KVM: residency.
     Mincore,
+    /// A strategy of the shadow MMU that L2 runs on.
+    Shadow(Means),
 }
 
 /// KVM's own trackers: those that run without `--tracker`.
@@ -122,6 +126,7 @@ impl fmt::Display for Kind {
             Self::UffdWp => f.write_str("uffd-wp"),
             Self::SoftDirty => f.write_str("soft-dirty"),
             Self::Mincore => f.write_str("mincore"),
+            Self::Shadow(means) => write!(f, "{means}"),
         }
     }
 }
@@ -173,6 +178,7 @@ impl Kind {
             Self::UffdWp => "outside KVM: userfaultfd's synchronous write protection, a thread answers each fault",
             Self::SoftDirty => "outside KVM: soft-dirty bits of pagemap, cleared by clear_refs",
             Self::Mincore => "outside KVM: mincore, which reports what is resident, written or not",
+            Self::Shadow(_) => "the shadow MMU under L2",
         }
     }
 
@@ -187,8 +193,8 @@ impl Kind {
 
     /// Whether the first harvest reports every page.
     #[must_use]
-    pub const fn initially_all_set(self) -> bool {
-        matches!(self, Self::ClearInitSet)
+    pub fn initially_all_set(self) -> bool {
+        matches!(self, Self::ClearInitSet | Self::Shadow(Means { strategy: "lazy-huge", .. }))
     }
 
     /// Whether it is one of KVM's, or a way around KVM.
@@ -218,7 +224,7 @@ impl Kind {
             kvm::vm::enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, NAME, flags, needs)
         };
         match self {
-            Self::Bitmap | Self::Mincore => Ok(()),
+            Self::Bitmap | Self::Mincore | Self::Shadow(_) => Ok(()),
             Self::Clear => manual(1, "clear needs Linux 5.2 or later"),
             Self::ClearInitSet => manual(3, "clear+init-set needs Linux 5.7 or later"),
             Self::Ring(entries) => ring::prepare(vm, entries),
@@ -246,7 +252,7 @@ impl Kind {
         Ok(match self {
             Self::Bitmap => Box::new(log::Log::new(machine, Clearing::ByGet)),
             Self::Clear | Self::ClearInitSet => {
-                let chunk = chunk.unwrap_or(log::WHOLE);
+                let chunk = chunk.unwrap_or(kvm::log::WHOLE_SLOT);
                 Box::new(log::Log::new(machine, Clearing::Manual { chunk }))
             }
             Self::Ring(_) => Box::new(ring::Ring::new(machine)?),
@@ -255,6 +261,7 @@ impl Kind {
             Self::UffdWp => Box::new(uffd_wp::Faults::new(Area::of(machine))?),
             Self::SoftDirty => Box::new(soft_dirty::SoftDirty::new(Area::of(machine))?),
             Self::Mincore => Box::new(mincore::Resident::new(Area::of(machine))),
+            Self::Shadow(_) => Box::new(shadow::Shadowed::new(machine)?),
         })
     }
 }

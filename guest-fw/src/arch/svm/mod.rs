@@ -3,7 +3,7 @@
 mod vmcb;
 mod world;
 
-use super::l2::{Exit, Extension, Left, Violation, main};
+use super::l2::{Exit, Extension, Left, Tables, Violation, main};
 use super::paging::Format;
 use super::privileged::{control_registers, read_msr, write_msr};
 use super::registers::Registers;
@@ -12,6 +12,7 @@ use core::arch::x86_64::__cpuid;
 use core::fmt;
 use umbra_shared::PAGE_SIZE;
 use umbra_shared::layout::{vcpu_area, vcpu_area as area};
+use umbra_shared::nested::Nested;
 use umbra_shared::protocol::DOORBELL_PORT;
 use vmcb::{Segment, Vmcb, exit, intercept};
 
@@ -151,9 +152,12 @@ impl Svm {
 
 impl Extension for Svm {
     type Absent = Absent;
-    const FORMAT: Format = Format::LONG;
 
-    fn new(vcpu: usize, pml4: u64, root: u64) -> Result<Self, Absent> {
+    fn format(_: &Nested) -> Format {
+        Format::LONG
+    }
+
+    fn new(vcpu: usize, tables: &Tables) -> Result<Self, Absent> {
         features()?;
         switch_on(vcpu)?;
         let mut svm = Self { vmcb: page(vcpu, area::CONTROL_BLOCK).cast(), registers: Registers::new() };
@@ -165,7 +169,7 @@ impl Extension for Svm {
             ports.add(usize::from(DOORBELL_PORT / 8)).write(!(0xf << (DOORBELL_PORT % 8)));
             page(vcpu, area::MSR_MAP).write_bytes(0xff, 2 * PAGE_SIZE as usize);
         }
-        svm.set_up(vcpu, pml4, root);
+        svm.set_up(vcpu, tables.pml4, tables.root);
         Ok(svm)
     }
 

@@ -5,7 +5,7 @@ mod instruction;
 mod vmcs;
 mod world;
 
-use super::l2::{Exit, Extension, Left, Violation, main};
+use super::l2::{Exit, Extension, Left, Tables, Violation, main};
 use super::paging::Format;
 use super::privileged::{control_registers, read_msr, write_cr4, write_msr};
 use super::registers::Registers;
@@ -16,6 +16,7 @@ use core::fmt;
 use instruction::{Failed, invept_single_context, outcome, vmclear, vmptrld, vmread, vmwrite, vmxon};
 use umbra_shared::PAGE_SIZE;
 use umbra_shared::layout::{vcpu_area, vcpu_area as area};
+use umbra_shared::nested::{Flags, Nested};
 use umbra_shared::paging::ept;
 use umbra_shared::protocol::DOORBELL_PORT;
 use vmcs::{Field, field, guest, host, reason, rights};
@@ -275,9 +276,13 @@ unsafe fn exit() -> Result<Exit, Failed> {
 
 impl Extension for Vmx {
     type Absent = Absent;
-    const FORMAT: Format = Format::EPT;
 
-    fn new(vcpu: usize, pml4: u64, root: u64) -> Result<Self, Absent> {
+    fn format(_: &Nested) -> Format {
+        Format::EPT
+    }
+
+    fn new(vcpu: usize, tables: &Tables) -> Result<Self, Absent> {
+        let Tables { pml4, root, nested, .. } = *tables;
         let controls = switch_on(vcpu)?;
         // SAFETY: two pages of this vCPU's area, which are for nothing else (layout.rs).
         unsafe {
@@ -286,7 +291,8 @@ impl Extension for Vmx {
             // A set bit exits (25.6.4); the doorbells' four are in one half of a byte.
             ports.add(usize::from(DOORBELL_PORT / 8)).write(!(0xf << (DOORBELL_PORT % 8)));
         }
-        let ept_pointer = root | controls.ept;
+        let unused = if nested.flags == Flags::Unused { ept::EPTP_ACCESSED_DIRTY } else { 0 };
+        let ept_pointer = root | (controls.ept & !unused);
         at_ring_0(|| {
             // SAFETY: at ring 0, in VMX operation. L2 runs this program's code on this program's memory.
             unsafe {

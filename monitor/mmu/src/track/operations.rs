@@ -25,8 +25,11 @@ impl Mmu {
         }
         let mut track = Box::new(Tracking::new(&self.config));
         if track.strategy.starts_all_set() {
+            let first_tracked = self.config.first_tracked;
             for slot in self.slots.slots() {
-                track.dirty.insert_range(slot.first, slot.frames);
+                let first = slot.first.max(first_tracked);
+                let end = slot.first.plus(slot.frames);
+                track.dirty.insert_range(first, end.0.saturating_sub(first.0));
             }
         }
         if track.strategy.uses_log() {
@@ -50,7 +53,7 @@ impl Mmu {
             let level = self.arena.header(page).role.level();
             let mut entries = self.arena.present(page);
             while let Some((at, spte)) = entries.next(&self.arena) {
-                if !spte.is_leaf(level) {
+                if !spte.is_leaf(level) || spte.frame() < self.config.first_tracked {
                     continue;
                 }
                 let armed = strategy.arm(spte, level);

@@ -1,0 +1,120 @@
+//! Sixty-four neighbours at once: what a fault maps ahead is mostly a stretch of EPT12 that leads straight on, entry by entry, to consecutive
+//! frames. Then one entry is decoded and the others are compared with it.
+
+use umbra_shared::{Gfn, Level};
+
+use crate::access::Access;
+use crate::defects::Defect;
+use crate::guest::{self, Decoded, GuestEntry};
+use crate::head::Head;
+use crate::memory::Env;
+use crate::mmu::Mmu;
+use crate::spte::{Frame, Spte, SpteRef};
+
+/// Entries of a block.
+pub(crate) const BLOCK: usize = 64;
+const BLOCK_ENTRIES: u16 = 64;
+
+impl Mmu {
+    /// Maps the block of small leaves that begins at `at`, if it leads straight on, all of it is permitted alike, and nothing else is mapped
+    /// there. Gives its first leaf. Whatever is not that simple is left to be mapped one by one.
+    pub(crate) fn map_straight(&mut self, env: &mut Env<'_>, at: SpteRef) -> Option<Spte> {
+        let (first, permitted) = self.straight(env, at)?;
+        let writable = permitted.allows(Access::WRITE);
+        let open = writable && self.admits_block(at, first)?;
+        let rights = if open { permitted } else { permitted.without(Access::WRITE) };
+        if rights.is_none() || self.config.longest_list < 2 {
+            return None;
+        }
+        let leaf = Spte::leaf(first, Level::K4, rights, writable);
+        let start = at.index();
+        let (heads, used) = self.rmaps.chunk(first).ok()?;
+        let (table, header) = self.arena.page_mut(at.page())?;
+        let within = (first.0 & 511) as usize;
+        let sptes = table.get_mut(start..start + BLOCK);
+        let fitting = sptes.zip(heads.get_mut(within..within + BLOCK)).and_then(|(sptes, heads)| {
+            let present = count_fitting(sptes, heads, leaf, at)?;
+            Head::fill_straight(heads, at);
+            Spte::fill_straight(sptes, leaf);
+            Some(BLOCK_ENTRIES - present)
+        });
+        if let Some(filled) = fitting {
+            *used += filled;
+            header.present += filled;
+            self.stats.mapped += u64::from(filled);
+        }
+        // Also when nothing was filled: a chunk without a list does not stay.
+        self.rmaps.settle(first);
+        fitting.map(|_| leaf)
+    }
+
+    /// Where the block at `at` leads and what is permitted there, if its entries in EPT12 differ by nothing but consecutive frames.
+    fn straight(&self, env: &Env<'_>, at: SpteRef) -> Option<(Frame, Access)> {
+        let header = *self.arena.header(at.page());
+        let role = header.role;
+        let (gfn, access) = if role.direct() {
+            (header.gfn.plus(at.index() as u64), role.access())
+        } else {
+            let (offset, width) = guest::entry_place(role, at.index())?;
+            let table = self.slots.find(header.gfn)?;
+            if width != 8 || self.defect(Defect::PrefetchIgnoresAccessed) {
+                return None;
+            }
+            let mut words = [0; BLOCK];
+            env.memory.read_block(table.frame, offset, &mut words);
+            let entry = words[0];
+            let decoded = guest::decode(role.format(), self.config.caps, Level::K4, GuestEntry(entry));
+            let Decoded::Leaf { gfn, access, accessed: true, dirty } = decoded else { return None };
+            if gfn.0 & (BLOCK as u64 - 1) != 0 || !leads_straight_on(&words) {
+                return None;
+            }
+            (gfn, role.access().and(if dirty { access } else { access.without(Access::WRITE) }))
+        };
+        let last = Gfn(gfn.0.checked_add(BLOCK as u64 - 1)?);
+        let (backing, end) = (self.slots.find(gfn)?, self.slots.find(last)?);
+        let whole = end.frame == backing.frame.plus(BLOCK as u64 - 1) && end.writable == backing.writable;
+        // The heads of a block lie in one chunk.
+        if !whole || backing.frame.0 & (BLOCK as u64 - 1) != 0 {
+            return None;
+        }
+        Some((backing.frame, if backing.writable { access } else { access.without(Access::WRITE) }))
+    }
+
+    /// Whether tracking lets all leaves of a block be mapped open; `None` if some of them alone.
+    fn admits_block(&self, at: SpteRef, first: Frame) -> Option<bool> {
+        let Some(track) = &self.track else { return Some(true) };
+        if first < self.config.first_tracked {
+            return Some(true);
+        }
+        let touched = self.arena.header(at.page()).touched >> (at.index() >> 6) & 1 != 0;
+        match track.strategy.admit_word(track, first, touched) {
+            0 => Some(false),
+            u64::MAX => Some(true),
+            _ => None,
+        }
+    }
+}
+
+/// Whether the entries' frames are consecutive and all else is the same. No carry leaves the frame: it begins at a multiple of 64.
+fn leads_straight_on(words: &[u64; BLOCK]) -> bool {
+    let mut expected = words[0];
+    let mut differs = 0;
+    for word in words {
+        differs |= word ^ expected;
+        expected = expected.wrapping_add(1 << 12);
+    }
+    differs == 0
+}
+
+/// How many entries of the block are there already, if those are what would be mapped, and no other page is listed.
+fn count_fitting(sptes: &[Spte], heads: &[Head], leaf: Spte, at: SpteRef) -> Option<u16> {
+    let (mut present, mut differs) = (0_u16, false);
+    for ((spte, head), offset) in sptes.iter().zip(heads).zip(0_u32..) {
+        let mapped = spte.present();
+        let listed = if mapped { Head::one(SpteRef(at.0 + offset)) } else { Head::default() };
+        let expected = if mapped { Spte(leaf.0 + (u64::from(offset) << 12)) } else { Spte::default() };
+        present += u16::from(mapped);
+        differs |= *spte != expected || *head != listed;
+    }
+    (!differs).then_some(present)
+}

@@ -1,0 +1,163 @@
+//! L1's memory as the shadow MMU sees it: the memory of all its slots, one after the other, by page index.
+
+use crate::hostmm::Hva;
+use crate::kvm::memory::HostMemory;
+use crate::kvm::{Error, Vm};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use umbra_mmu::{Exchange, Frame, L1Memory, Slot};
+use umbra_shared::{Gfn, Level, PAGE_SIZE};
+
+/// A slot's memory.
+#[derive(Debug)]
+struct Part {
+    base: Gfn,
+    first: Frame,
+    pages: u64,
+    memory: Arc<HostMemory>,
+}
+
+/// L1's memory. The system slot comes first; each part begins at a multiple of 2 MiB, so that huge leaves fit.
+#[derive(Debug)]
+pub struct L1Pages {
+    parts: Vec<Part>,
+    /// Page indices, gaps included.
+    frames: u64,
+    /// Page index of the first tracked page.
+    first_tracked: Frame,
+}
+
+/// Where a page of L1's memory lies in its file.
+#[derive(Clone, Copy, Debug)]
+pub struct InFile<'a> {
+    /// The memfd.
+    pub file: &'a OwnedFd,
+    /// Bytes before the page.
+    pub offset: u64,
+    /// Pages from it to the end of the part.
+    pub pages: u64,
+}
+
+impl L1Pages {
+    /// The memory of `vm`.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if a part of it is private, so that nobody else can map it.
+    pub fn of(vm: &Vm) -> Result<Self, Error> {
+        let system = vm.system_memory();
+        let system = (Gfn(0), system.len() as u64 / PAGE_SIZE, system);
+        let tracked = vm.slots().iter().map(|slot| (slot.place.base, slot.place.pages, &slot.memory));
+        let (mut parts, mut next) = (Vec::new(), 0_u64);
+        let mut first_tracked = Frame(0);
+        for (base, pages, memory) in std::iter::once(system).chain(tracked) {
+            if memory.file().is_none() {
+                return Err(Error::Memory(format!(
+                    "--backing {}: it is private memory, which no other VM can map; umbra needs a memfd (anonymous, thp or shmem)",
+                    memory.backing()
+                )));
+            }
+            if parts.len() == 1 {
+                first_tracked = Frame(next);
+            }
+            parts.push(Part { base, first: Frame(next), pages, memory: Arc::clone(memory) });
+            next = (next + pages).next_multiple_of(Level::M2.frames());
+        }
+        Ok(Self { parts, frames: next, first_tracked })
+    }
+
+    /// Page indices, gaps included.
+    #[must_use]
+    pub const fn frames(&self) -> u64 {
+        self.frames
+    }
+
+    /// Page index of the first tracked page; those before it are the system slot's.
+    #[must_use]
+    pub const fn first_tracked(&self) -> Frame {
+        self.first_tracked
+    }
+
+    /// L1's memory map, for the shadow MMU.
+    #[must_use]
+    pub fn slots(&self) -> Vec<Slot> {
+        let slot = |part: &Part| Slot {
+            base: part.base,
+            frames: part.pages,
+            first: part.first,
+            read_only: false,
+            max_level: Level::G1,
+        };
+        self.parts.iter().map(slot).collect()
+    }
+
+    /// The number among the tracked pages of each page index from `first_tracked` on that is one, given by part: page index of the first, its
+    /// number, and how many.
+    pub fn tracked(&self) -> impl Iterator<Item = (Frame, u64, u64)> {
+        let mut number = 0;
+        self.parts.iter().skip(1).map(move |part| {
+            let first = number;
+            number += part.pages;
+            (part.first, first, part.pages)
+        })
+    }
+
+    /// The pages from `frame` on as a file has them; `None` where there is no memory.
+    #[must_use]
+    pub fn in_file(&self, frame: Frame) -> Option<InFile<'_>> {
+        let (part, page) = self.part(frame)?;
+        Some(InFile { file: part.memory.file()?, offset: page * PAGE_SIZE, pages: part.pages - page })
+    }
+
+    /// The word at L1 physical address `address`, a multiple of 8. `None` outside of memory.
+    #[must_use]
+    pub fn word(&self, address: u64) -> Option<&std::sync::atomic::AtomicU64> {
+        let gfn = Gfn::containing(address);
+        let part = self.parts.iter().find(|part| gfn.0.wrapping_sub(part.base.0) < part.pages)?;
+        part.memory.word(gfn.0 - part.base.0, address % PAGE_SIZE)
+    }
+
+    /// Where the monitor itself has the page at `frame`.
+    #[must_use]
+    pub fn hva(&self, frame: Frame) -> Option<Hva> {
+        let (part, page) = self.part(frame)?;
+        Some(part.memory.hva().plus(page))
+    }
+
+    fn part(&self, frame: Frame) -> Option<(&Part, u64)> {
+        let part = self.parts.iter().find(|part| frame.0.wrapping_sub(part.first.0) < part.pages)?;
+        Some((part, frame.0 - part.first.0))
+    }
+}
+
+/// L1's memory for the shadow MMU.
+#[derive(Clone, Debug)]
+pub struct View(pub Arc<L1Pages>);
+
+impl L1Memory for View {
+    fn read(&self, frame: Frame, offset: u64) -> u64 {
+        let word = self.0.part(frame).and_then(|(part, page)| part.memory.word(page, offset));
+        word.map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
+    fn read_block(&self, frame: Frame, offset: u64, words: &mut [u64; 64]) {
+        let block = self.0.part(frame).and_then(|(part, page)| part.memory.words(page, offset, words.len()));
+        match block {
+            Some(block) => words.iter_mut().zip(block).for_each(|(word, from)| *word = from.load(Ordering::Acquire)),
+            None => words.fill(0),
+        }
+    }
+
+    fn exchange(&mut self, frame: Frame, offset: u64, old: u64, new: u64) -> Exchange {
+        let word = self.0.part(frame).and_then(|(part, page)| part.memory.word(page, offset));
+        match word.map(|word| word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed)) {
+            Some(Err(_)) => Exchange::Changed,
+            Some(Ok(_)) | None => Exchange::Done,
+        }
+    }
+
+    fn copy_page(&self, frame: Frame, page: &mut [u64; 512]) -> bool {
+        let Some((part, index)) = self.0.part(frame) else { return false };
+        part.memory.copy_page(index, page)
+    }
+}

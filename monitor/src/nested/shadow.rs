@@ -1,0 +1,328 @@
+//! The shadow MMU of an L2, and the windows that make it effective, as one thing under one lock.
+
+use super::log::{Clearing, Log};
+use super::memory::{L1Pages, View};
+use super::source::{Fault, Place, Source};
+use super::windows::{Failed, Page, Windows};
+use super::{Means, Mechanism, Options};
+use crate::kvm::Error;
+use crate::pages::PageSet;
+use kvm_ioctls::VmFd;
+use std::sync::Arc;
+use umbra_mmu::guest::Reflection;
+use umbra_mmu::track::{WriteProtect, strategy};
+use umbra_mmu::{
+    Config, Env, Format, Invalidation, Kind, Memory, Mmu, MmuError, Outcome, Request, RootId, RootRole, Split,
+};
+use umbra_shared::control::{Entry, Exit};
+use umbra_shared::{L2Gfn, nested};
+
+/// Pages that an invalidation maps again at most: the cost of a doorbell is bounded.
+const AHEAD: usize = 512;
+
+/// The root that L2 runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Loaded {
+    root: RootId,
+    table: u64,
+    role: RootRole,
+}
+
+/// What became of a fault of L2's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handled {
+    /// L2 may try again.
+    Resume,
+    /// It is L1's business: why, the address, and the qualification.
+    ToL1(Exit, u64, u64),
+}
+
+/// The MMU and its windows.
+pub struct Shadow {
+    /// The MMU.
+    pub mmu: Mmu,
+    /// The windows.
+    pub windows: Windows,
+    view: View,
+    means: Means,
+    loaded: Option<Loaded>,
+    /// vCPUs that are inside L2.
+    running: usize,
+    /// What the last harvest by the MMU found.
+    found: umbra_mmu::PageSet,
+    /// Faults that L2's VM reported.
+    pub faults: u64,
+}
+
+impl Shadow {
+    pub(super) fn new(
+        vm: Arc<VmFd>,
+        memory: Arc<L1Pages>,
+        source: Box<dyn Source>,
+        options: &Options,
+    ) -> Result<Self, Error> {
+        let means = options.means;
+        let strategy = if means.is_logged() { None } else { strategy(means.strategy) };
+        let config = Config {
+            extent: options.extent,
+            first_tracked: memory.first_tracked(),
+            split: Split::Shatter,
+            ..Config::new(memory.frames(), strategy.unwrap_or(&WriteProtect))
+        };
+        let mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
+        let found = umbra_mmu::PageSet::new(memory.frames());
+        let windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
+        let view = View(memory);
+        Ok(Self { mmu, windows, view, means, loaded: None, running: 0, found, faults: 0 })
+    }
+
+    /// The root that L2 runs on.
+    pub(super) fn root(&self) -> Option<RootId> {
+        self.loaded.map(|loaded| loaded.root)
+    }
+
+    /// L1's memory.
+    pub(super) fn memory_map(&self) -> &L1Pages {
+        &self.view.0
+    }
+
+    /// Takes a vCPU into L2. False: what L1 wants cannot be, because L2 has other windows, another vCPU is in L2 with another EPT12, or the root
+    /// is none.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn enter(&mut self, entry: &Entry) -> Result<bool, Error> {
+        let role = RootRole::new(match entry.format {
+            nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: entry.accessed_dirty },
+            nested::Format::Npt => Format::Npt { five_levels: false, nx: true },
+            nested::Format::Pae => Format::Pae { nx: true },
+            nested::Format::ThirtyTwoBit => Format::Bits32 { pse: true },
+        });
+        let windows = self.windows.windows();
+        if windows.is_empty() {
+            self.windows.create(entry.windows(), entry.tables)?;
+        } else if !windows
+            .iter()
+            .map(|window| (window.first, window.pages.len() as u64))
+            .eq(entry.windows().iter().map(|window| (window.first, window.frames)))
+        {
+            return Ok(false);
+        }
+        let same = self.loaded.is_some_and(|loaded| (loaded.table, loaded.role) == (entry.root, role));
+        if !same && (self.running > 0 || self.load(entry.root, role).is_err()) {
+            return Ok(false);
+        }
+        self.map_tables()?;
+        self.running += 1;
+        Ok(true)
+    }
+
+    fn load(&mut self, table: u64, role: RootRole) -> Result<(), MmuError> {
+        let old = self.loaded.take();
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        if let Some(old) = old {
+            self.mmu.drop_root(&mut env, old.root)?;
+        }
+        let root = self.mmu.load_root(&mut env, role, table)?;
+        self.windows.switch(root);
+        self.loaded = Some(Loaded { root, table, role });
+        Ok(())
+    }
+
+    /// Maps L2's own page tables: some hosts cannot handle a fault of the processor's walk.
+    fn map_tables(&mut self) -> Result<(), Error> {
+        if self.windows.tables_mapped {
+            return Ok(());
+        }
+        let mut all = true;
+        for gfn in self.windows.tables() {
+            if self.windows.page(L2Gfn(gfn)).is_some_and(|page| page == Page::CLOSED) {
+                let request = Request { table_walk: true, ..Request::READ };
+                all &= self.resolve(L2Gfn(gfn).address(), request)? == Handled::Resume;
+            }
+        }
+        // What EPT12 does not permit is tried again at each entry.
+        self.windows.tables_mapped = all;
+        Ok(())
+    }
+
+    /// A vCPU has left L2.
+    pub(super) fn leave(&mut self) {
+        self.running = self.running.saturating_sub(1);
+    }
+
+    /// Handles an access that failed. `None` if it was at no page of a window.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn handle(&mut self, fault: &Fault) -> Result<Option<Handled>, Error> {
+        self.faults += 1;
+        let address = match fault.place {
+            Place::Gpa(address) => Some(address),
+            Place::Hva(at) => self.windows.gfn_at(at).map(L2Gfn::address),
+        };
+        let Some(address) = address else { return Ok(None) };
+        let kind = if fault.write { Kind::Write } else { Kind::Read };
+        let request = Request { table_walk: fault.table_walk, ..Request::of(kind) };
+        let handled = self.resolve(address, request);
+        self.windows.source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
+        handled.map(Some)
+    }
+
+    /// Asks the MMU for an access, and makes its answer effective.
+    fn resolve(&mut self, address: u64, request: Request) -> Result<Handled, Error> {
+        let Some(loaded) = self.loaded else { return Err(Error::Memory("L2 runs without EPT12".into())) };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let outcome = self.mmu.fault(&mut env, loaded.root, address, request).map_err(|error| lost(&error))?;
+        self.check_windows()?.map_or_else(
+            || {
+                let write = u64::from(request.kind == Kind::Write) << 1;
+                Ok(match outcome {
+                    Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
+                    Outcome::Reflected(Reflection::EptMisconfiguration) => {
+                        Handled::ToL1(Exit::Misconfigured, address, write)
+                    }
+                    Outcome::Reflected(_) => Handled::ToL1(Exit::Violation, address, write),
+                    Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
+                })
+            },
+            |gfn| Ok(Handled::ToL1(Exit::ExecuteRights, gfn.address(), 0)),
+        )
+    }
+
+    /// What the mapper could not do: a leaf whose rights cannot be enforced, or an error.
+    fn check_windows(&mut self) -> Result<Option<L2Gfn>, Error> {
+        match self.windows.take_failure() {
+            None => Ok(None),
+            Some(Failed::ExecuteRights(gfn)) => Ok(Some(gfn)),
+            Some(Failed::Call(error)) => Err(Error::call("mapping L1's memory into a window of L2", error)),
+        }
+    }
+
+    /// L1 invalidates what was translated by EPT12. What that closed is mapped again at once, if EPT12 has it elsewhere now: a fault costs more.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn invalidate(&mut self) -> Result<(), Error> {
+        // To follow an entry that is not used yet would set its accessed flag.
+        let ahead = self.loaded.is_some_and(|loaded| !loaded.role.format.has_accessed_dirty());
+        self.windows.invalidated = Vec::with_capacity(if ahead { AHEAD } else { 0 });
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.mmu.invalidate(&mut env, Invalidation::All);
+        self.check_windows()?;
+        for gfn in std::mem::take(&mut self.windows.invalidated) {
+            // What EPT12 does not permit any more L2 has to ask for.
+            self.resolve(gfn.address(), Request::READ)?;
+        }
+        Ok(())
+    }
+
+    /// Begins to track.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn start(&mut self) -> Result<(), Error> {
+        if !self.means.is_logged() {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+            self.mmu.start(&mut env).map_err(|error| lost(&error))?;
+            return self.check_windows().map(|_| ());
+        }
+        let clearing = if self.means.mechanism == Mechanism::KvmClear { Clearing::Manual } else { Clearing::ByGet };
+        let log = Log::new(self.windows.windows(), clearing, self.view.0.first_tracked(), self.view.0.frames());
+        self.windows.start_log(log)
+    }
+
+    /// Finds out what was written since the last harvest.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn harvest(&mut self) -> Result<(), Error> {
+        if self.means.is_logged() {
+            return self.windows.harvest_log();
+        }
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
+        self.check_windows().map(|_| ())
+    }
+
+    /// Makes what was found report again.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn clear(&mut self) -> Result<(), Error> {
+        if self.means.is_logged() {
+            return self.windows.clear_log();
+        }
+        let first = self.view.0.first_tracked();
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.mmu.clear(&mut env, first, u64::MAX).map_err(|error| lost(&error))?;
+        self.check_windows().map(|_| ())
+    }
+
+    /// Ends tracking.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn stop(&mut self) -> Result<(), Error> {
+        if self.means.is_logged() {
+            return self.windows.stop_log().map(|_| ());
+        }
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
+        self.check_windows().map(|_| ())
+    }
+
+    /// Whether clearing is a step of its own.
+    #[must_use]
+    pub fn clears(&self) -> bool {
+        self.means.mechanism != Mechanism::KvmBitmap
+    }
+
+    /// Puts the tracked pages that the last harvest found into `into`, by their numbers.
+    pub fn report(&self, into: &mut PageSet) {
+        let memory = &self.view.0;
+        let base = memory.first_tracked();
+        for (first, number, pages) in memory.tracked() {
+            for page in 0..pages {
+                let frame = first.plus(page);
+                let found = match &self.windows.log {
+                    Some(log) => log.found().contains(frame.0 - base.0),
+                    None => self.found.contains(frame),
+                };
+                if found {
+                    into.insert(number + page);
+                }
+            }
+        }
+    }
+
+    /// What was counted since L2 was made, by name.
+    #[must_use]
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let (mmu, windows) = (self.mmu.stats(), self.windows.counts);
+        let mut counters = vec![
+            ("l2_faults", self.faults),
+            ("l2_reflected", mmu.reflected),
+            ("ept12_synced", mmu.synced),
+            ("window_maps", windows.maps),
+            ("window_mapped_pages", windows.mapped_pages),
+            ("window_protects", windows.protects),
+            ("window_closes", windows.closes),
+            ("window_evicted_pages", windows.evicted_pages),
+        ];
+        if let Some(log) = &self.windows.log {
+            counters.push(("log_transfers", log.transfers));
+        }
+        counters
+    }
+
+    /// Bytes that the MMU takes.
+    #[must_use]
+    pub fn memory(&self) -> Memory {
+        self.mmu.memory_in_use()
+    }
+}
+
+fn lost(error: &MmuError) -> Error {
+    Error::Memory(format!("the shadow MMU: {error}"))
+}

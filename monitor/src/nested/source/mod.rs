@@ -1,0 +1,187 @@
+//! Fault sources: how the monitor learns where L2 touched a page that it may not, and what such pages are.
+//!
+//! KVM does not say: `KVM_RUN` returns EFAULT, without an address (FACTS in docs/nesting.md). So a source also decides what a page of a window
+//! is that nothing may reach, and how a page is made read-only: its way to learn addresses depends on both.
+
+mod pages;
+pub mod tracepoint;
+pub mod userfault;
+
+use super::memory::InFile;
+use crate::hostmm::{Hva, Stretch};
+use crate::kvm::Error;
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+
+/// The sources there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Closed pages are holes. KVM's tracepoint tells the address, when the access is tried again.
+    Tracepoint,
+    /// Closed pages belong to a userfaultfd: the vCPU thread sleeps, a second thread notes the address and makes the access fail.
+    Userfault,
+}
+
+impl Kind {
+    /// All of them, the cheapest first.
+    pub const ALL: [Self; 2] = [Self::Tracepoint, Self::Userfault];
+
+    /// The name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Tracepoint => "tracepoint",
+            Self::Userfault => "userfaultfd",
+        }
+    }
+
+    /// What it is, where it is missed.
+    #[must_use]
+    pub const fn capability(self) -> &'static str {
+        match self {
+            Self::Tracepoint => "the fault source tracepoint",
+            Self::Userfault => "the fault source userfaultfd",
+        }
+    }
+
+    /// Makes the source.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] if this host has it not.
+    pub fn open(self) -> Result<Box<dyn Source>, Error> {
+        match self {
+            Self::Tracepoint => Ok(Box::new(tracepoint::Tracepoint::open()?)),
+            Self::Userfault => Ok(Box::new(userfault::Userfaults::open()?)),
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Kind {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|kind| kind.name() == text).ok_or(())
+    }
+}
+
+/// The cheapest source that this host has, and what the cheaper ones lack.
+///
+/// # Errors
+/// [`Error::Capability`] if it has none.
+pub fn cheapest() -> Result<(Kind, Vec<String>), Error> {
+    let mut missing = Vec::new();
+    for kind in Kind::ALL {
+        match kind.open() {
+            Ok(_) => return Ok((kind, missing)),
+            Err(error) => missing.push(format!("{kind}: {error}")),
+        }
+    }
+    Err(Error::Capability { capability: "a fault source", consequence: missing.join("; ") })
+}
+
+/// An access of L2 that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// The page that it touched.
+    pub place: Place,
+    /// Whether it wrote.
+    pub write: bool,
+    /// Whether the processor was walking L2's own page tables.
+    pub table_walk: bool,
+}
+
+/// A page of L2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// By L2's physical address.
+    Gpa(u64),
+    /// By the monitor's address of a window's page.
+    Hva(Hva),
+}
+
+/// What a source says after a `KVM_RUN` that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// Where.
+    At(Fault),
+    /// Try once more, and let KVM's tracepoint ([`crate::kvm::fault_trace`]) tell.
+    Trace,
+    /// Another vCPU's fault is being handled there: try again.
+    Again,
+    /// Nothing: this was no fault of L2's.
+    Nothing,
+}
+
+/// How pages are mapped. The host's page tables are filled at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapped {
+    /// L2 may write them.
+    pub writable: bool,
+    /// L2's first write to each is told from a read before it. KVM asks the host for a page with the right to write even if L2 reads, and counts
+    /// the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
+    pub told_apart: bool,
+    /// The mapping must not become one with its neighbours (see `windows::PIECE`).
+    pub alone: bool,
+}
+
+/// What a closed page is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Closed {
+    /// Nothing is mapped there; read-only pages are mapped without the right to write.
+    Hole,
+    /// A page of a file that has none; read-only pages are write-protected by userfaultfd.
+    Empty,
+}
+
+impl Closed {
+    /// The name of the file without pages.
+    pub const NAME: &'static str = "umbra-closed";
+}
+
+/// A source, for all vCPUs of an L2. Stretches lie in windows, and the caller serialises the calls that change pages.
+pub trait Source: Send + Sync {
+    /// What its closed pages are.
+    fn closed(&self) -> Closed;
+
+    /// Takes a window into care: all its pages are closed from now on.
+    ///
+    /// # Errors
+    /// The system's.
+    fn adopt(&self, window: Stretch) -> Result<(), Error>;
+
+    /// Nothing may reach these pages any more.
+    ///
+    /// # Errors
+    /// The system's; ENOMEM when the process has too many mappings.
+    fn close(&self, stretch: Stretch) -> io::Result<()>;
+
+    /// The pages are `file`'s from now on.
+    ///
+    /// # Errors
+    /// As [`Source::close`].
+    fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()>;
+
+    /// Mapped pages become read-only, or writable again.
+    ///
+    /// # Errors
+    /// As [`Source::close`].
+    fn protect(&self, stretch: Stretch, writable: bool) -> io::Result<()>;
+
+    /// What the failed `KVM_RUN` of the calling thread was about.
+    fn told(&self) -> Told;
+
+    /// A fault that [`Source::told`] named was dealt with.
+    ///
+    /// # Errors
+    /// The system's.
+    fn settled(&self, _fault: &Fault) -> io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,88 @@
+//! The calls that change what a window's pages are. All of them replace what was there, and only there.
+
+use crate::hostmm::Stretch;
+use crate::nested::memory::InFile;
+use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::OwnedFd;
+
+fn at(stretch: Stretch) -> (*mut c_void, usize) {
+    let length = usize::try_from(stretch.bytes()).unwrap_or(usize::MAX);
+    (std::ptr::with_exposed_provenance_mut(usize::try_from(stretch.start.0).unwrap_or(usize::MAX)), length)
+}
+
+/// What a mapping may be used for, and whether the host's page tables are filled with it.
+#[derive(Clone, Copy, Debug)]
+pub struct Rights {
+    pub write: bool,
+    pub populate: bool,
+}
+
+/// The stretch is `file` from `offset` on.
+pub fn map(stretch: Stretch, file: &OwnedFd, offset: u64, rights: Rights) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    let protection = if rights.write { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+    let mut flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+    if rights.populate {
+        flags |= MapFlags::POPULATE;
+    }
+    // SAFETY: a stretch of a window: addresses that were reserved for it, which no reference leads to (reserve.rs).
+    unsafe { mm::mmap(address, length, protection, flags, file, offset) }?;
+    Ok(())
+}
+
+/// The stretch is a part of L1's memory. With `register` that is done before the host's page tables are filled.
+pub fn map_part(
+    stretch: Stretch,
+    part: InFile<'_>,
+    write: bool,
+    register: Option<&dyn Fn(Stretch) -> io::Result<()>>,
+) -> io::Result<()> {
+    if part.pages < stretch.pages {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let rights = Rights { write, populate: register.is_none() };
+    map(stretch, part.file, part.offset, rights)?;
+    let Some(register) = register else { return Ok(()) };
+    register(stretch)?;
+    let (address, length) = at(stretch);
+    // SAFETY: as above. It reads, and a hint is all that it is.
+    let _ = unsafe { mm::madvise(address, length, Advice::LinuxPopulateRead) };
+    Ok(())
+}
+
+/// The stretch does not become one mapping with a neighbour for which this was not called. The advice itself, not to be copied by fork(2), means
+/// nothing here: nobody forks.
+pub fn set_apart(stretch: Stretch) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    // SAFETY: as above.
+    unsafe { mm::madvise(address, length, Advice::LinuxDontFork) }?;
+    Ok(())
+}
+
+/// What is mapped in the stretch may be read and written, or not be touched at all.
+pub fn admit(stretch: Stretch, admit: bool) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    let rights = if admit { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::empty() };
+    // SAFETY: as above.
+    unsafe { mm::mprotect(address, length, rights) }?;
+    Ok(())
+}
+
+/// What is mapped in the stretch may be read, and written or not.
+pub fn allow_writes(stretch: Stretch, writable: bool) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    let rights = if writable { MprotectFlags::READ | MprotectFlags::WRITE } else { MprotectFlags::READ };
+    // SAFETY: as above.
+    unsafe { mm::mprotect(address, length, rights) }?;
+    Ok(())
+}
+
+/// Nothing is there.
+pub fn unmap(stretch: Stretch) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    // SAFETY: as above.
+    unsafe { mm::munmap(address, length) }?;
+    Ok(())
+}

@@ -1,0 +1,252 @@
+//! The source userfaultfd: exact, needs no tracefs, and works on a host without hardware virtualization.
+//!
+//! A closed page is a hole of an empty memfd that a userfaultfd watches, a read-only page one that it write-protects. L2's access puts the vCPU
+//! thread to sleep inside `KVM_RUN`. A thread of the source notes the address, takes all rights from the page (`PROT_NONE`) and wakes the
+//! sleeper: the access is tried again, fails, and `KVM_RUN` returns EFAULT with L2 as it was before the instruction. When the monitor has dealt
+//! with the fault, the rights come back.
+
+use super::{Closed, Fault, Mapped, Place, Source, Told, pages};
+use crate::hostmm::userfault::{Event, Mode, Userfault};
+use crate::hostmm::{Hva, Stretch};
+use crate::kvm::Error;
+use crate::nested::memory::InFile;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use umbra_shared::PAGE_SIZE;
+
+/// What a page of a window is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Page {
+    Closed,
+    ReadOnly,
+    Writable,
+}
+
+struct Window {
+    stretch: Stretch,
+    pages: Vec<Page>,
+    /// As long as the window, and empty.
+    hole: OwnedFd,
+}
+
+#[derive(Default)]
+struct State {
+    windows: Vec<Window>,
+    /// Pages without rights, until their fault is settled.
+    blocked: BTreeSet<Hva>,
+    /// The last fault of each thread.
+    faults: BTreeMap<u64, Fault>,
+    /// What ended the thread.
+    failed: Option<String>,
+}
+
+impl State {
+    /// The window that `stretch` begins in, and the number of its first page there.
+    fn window(&mut self, stretch: Stretch) -> io::Result<(&mut Window, u64)> {
+        let found = self.windows.iter_mut().find_map(|window| {
+            let page = window.stretch.page(stretch.start)?;
+            Some((window, page))
+        });
+        found.filter(|(window, page)| stretch.pages <= window.stretch.pages - page).ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{} pages at {} are in no window", stretch.pages, stretch.start),
+            )
+        })
+    }
+
+    fn page(&mut self, at: Hva) -> Option<Page> {
+        let (window, page) = self.window(Stretch { start: at, pages: 1 }).ok()?;
+        window.pages.get(usize::try_from(page).ok()?).copied()
+    }
+}
+
+fn set(window: &mut Window, first: u64, count: u64, page: Page) {
+    let first = usize::try_from(first).unwrap_or(usize::MAX);
+    let count = usize::try_from(count).unwrap_or(usize::MAX);
+    if let Some(pages) = window.pages.get_mut(first..first.saturating_add(count)) {
+        pages.fill(page);
+    }
+}
+
+struct Shared {
+    userfault: Userfault,
+    state: Mutex<State>,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Deals with one access that sleeps.
+    fn answer(&self, event: &Event) -> Result<(), Error> {
+        let Some((address, write, thread)) = event.fault() else { return Ok(()) };
+        let page = Stretch { start: Hva(address.0 & !(PAGE_SIZE - 1)), pages: 1 };
+        let mut state = self.state();
+        let refused = match state.page(page.start) {
+            Some(Page::Closed) => true,
+            Some(Page::ReadOnly) => write,
+            // It was opened since.
+            Some(Page::Writable) | None => false,
+        };
+        if refused {
+            let fault = Fault { place: Place::Hva(page.start), write, table_walk: false };
+            state.faults.insert(thread, fault);
+            if state.blocked.insert(page.start) {
+                pages::admit(page, false).map_err(|error| Error::call("mprotect of a page that L2 touched", error))?;
+            }
+        }
+        drop(state);
+        self.userfault.wake(page)
+    }
+
+    fn serve(&self, end: &OwnedFd) -> Result<(), Error> {
+        let mut room = [Event::default(); 16];
+        loop {
+            if self.userfault.wait(end).map_err(|error| Error::call("poll of a userfaultfd", error))? {
+                return Ok(());
+            }
+            let events = self.userfault.read(&mut room).map_err(|error| Error::call("reading a userfaultfd", error))?;
+            events.iter().try_for_each(|event| self.answer(event))?;
+        }
+    }
+}
+
+/// The source.
+pub struct Userfaults {
+    shared: Arc<Shared>,
+    end: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Userfaults {
+    /// Opens it, and starts its thread.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] for what is missing; else the system's.
+    pub fn open() -> Result<Self, Error> {
+        let userfault = Userfault::open(Mode::Everything)?;
+        let shared = Arc::new(Shared { userfault, state: Mutex::default() });
+        let end = Arc::new(eventfd(0, EventfdFlags::CLOEXEC).map_err(|error| Error::call("eventfd", error))?);
+        let (served, until) = (Arc::clone(&shared), Arc::clone(&end));
+        let thread = std::thread::Builder::new()
+            .name("l2 faults".to_owned())
+            .spawn(move || {
+                if let Err(error) = served.serve(&until) {
+                    served.state().failed = Some(error.to_string());
+                }
+            })
+            .map_err(|error| Error::call("starting the thread of a fault source", error))?;
+        Ok(Self { shared, end, thread: Some(thread) })
+    }
+}
+
+impl Drop for Userfaults {
+    fn drop(&mut self) {
+        // Eight bytes that are not zero make it readable. It has room for them.
+        let _ = rustix::io::write(&*self.end, &1_u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+        for window in &self.shared.state().windows {
+            // Who can still reach a window has closed KVM's descriptors before.
+            let _ = pages::unmap(window.stretch);
+        }
+    }
+}
+
+impl Source for Userfaults {
+    fn closed(&self) -> Closed {
+        Closed::Empty
+    }
+
+    fn adopt(&self, window: Stretch) -> Result<(), Error> {
+        let failed = |error: rustix::io::Errno| Error::call("making a memfd without pages", error);
+        let hole = memfd_create(Closed::NAME, MemfdFlags::CLOEXEC).map_err(failed)?;
+        ftruncate(&hole, window.bytes()).map_err(failed)?;
+        let pages = usize::try_from(window.pages).unwrap_or(usize::MAX);
+        self.shared.state().windows.push(Window { stretch: window, pages: vec![Page::Closed; pages], hole });
+        self.close(window).map_err(|error| Error::call("mapping a window of L2", error))
+    }
+
+    fn close(&self, stretch: Stretch) -> io::Result<()> {
+        let mut state = self.shared.state();
+        let (window, first) = state.window(stretch)?;
+        let rights = pages::Rights { write: true, populate: false };
+        pages::map(stretch, &window.hole, first * PAGE_SIZE, rights)?;
+        self.shared.userfault.register_missing(stretch).map_err(|error| io::Error::other(error.to_string()))?;
+        set(window, first, stretch.pages, Page::Closed);
+        state.blocked.retain(|page| stretch.page(*page).is_none());
+        Ok(())
+    }
+
+    fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
+        let mut state = self.shared.state();
+        let (window, first) = state.window(stretch)?;
+        let register = |stretch| self.shared.userfault.register(stretch).map_err(io::Error::other);
+        // What is read-only here is so by the userfaultfd: its mapping has all rights.
+        pages::map_part(stretch, file, true, if how.told_apart { Some(&register) } else { None })?;
+        if how.alone {
+            pages::set_apart(stretch)?;
+        }
+        let page = if how.writable {
+            Page::Writable
+        } else {
+            self.write_protect(stretch, true)?;
+            Page::ReadOnly
+        };
+        set(window, first, stretch.pages, page);
+        state.blocked.retain(|page| stretch.page(*page).is_none());
+        Ok(())
+    }
+
+    fn protect(&self, stretch: Stretch, writable: bool) -> io::Result<()> {
+        let mut state = self.shared.state();
+        let (window, first) = state.window(stretch)?;
+        self.write_protect(stretch, !writable)?;
+        set(window, first, stretch.pages, if writable { Page::Writable } else { Page::ReadOnly });
+        Ok(())
+    }
+
+    fn told(&self) -> Told {
+        let thread = u64::from(rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs());
+        let mut state = self.shared.state();
+        if state.failed.is_some() {
+            return Told::Nothing;
+        }
+        let Some(fault) = state.faults.remove(&thread) else { return Told::Again };
+        match fault.place {
+            Place::Hva(page) if state.blocked.contains(&page) => Told::At(fault),
+            // Another vCPU faulted there as well, and its fault is settled.
+            _ => Told::Again,
+        }
+    }
+
+    fn settled(&self, fault: &Fault) -> io::Result<()> {
+        let Place::Hva(start) = fault.place else { return Ok(()) };
+        let mut state = self.shared.state();
+        if state.blocked.remove(&start) {
+            pages::admit(Stretch { start, pages: 1 }, true)?;
+        }
+        Ok(())
+    }
+}
+
+impl Userfaults {
+    fn write_protect(&self, stretch: Stretch, on: bool) -> io::Result<()> {
+        let failed = |error: Error| match error {
+            Error::Call { source, .. } => source,
+            other => io::Error::other(other.to_string()),
+        };
+        if on {
+            self.shared.userfault.register(stretch).map_err(failed)?;
+        }
+        self.shared.userfault.protect(stretch, on).map_err(failed)
+    }
+}

@@ -1,0 +1,263 @@
+//! A vCPU of L2. It runs on the thread of the L1 vCPU that owns it, while that one waits in its doorbell.
+
+use super::Host;
+use super::shadow::Handled;
+use super::source::{Fault, Place, Told};
+use crate::kvm::fault_trace::{FaultTrace, Traced};
+use crate::kvm::registers::{LongMode, Table};
+use crate::kvm::vcpu::{Below, Exit};
+use crate::kvm::{Error, ioctls, vm};
+use kvm_bindings::kvm_regs;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use std::mem::offset_of;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use umbra_shared::PAGE_SIZE;
+use umbra_shared::control::{self, ControlPage, State};
+use umbra_shared::layout::vcpu_area;
+use umbra_shared::protocol::{DOORBELL_PORT, Doorbell};
+use zerocopy::FromBytes;
+
+/// A fault that comes back so often, and nobody else's was handled meanwhile, will always come back.
+const PATIENCE: u32 = 10_000;
+
+const UNKNOWN: &str = "KVM_RUN of L2 failed (EFAULT), and the fault source knows no address";
+
+/// A vCPU of L2.
+pub struct L2Vcpu {
+    host: Arc<Host>,
+    index: usize,
+    fd: VcpuFd,
+    /// L1 waits for it.
+    inside: bool,
+    /// Entries that failed one after the other.
+    failed: u32,
+    /// Opened when it is needed, on this vCPU's thread.
+    trace: Option<FaultTrace>,
+}
+
+/// Why `KVM_RUN` of L2's VM returned.
+enum Left {
+    /// L2 rang a doorbell.
+    Rang(u32),
+    /// L2 touched what no window holds.
+    Beyond { gpa: u64, write: bool },
+    /// L2 touched a closed page.
+    Fault,
+    /// A signal.
+    Interrupted,
+    /// L2 cannot go on.
+    Broken(String),
+}
+
+/// What becomes of an exit of L2's VM.
+enum Next {
+    /// L2 goes on.
+    L2,
+    /// L1 goes on: why, the address, and the qualification.
+    L1(control::Exit, u64, u64),
+    /// The order ends, with L2 where it is.
+    Stop(Exit),
+}
+
+impl L2Vcpu {
+    pub(super) const fn new(host: Arc<Host>, index: usize, fd: VcpuFd) -> Self {
+        Self { host, index, fd, inside: false, failed: 0, trace: None }
+    }
+
+    /// A word of L1's control page.
+    fn control(&self, offset: usize) -> Result<&std::sync::atomic::AtomicU64, Error> {
+        let address = vcpu_area(self.index) + vcpu_area::CONTROL_BLOCK + offset as u64;
+        self.host.memory().word(address).ok_or_else(|| Error::Memory(format!("L1 has no memory at {address:#x}")))
+    }
+
+    fn read_control(&self) -> Result<ControlPage, Error> {
+        let mut bytes = [0; size_of::<ControlPage>()];
+        for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
+            word.copy_from_slice(&self.control(index * 8)?.load(Ordering::Acquire).to_le_bytes());
+        }
+        ControlPage::read_from_bytes(&bytes).map_err(|_| Error::Memory("a control page has the wrong size".into()))
+    }
+
+    fn tell(&self, exit: control::Exit, address: u64, qualification: u64) -> Result<(), Error> {
+        self.control(offset_of!(ControlPage, address))?.store(address, Ordering::Relaxed);
+        self.control(offset_of!(ControlPage, qualification))?.store(qualification, Ordering::Relaxed);
+        self.control(offset_of!(ControlPage, exit))?.store(exit as u64, Ordering::Release);
+        Ok(())
+    }
+
+    /// L1 wants L2 to run.
+    fn enter(&mut self) -> Result<(), Error> {
+        let Ok(entry) = self.read_control()?.check() else { return self.tell(control::Exit::Refused, 0, 0) };
+        if let Some(state) = &entry.start
+            && load(&self.fd, state).is_err()
+        {
+            // KVM knows which states a processor cannot be in.
+            return self.tell(control::Exit::Refused, 0, 1);
+        }
+        if !self.host.shadow()?.enter(&entry)? {
+            return self.tell(control::Exit::Refused, 0, 2);
+        }
+        (self.inside, self.failed) = (true, 0);
+        Ok(())
+    }
+
+    /// Runs L2 until L1 or the controller has to do something.
+    fn run_l2(&mut self, kicked: &AtomicBool) -> Result<Option<Exit>, Error> {
+        while self.inside {
+            self.pre_fault()?;
+            let left = self.run_once();
+            match self.next(left)? {
+                Next::L2 => {}
+                Next::L1(exit, address, qualification) => {
+                    self.inside = false;
+                    self.host.shadow()?.leave();
+                    self.tell(exit, address, qualification)?;
+                }
+                Next::Stop(exit) => return Ok(Some(exit)),
+            }
+            if kicked.swap(false, Ordering::AcqRel) {
+                return Ok(Some(Exit::Kicked { rip: self.rip() }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// One `KVM_RUN`.
+    fn run_once(&mut self) -> Left {
+        match self.fd.run() {
+            Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => Left::Rang(data.try_into().map_or(0, u32::from_le_bytes)),
+            Ok(VcpuExit::MmioRead(gpa, data)) => {
+                data.fill(0);
+                Left::Beyond { gpa, write: false }
+            }
+            Ok(VcpuExit::MmioWrite(gpa, _)) => Left::Beyond { gpa, write: true },
+            Ok(VcpuExit::Shutdown) => Left::Broken("L2 triple-faulted (KVM_EXIT_SHUTDOWN)".to_owned()),
+            Ok(VcpuExit::Hlt) => Left::Broken("L2 halted (KVM_EXIT_HLT), and nothing would wake it".to_owned()),
+            Ok(VcpuExit::InternalError) => {
+                Left::Broken("KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned())
+            }
+            Ok(VcpuExit::Intr) => Left::Interrupted,
+            Ok(other) => Left::Broken(format!("unexpected exit {other:?} of L2")),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
+            Err(error) if error.errno() == libc::EFAULT => Left::Fault,
+            Err(error) => Left::Broken(vm::failed("KVM_RUN of L2")(error).to_string()),
+        }
+    }
+
+    /// What becomes of it.
+    fn next(&mut self, left: Left) -> Result<Next, Error> {
+        let what = match left {
+            Left::Interrupted => return Ok(Next::L2),
+            Left::Fault => return self.fault(),
+            Left::Beyond { gpa, write } => return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1)),
+            Left::Rang(number) => match Doorbell::from_number(number) {
+                Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),
+                Some(doorbell) if doorbell.is_of_any_guest() => return Ok(Next::Stop(Exit::Doorbell(doorbell))),
+                _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
+            },
+            Left::Broken(what) => what,
+        };
+        Ok(Next::Stop(Exit::Broken { what, rip: self.rip() }))
+    }
+
+    /// `KVM_RUN` failed: L2 touched a page that it may not, or not yet.
+    fn fault(&mut self) -> Result<Next, Error> {
+        let told = self.host.shadow()?.windows.source().told();
+        match told {
+            Told::At(fault) => self.handle(&fault),
+            Told::Trace => self.traced(),
+            Told::Again if self.failed < PATIENCE => {
+                self.failed += 1;
+                std::thread::yield_now();
+                Ok(Next::L2)
+            }
+            Told::Again | Told::Nothing => self.next(Left::Broken(UNKNOWN.to_owned())),
+        }
+    }
+
+    /// Tries again, with KVM's tracepoint armed.
+    fn traced(&mut self) -> Result<Next, Error> {
+        let failed = |error| Error::call("tracing a fault of L2", error);
+        let trace = match self.trace.take() {
+            Some(trace) => trace,
+            None => FaultTrace::open()?,
+        };
+        trace.arm().map_err(failed)?;
+        let left = self.run_once();
+        let traced = trace.disarm().map_err(failed)?;
+        self.trace = Some(trace);
+        match (left, traced) {
+            (Left::Fault, Some(Traced { address, write, table_walk })) => {
+                self.handle(&Fault { place: Place::Gpa(address), write, table_walk })
+            }
+            (Left::Fault, None) => self.next(Left::Broken(UNKNOWN.to_owned())),
+            // Another vCPU has settled the same fault meanwhile.
+            (left, _) => self.next(left),
+        }
+    }
+
+    fn handle(&mut self, fault: &Fault) -> Result<Next, Error> {
+        let handled = self.host.shadow()?.handle(fault)?;
+        self.failed = 0;
+        match handled {
+            Some(Handled::Resume) => Ok(Next::L2),
+            Some(Handled::ToL1(exit, address, qualification)) => Ok(Next::L1(exit, address, qualification)),
+            None => self.next(Left::Broken(format!("L2 touched {:?}, which is in no window", fault.place))),
+        }
+    }
+
+    /// Lets KVM map what was mapped lately, rather than have L2 fault on each page. Not while it logs: all would count as written.
+    fn pre_fault(&self) -> Result<(), Error> {
+        let mut shadow = self.host.shadow()?;
+        if !self.host.pre_faults || shadow.windows.log.is_some() {
+            shadow.windows.fresh.clear();
+            return Ok(());
+        }
+        let fresh = std::mem::take(&mut shadow.windows.fresh);
+        drop(shadow);
+        for extent in fresh {
+            // It is a hint: what it does not do, a fault will.
+            let _ = ioctls::pre_fault_memory(&self.fd, extent.start.address(), extent.frames * PAGE_SIZE);
+        }
+        Ok(())
+    }
+
+    fn rip(&self) -> u64 {
+        self.fd.get_regs().map_or(0, |registers| registers.rip)
+    }
+}
+
+impl Below for L2Vcpu {
+    fn answer(&mut self, doorbell: Doorbell) -> Result<(), Error> {
+        match doorbell {
+            Doorbell::EnterL2 => self.enter(),
+            Doorbell::Invalidate => self.host.shadow()?.invalidate(),
+            _ => Ok(()),
+        }
+    }
+
+    fn run(&mut self, kicked: &AtomicBool) -> Option<Exit> {
+        match self.run_l2(kicked) {
+            Ok(exit) => exit,
+            Err(error) => Some(Exit::Broken { what: error.to_string(), rip: self.rip() }),
+        }
+    }
+}
+
+/// L2 begins: 64-bit mode at ring 3.
+fn load(fd: &VcpuFd, state: &State) -> Result<(), Error> {
+    #[allow(clippy::cast_possible_truncation)] // A selector has 16 bits and a limit 32, whatever L1 writes.
+    let (selector, table) = (|value: u64| value as u16, |[base, limit]: [u64; 2]| Table { base, limit: limit as u32 });
+    let registers = kvm_regs { rip: state.rip, rsp: state.rsp, rflags: state.rflags | 2, ..kvm_regs::default() };
+    let mode = LongMode {
+        cr3: state.cr3,
+        ring: 3,
+        selectors: state.selectors.map(selector),
+        task: table(state.task),
+        gdt: Some(table(state.gdt)),
+        idt: Some(table(state.idt)),
+        registers,
+    };
+    mode.load(fd)
+}

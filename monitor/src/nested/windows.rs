@@ -1,0 +1,557 @@
+//! The mapper: EPT02 made effective. Each window is a memory slot of L2's VM over reserved host addresses, into which L1's memory is mapped.
+//!
+//! The invariant is: a page of a window maps the page of L1's memory that [`Page`] names, writable if that says so, or nothing. It never maps more
+//! than EPT02 allows; it may map less (an eviction), and the next fault there maps it again.
+
+use super::log::Log;
+use super::memory::L1Pages;
+use super::reserve::Reserved;
+use super::source::{Mapped, Source};
+use crate::hostmm::{Hva, Stretch};
+use crate::kvm::{Error, vm};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use umbra_mmu::{Access, Extent, Flush, Frame, Mapper, RootId};
+use umbra_shared::{L2Gfn, Level, control};
+
+/// Pages of a piece: 1 MiB. A change of one page inside a mapping that covers 2 MiB makes KVM drop all 2 MiB, huge or not (Linux splits a huge
+/// entry that may be there, and tells KVM so: `split_huge_pmd_if_needed` in `mm/huge_memory.c`). So where pages are small, every other piece is set
+/// apart from its neighbours, and no mapping covers 2 MiB.
+const PIECE: usize = 256;
+
+/// Pages that an eviction closes at a time.
+const EVICTED: usize = 16384;
+
+/// What a page of a window maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Page(u32);
+
+impl Page {
+    const WRITABLE: u32 = 1 << 31;
+    /// Nothing.
+    pub const CLOSED: Self = Self(0);
+
+    /// `frame`, which is below 2^31 - 1: 8 TiB.
+    fn new(frame: Frame, writable: bool) -> Self {
+        let number = u32::try_from(frame.0 + 1).unwrap_or(0) & !Self::WRITABLE;
+        Self(if writable { number | Self::WRITABLE } else { number })
+    }
+
+    /// Pages that map `first` and the frames after it.
+    fn fill(pages: &mut [Self], first: Frame, writable: bool) {
+        for (number, page) in (Self::new(first, writable).0..).zip(pages) {
+            *page = Self(number);
+        }
+    }
+
+    /// The page of L1's memory.
+    #[must_use]
+    pub fn frame(self) -> Option<Frame> {
+        (self.0 & !Self::WRITABLE).checked_sub(1).map(|frame| Frame(frame.into()))
+    }
+
+    /// Whether L2 may write it.
+    #[must_use]
+    pub const fn writable(self) -> bool {
+        self.0 & Self::WRITABLE != 0
+    }
+}
+
+/// A window.
+#[derive(Debug)]
+pub struct Window {
+    /// Its first frame.
+    pub first: L2Gfn,
+    /// What each page maps.
+    pub pages: Vec<Page>,
+    /// KVM's slot.
+    pub slot: u32,
+    /// Whether KVM logs it.
+    pub logged: bool,
+    /// Whether it has ever mapped tracked memory.
+    tracked: bool,
+    place: Reserved,
+}
+
+impl Window {
+    /// Where it lies in this process.
+    #[must_use]
+    pub const fn place(&self) -> Stretch {
+        self.place.stretch()
+    }
+
+    fn stretch(&self, pages: &Range<usize>) -> Stretch {
+        self.place.stretch().part(pages.start as u64, pages.len() as u64)
+    }
+
+    /// The number of page `at`, counted from a boundary of 2 MiB.
+    #[allow(clippy::cast_possible_truncation)] // Below 512.
+    const fn piece(&self, at: usize) -> usize {
+        at + (self.first.0 % Level::M2.frames()) as usize
+    }
+
+    /// Its pages in `extent`.
+    fn clip(&self, extent: Extent) -> Range<usize> {
+        let count = self.pages.len() as u64;
+        let start = extent.start.0.saturating_sub(self.first.0).min(count);
+        let end = extent.start.0.saturating_add(extent.frames).saturating_sub(self.first.0).min(count);
+        #[allow(clippy::cast_possible_truncation)] // Both are at most the length of a Vec.
+        (start as usize..end as usize)
+    }
+
+    fn region(&self, flags: u32) -> kvm_userspace_memory_region {
+        let place = self.place.stretch();
+        kvm_userspace_memory_region {
+            slot: self.slot,
+            flags,
+            guest_phys_addr: self.first.address(),
+            memory_size: place.bytes(),
+            userspace_addr: place.start.0,
+        }
+    }
+}
+
+/// What the mapper did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Calls that mapped.
+    pub maps: u64,
+    /// Pages that they mapped.
+    pub mapped_pages: u64,
+    /// Calls that changed rights.
+    pub protects: u64,
+    /// Calls that closed pages.
+    pub closes: u64,
+    /// Pages that were closed because the process had too many mappings.
+    pub evicted_pages: u64,
+}
+
+/// Why a mapping could not be made effective.
+#[derive(Debug)]
+pub enum Failed {
+    /// The leaf permits no execution, or nothing else: see DESIGN's rule on rights.
+    ExecuteRights(L2Gfn),
+    /// A call failed.
+    Call(io::Error),
+}
+
+/// All windows.
+pub struct Windows {
+    vm: Arc<VmFd>,
+    memory: Arc<L1Pages>,
+    /// Before the windows' addresses: its thread may look at them.
+    source: Box<dyn Source>,
+    all: Vec<Window>,
+    /// The root that L2 runs on; changes of others concern nobody.
+    root: Option<RootId>,
+    /// No mapping is to cover 2 MiB.
+    pieces: bool,
+    /// KVM's log of L2's VM.
+    pub log: Option<Log>,
+    /// L2's own page tables: frames that are mapped before L2 runs, and whether all of them are.
+    tables: Range<u64>,
+    /// Whether all of those are mapped.
+    pub tables_mapped: bool,
+    /// While L1 invalidates: the pages that this closed, as far as there is room.
+    pub invalidated: Vec<L2Gfn>,
+    /// What was mapped since it was last looked at, for KVM to fault in beforehand.
+    pub fresh: Vec<Extent>,
+    /// What went wrong first.
+    failed: Option<Failed>,
+    /// What was done.
+    pub counts: Counts,
+    hand: usize,
+}
+
+impl Windows {
+    /// No windows. With `pieces` none of their mappings will cover 2 MiB.
+    #[must_use]
+    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, pieces: bool) -> Self {
+        Self {
+            pieces,
+            vm,
+            memory,
+            source,
+            all: Vec::new(),
+            root: None,
+            log: None,
+            tables: 0..0,
+            tables_mapped: true,
+            invalidated: Vec::new(),
+            fresh: Vec::new(),
+            failed: None,
+            counts: Counts::default(),
+            hand: 0,
+        }
+    }
+
+    /// Makes the windows that L1 wants.
+    ///
+    /// # Errors
+    /// The system's, and [`Error::Memory`].
+    pub fn create(&mut self, wanted: &[control::Window], tables: control::Window) -> Result<(), Error> {
+        for (window, slot) in wanted.iter().zip(0..) {
+            let place = Reserved::new(window.frames, window.first.0)?;
+            self.source.adopt(place.stretch())?;
+            let pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
+            let window = Window { first: window.first, pages, slot, logged: false, tracked: false, place };
+            // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
+            unsafe { self.vm.set_user_memory_region(window.region(0)) }
+                .map_err(vm::failed("KVM_SET_USER_MEMORY_REGION"))?;
+            self.all.push(window);
+        }
+        self.tables = tables.first.0..tables.first.0.saturating_add(tables.frames);
+        self.tables_mapped = self.tables.is_empty();
+        Ok(())
+    }
+
+    /// The windows.
+    #[must_use]
+    pub fn windows(&self) -> &[Window] {
+        &self.all
+    }
+
+    /// The fault source.
+    #[must_use]
+    pub fn source(&self) -> &dyn Source {
+        &*self.source
+    }
+
+    /// L2's own page tables.
+    #[must_use]
+    pub fn tables(&self) -> Range<u64> {
+        self.tables.clone()
+    }
+
+    /// What a frame of L2 maps; `None` outside of all windows.
+    #[must_use]
+    pub fn page(&self, gfn: L2Gfn) -> Option<Page> {
+        self.all.iter().find_map(|window| {
+            let page = usize::try_from(gfn.0.checked_sub(window.first.0)?).ok()?;
+            window.pages.get(page).copied()
+        })
+    }
+
+    /// The frame of L2 at an address of a window.
+    #[must_use]
+    pub fn gfn_at(&self, at: Hva) -> Option<L2Gfn> {
+        self.all.iter().find_map(|window| Some(window.first.plus(window.place.stretch().page(at)?)))
+    }
+
+    /// Where L2's frame lies in this process; `None` outside of all windows.
+    #[must_use]
+    pub fn hva_of(&self, gfn: L2Gfn) -> Option<Hva> {
+        self.all.iter().find_map(|window| {
+            let page = gfn.0.checked_sub(window.first.0).filter(|page| *page < window.pages.len() as u64)?;
+            Some(window.place.stretch().start.plus(page))
+        })
+    }
+
+    /// Makes another root the one that L2 runs on: what the old one mapped goes.
+    pub fn switch(&mut self, root: RootId) {
+        if self.root == Some(root) {
+            return;
+        }
+        if let Some(old) = self.root {
+            self.unmap(Extent { root: old, start: L2Gfn(0), frames: u64::MAX });
+        }
+        self.root = Some(root);
+    }
+
+    /// What went wrong since this was last asked.
+    pub fn take_failure(&mut self) -> Option<Failed> {
+        self.failed.take()
+    }
+
+    /// Switches KVM's log of a window on or off.
+    fn set_logged(&mut self, index: usize, on: bool) -> Result<(), Error> {
+        let Some(window) = self.all.get_mut(index) else { return Ok(()) };
+        if window.logged == on {
+            return Ok(());
+        }
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        // SAFETY: the same addresses as when it was made.
+        unsafe { self.vm.set_user_memory_region(window.region(flags)) }
+            .map_err(vm::failed("KVM_SET_USER_MEMORY_REGION"))?;
+        window.logged = on;
+        Ok(())
+    }
+
+    /// Begins to log the windows that map tracked memory; others join when they do.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn start_log(&mut self, log: Log) -> Result<(), Error> {
+        self.log = Some(log);
+        for index in 0..self.all.len() {
+            if self.all.get(index).is_some_and(|window| window.tracked) {
+                self.set_logged(index, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn stop_log(&mut self) -> Result<Option<Log>, Error> {
+        (0..self.all.len()).try_for_each(|index| self.set_logged(index, false))?;
+        Ok(self.log.take())
+    }
+
+    /// Fetches the log: bits become pages of L1's memory by what is mapped, or was when the page was closed.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn harvest_log(&mut self) -> Result<(), Error> {
+        self.log.as_mut().map_or(Ok(()), |log| log.harvest(&self.vm, &self.all))
+    }
+
+    /// Clears what was fetched.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn clear_log(&mut self) -> Result<(), Error> {
+        self.log.as_mut().map_or(Ok(()), |log| log.clear(&self.vm, &self.all))
+    }
+
+    fn fail(&mut self, failed: Failed) {
+        self.failed.get_or_insert(failed);
+    }
+
+    /// Maps pages `pages` of window `index` to `frame` and those after it.
+    fn map_run(&mut self, index: usize, pages: Range<usize>, frame: Frame, writable: bool) -> io::Result<()> {
+        let (source, memory) = (&*self.source, &*self.memory);
+        let Some(window) = self.all.get_mut(index) else { return Ok(()) };
+        let mut at = pages.start;
+        while at < pages.end {
+            let first = frame.plus((at - pages.start) as u64);
+            let Some(part) = memory.in_file(first) else { return Err(io::ErrorKind::NotFound.into()) };
+            let mut end = pages.end.min(at.saturating_add(usize::try_from(part.pages).unwrap_or(usize::MAX)));
+            let piece = window.piece(at);
+            if self.pieces {
+                end = end.min(at + PIECE - piece % PIECE);
+            }
+            let alone = self.pieces && piece / PIECE % 2 == 1;
+            source.map(window.stretch(&(at..end)), part, Mapped { writable, told_apart: self.log.is_some(), alone })?;
+            self.counts.maps += 1;
+            self.counts.mapped_pages += (end - at) as u64;
+            Page::fill(window.pages.get_mut(at..end).unwrap_or_default(), first, writable);
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Closes the mapped pages of `pages` in window `index`. Marks that KVM's log still holds for them stay with what they mapped.
+    fn close_run(&mut self, index: usize, pages: Range<usize>) -> io::Result<()> {
+        let Some(window) = self.all.get_mut(index) else { return Ok(()) };
+        self.source.close(window.stretch(&pages))?;
+        self.counts.closes += 1;
+        if let Some(log) = self.log.as_mut().filter(|_| window.logged) {
+            log.closed(index, pages.start, window.pages.get(pages.clone()).unwrap_or_default());
+        }
+        let first = window.first.0 + pages.start as u64;
+        let room = self.invalidated.capacity() - self.invalidated.len();
+        self.invalidated.extend((first..first + pages.len() as u64).take(room).map(L2Gfn));
+        if self.tables.start < first + pages.len() as u64 && first < self.tables.end {
+            self.tables_mapped = false;
+        }
+        window.pages.get_mut(pages).into_iter().flatten().for_each(|page| *page = Page::CLOSED);
+        Ok(())
+    }
+
+    /// Does `work`. If the process has too many mappings, closes others and tries again.
+    fn with_room(&mut self, mut work: impl FnMut(&mut Self) -> io::Result<()>) -> io::Result<()> {
+        loop {
+            match work(self) {
+                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                    if !self.evict()? {
+                        return Err(error);
+                    }
+                }
+                other => return other,
+            }
+        }
+    }
+
+    /// Closes some pages, each time others. False if nothing is mapped any more.
+    fn evict(&mut self) -> io::Result<bool> {
+        let chunks: Vec<(usize, Range<usize>)> = self
+            .all
+            .iter()
+            .enumerate()
+            .flat_map(|(index, window)| {
+                let count = window.pages.len();
+                (0..count).step_by(EVICTED).map(move |start| (index, start..count.min(start + EVICTED)))
+            })
+            .collect();
+        for _ in 0..chunks.len() {
+            self.hand = (self.hand + 1) % chunks.len();
+            let Some((index, pages)) = chunks.get(self.hand).cloned() else { break };
+            let Some(window) = self.all.get(index) else { break };
+            let mapped =
+                window.pages.get(pages.clone()).unwrap_or_default().iter().filter(|page| **page != Page::CLOSED);
+            let mapped = mapped.count() as u64;
+            if mapped == 0 {
+                continue;
+            }
+            // A piece of a mapping cannot be closed when there is no room for one more: then the whole window.
+            if let Err(error) = self.close_run(index, pages) {
+                let whole = self.all.get(index).map_or(0, |window| window.pages.len());
+                if error.raw_os_error() != Some(libc::ENOMEM) {
+                    return Err(error);
+                }
+                self.close_run(index, 0..whole)?;
+            }
+            self.counts.evicted_pages += mapped;
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// The window that holds all of `extent`, and the pages there, if nothing is mapped in them: the usual case of a `map`, told at once.
+    fn untouched(&self, extent: Extent) -> Option<(usize, Range<usize>)> {
+        let whole = |window: &Window| window.clip(extent).len() as u64 == extent.frames;
+        let index = self.all.iter().position(whole)?;
+        let window = self.all.get(index)?;
+        let pages = window.clip(extent);
+        let closed = window.pages.get(pages.clone())?.iter().fold(0, |all, page| all | page.0) == 0;
+        closed.then_some((index, pages))
+    }
+
+    /// Runs of pages of `extent` for which `kind` says the same and something, each with its window.
+    fn runs<T: PartialEq>(
+        &self,
+        extent: Extent,
+        kind: impl Fn(Page, Frame) -> Option<T>,
+        frame: Frame,
+    ) -> Vec<(usize, Range<usize>, T)> {
+        let mut runs: Vec<(usize, Range<usize>, T)> = Vec::new();
+        for (index, window) in self.all.iter().enumerate() {
+            let clipped = window.clip(extent);
+            for at in clipped {
+                let target = frame.plus((window.first.0 + at as u64).wrapping_sub(extent.start.0));
+                let Some(kind) = window.pages.get(at).and_then(|page| kind(*page, target)) else { continue };
+                match runs.last_mut() {
+                    Some((last, run, of)) if *last == index && run.end == at && *of == kind => run.end = at + 1,
+                    _ => runs.push((index, at..at + 1, kind)),
+                }
+            }
+        }
+        runs
+    }
+
+    fn try_map(&mut self, extent: Extent, frame: Frame, writable: bool) -> Result<(), Failed> {
+        let kind = |page: Page, target: Frame| match page {
+            _ if page == Page::new(target, writable) => None,
+            _ if page.frame() == Some(target) => Some(true),
+            _ => Some(false),
+        };
+        let runs = match self.untouched(extent) {
+            Some((index, pages)) => vec![(index, pages, false)],
+            None => self.runs(extent, kind, frame),
+        };
+        for (index, run, mapped) in runs {
+            if mapped {
+                self.protect_run(index, run, writable)?;
+                continue;
+            }
+            let Some(window) = self.all.get(index) else { continue };
+            let start = window.first.plus(run.start as u64);
+            let first = frame.plus(start.0.wrapping_sub(extent.start.0));
+            if !window.tracked && first.plus(run.len() as u64) > self.memory.first_tracked() {
+                self.begin_tracked(index).map_err(|error| call(&error))?;
+            }
+            if let Some(log) = &mut self.log {
+                // What was closed here was written by another page's name.
+                log.remapping(&self.vm, &self.all, index, &run).map_err(|error| call(&error))?;
+            }
+            self.with_room(|windows| windows.map_run(index, run.clone(), first, writable)).map_err(Failed::Call)?;
+            self.fresh.push(Extent { start, frames: run.len() as u64, ..extent });
+        }
+        Ok(())
+    }
+
+    /// Window `index` is about to map tracked memory for the first time.
+    fn begin_tracked(&mut self, index: usize) -> Result<(), Error> {
+        if let Some(window) = self.all.get_mut(index) {
+            window.tracked = true;
+        }
+        if self.log.is_some() { self.set_logged(index, true) } else { Ok(()) }
+    }
+
+    fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> Result<(), Failed> {
+        self.with_room(|windows| {
+            let Some(window) = windows.all.get_mut(index) else { return Ok(()) };
+            if window.pages.get(run.clone()).unwrap_or_default().contains(&Page::CLOSED) {
+                // An eviction, on the way here: what is closed is opened by its next fault.
+                return Ok(());
+            }
+            windows.source.protect(window.stretch(&run), writable)?;
+            windows.counts.protects += 1;
+            for page in window.pages.get_mut(run.clone()).into_iter().flatten() {
+                *page = Page(if writable { page.0 | Page::WRITABLE } else { page.0 & !Page::WRITABLE });
+            }
+            Ok(())
+        })
+        .map_err(Failed::Call)
+    }
+
+    fn concerns(&self, root: RootId) -> bool {
+        self.root == Some(root)
+    }
+}
+
+fn call(error: &Error) -> Failed {
+    Failed::Call(io::Error::other(error.to_string()))
+}
+
+impl Mapper for Windows {
+    fn map(&mut self, extent: Extent, frame: Frame, _: Level, access: Access) {
+        if !self.concerns(extent.root) {
+            return;
+        }
+        if !access.allows(Access::READ.or(Access::EXECUTE)) {
+            return self.fail(Failed::ExecuteRights(extent.start));
+        }
+        if let Err(failed) = self.try_map(extent, frame, access.allows(Access::WRITE)) {
+            self.fail(failed);
+        }
+    }
+
+    fn protect(&mut self, extent: Extent, access: Access) {
+        if !self.concerns(extent.root) {
+            return;
+        }
+        if !access.allows(Access::READ.or(Access::EXECUTE)) {
+            self.unmap(extent);
+            return self.fail(Failed::ExecuteRights(extent.start));
+        }
+        let writable = access.allows(Access::WRITE);
+        let kind = |page: Page, _| (page != Page::CLOSED && page.writable() != writable).then_some(());
+        for (index, run, ()) in self.runs(extent, kind, Frame(0)) {
+            if let Err(failed) = self.protect_run(index, run, writable) {
+                self.fail(failed);
+            }
+        }
+    }
+
+    fn unmap(&mut self, extent: Extent) {
+        if !self.concerns(extent.root) {
+            return;
+        }
+        for (index, run, ()) in self.runs(extent, |page, _| (page != Page::CLOSED).then_some(()), Frame(0)) {
+            if let Err(error) = self.with_room(|windows| windows.close_run(index, run.clone())) {
+                self.fail(Failed::Call(error));
+            }
+        }
+    }
+
+    fn flush(&mut self, _: Flush) {
+        // Each call above has made KVM forget the pages before it returned, by its MMU notifier.
+    }
+}
