@@ -135,6 +135,10 @@ fn the_role_log_has_each_root_with_its_cause_and_its_pages() {
     let [root] = &mapped[..] else { panic!("{:?}", kept.roles) };
     assert_eq!((root.role.as_str(), root.mapped), ("level 5 direct nx wp", PAGES));
     assert_eq!((&root.life, &root.ended_by), (&None, &None));
+    // Pages mapped at teardown and touched again are as many as the refaults.
+    let slots = row(keeping(), "slot-delete");
+    let ended = slots.roles.iter().filter(|root| root.ended_by.as_deref() == Some("slot-delete"));
+    assert_eq!(ended.map(|root| root.mapped).sum::<u64>(), refaults(slots), "{:?}", slots.roles);
     // SMM is another address space, and so another root.
     assert!(row(keeping(), "smm").roles.iter().any(|root| root.role.ends_with("smm") && root.cause == "smm"));
     // 5.10's TDP MMU tells nothing.

@@ -1,16 +1,21 @@
 //! The log of all roots that KVM makes and tears down: role, time, cause, pages mapped, life time. From the kernel's own events, in the observed
 //! pass alone.
 //!
-//! Three of `kvmmmu`'s events are enough and the same on every kernel that has them (the TDP MMU has since Linux 5.11: on 5.10 the log is empty): a shadow page is got (a root is one of the highest level), one is
-//! zapped, an entry is set. A root of the TDP MMU has no event of its own at its end, so the end is that of the table below it. Mapped pages are leaves
-//! of tracked memory that were set since the newest root was made, and are counted for that root.
+//! Three of `kvmmmu`'s events are enough and the same on every kernel whose TDP MMU takes part in them (5.10's does not: there the log is empty): a
+//! shadow page is got (a root is one of the highest level), one is zapped, an entry is set. A root of the TDP MMU has no event of its own at its end,
+//! so the end is that of the table below it. Mapped pages are leaves of tracked memory that were set since the newest root was made, and are counted
+//! for that root.
 
+use crate::host;
 use crate::kvm::Error;
 use crate::kvm::events::{Event, Events, Wanted};
 use crate::report::record::RootLife;
+use std::fs;
 use umbra_shared::layout::TRACKED_GPA;
 use umbra_shared::{Gfn, PAGE_SIZE};
 
+/// This event came with those of the TDP MMU.
+const OF_TDP_MMU: &str = "/sys/kernel/tracing/events/kvmmmu/kvm_tdp_mmu_spte_changed";
 const GOT: usize = 0;
 const ZAPPED: usize = 1;
 const SET: usize = 2;
@@ -59,8 +64,14 @@ impl RoleLog {
     /// Begins to log. Before the VM has a root: the first ones would be missing.
     ///
     /// # Errors
-    /// [`Error::Call`] where the user may not, or the kernel has no such events.
+    /// [`Error::Call`] where the user may not, or the kernel has no such events; [`Error::Capability`] where its TDP MMU does not take part in them.
     pub fn begin() -> Result<Self, Error> {
+        if host::parameter("kvm", "tdp_mmu").as_deref() == Some("Y") && !fs::exists(OF_TDP_MMU).unwrap_or(false) {
+            return Err(Error::Capability {
+                capability: "kvmmmu/kvm_tdp_mmu_spte_changed",
+                consequence: "this kernel's TDP MMU tells nothing about its roots".into(),
+            });
+        }
         Ok(Self { events: Events::record(&WANTED)?, begin: None, top: 0, lives: Vec::new(), torn_down: 0 })
     }
 
