@@ -104,10 +104,12 @@ fn a_kernel_that_drops_roots_faults_every_page_in_again() {
     let record = good(dropping(), 0);
     assert_eq!(record.measured().count(), record.rows.len());
     for row in toggles(record) {
-        assert_eq!(refaults(row), if row.name == "none" { 0 } else { PAGES }, "{}", row.name);
+        // An L2's tables are shadowed ones, which even this kernel finds again.
+        let keeps = row.name == "none" || row.name == "nested";
+        assert_eq!(refaults(row), if keeps { 0 } else { PAGES }, "{}", row.name);
         let again = cheapest(row, "refault");
         // A page costs about 2,700 instructions when it faults and 7 when it does not.
-        assert_eq!(again > PAGES * 1_000, row.name != "none", "{}: {again}", row.name);
+        assert_eq!(again > PAGES * 1_000, !keeps, "{}: {again}", row.name);
     }
 }
 
