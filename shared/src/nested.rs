@@ -483,7 +483,7 @@ mod tests {
     #[test]
     fn leaves_of_1_gib_need_not_be_filled() {
         let map = Map::new(500, Level::G1, 1, AliasKind::Contiguous, 1).unwrap();
-        let nested = Nested { way: Way::Vmx, map, preset: false, fill_batch: 0 };
+        let nested = Nested { way: Way::Vmx, map, format: Format::Ept, flags: Flags::Clear, fill_batch: 0, remaps: 0 };
         assert_eq!(Nested::decode(&nested.encode()), Some(Some(nested)));
         assert_eq!((map.l1_page(499), map.l2_pages()), (499, 500));
     }
