@@ -79,8 +79,10 @@ test: build shelf packages-vmx packages-bench ## every check: format, lints, uni
 	    held=0
 	    cargo test --locked --package umbra-guest-fw --lib --no-fail-fast || held=$$?
 	    cargo test --locked --workspace --exclude umbra-guest-fw --no-fail-fast || held=$$?
-	    $(mmu) fuzz -- SEED=$(SEED) N=1000000 || held=$$?
-	    $(mmu) bench_mmu -- MIB=64,1024 ROOM=10 || held=$$?
+	    # Each of these is one test.
+	    one() { if "$$@"; then echo 'test result: ok. 1 passed; 0 failed; 0 ignored'; else held=$$?; echo 'test result: FAILED. 0 passed; 1 failed; 0 ignored'; fi; }
+	    one $(mmu) fuzz -- SEED=$(SEED) N=1000000
+	    one $(mmu) bench_mmu -- MIB=64,1024 ROOM=10
 	    exit $$held
 	} 2>&1 | tee target/test.log
 
