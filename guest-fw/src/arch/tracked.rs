@@ -96,23 +96,7 @@ impl Tracked {
     #[inline(never)]
     #[must_use]
     pub fn observed(self, plan: &Plan, round: u64, histogram: &mut Histogram) -> Executed {
-        self.check(plan);
-        let stamps = stamps_of(round);
-        let mut writes = 0;
-        let begin = tsc::now();
-        for &entry in plan.entries() {
-            if entry & WRITE == 0 {
-                // SAFETY: as in `timed`.
-                let _ = unsafe { self.to_read(entry).read_volatile() };
-                continue;
-            }
-            let before = tsc::now();
-            // SAFETY: as in `timed`.
-            unsafe { self.to_write(entry).write_volatile(stamps.wrapping_add(u64::from(entry))) };
-            histogram.record(tsc::now().wrapping_sub(before));
-            writes += 1;
-        }
-        Executed { writes, ticks: tsc::now().wrapping_sub(begin) }
+        self.paced(plan, round, histogram, || true)
     }
 
     /// Executes the plan as [`Self::observed`] does, each access when `due` says so: it waits, and says whether to go on.

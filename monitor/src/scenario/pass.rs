@@ -254,13 +254,16 @@ impl<'a> Run<'a> {
                 return Err(Failure::Check(format!("{}: the guest did not get into its round", self.case.name)));
             }
         }
+        let mut before = Witness::beside_vcpus(timer.clock()).look();
+        before.begin();
         let begin = timer.now();
         self.tracker.stop(machine)?;
         let length = timer.now() - begin;
+        let clean = before.nobody_else_ran();
         machine.stop_free_run()?;
         machine.finish_all(Command::FreeRun)?;
         let next = machine.rounds_done(0)?;
-        self.phase("disable", 0, length, true);
+        self.phase("disable", 0, length, clean);
         (first..next).for_each(|round| self.check.executed(round));
         Ok(())
     }
