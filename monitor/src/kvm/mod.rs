@@ -9,6 +9,7 @@ pub mod footprint;
 pub(crate) mod ioctls;
 pub mod log;
 pub mod memory;
+pub mod probes;
 pub mod registers;
 pub mod ring;
 pub mod stats;

@@ -241,7 +241,7 @@ pub fn series(records: &[&Record]) -> String {
 /// What tells a run from the others, in two lines.
 fn place(record: &Record) -> String {
     let host = &record.host;
-    let kernel = host.kernel.split(['+', '-']).next().unwrap_or_default();
+    let kernel = host.kernel_version();
     if is_on_shadow_mmu(record) {
         let policy = record.config.get("roots").and_then(serde_json::Value::as_str).unwrap_or_default();
         return format!("shadow MMU\n{policy}");
