@@ -188,6 +188,9 @@ pub struct RunArgs {
     /// The script of `roots`' row of that name: a file, or text:LINES (default: the changes of a Linux boot).
     #[arg(long, value_parser = read_script)]
     pub script: Option<ScriptText>,
+    /// Whether the observed pass of `roots` logs which roots KVM makes and tears down: on, off (on).
+    #[arg(long, value_enum)]
+    pub role_log: Option<Switch>,
     /// SMIs of `roots`' row smm:storm.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub smis: u64,
@@ -209,6 +212,15 @@ pub struct RunArgs {
     /// Write the Record to this file.
     #[arg(long)]
     pub out: Option<PathBuf>,
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
 }
 
 /// How `nested` runs L2. What L2's memory is stands among the options of L1's table ([`ShadowArgs`]).
@@ -390,6 +402,9 @@ impl RunArgs {
         }
         if !self.toggle.is_empty() {
             config.insert("toggle".into(), self.toggle.join(",").into());
+        }
+        if self.role_log == Some(Switch::Off) {
+            config.insert("role-log".into(), "off".into());
         }
         if let Some(chunk) = self.chunk {
             config.insert("chunk".into(), chunk.into());

@@ -41,6 +41,8 @@ pub enum Doorbell {
     Invalidate = 9,
     /// L2 has done its work: it is left, and L1 goes on.
     Yield = 10,
+    /// L2 is in another role from here on, which its control page names.
+    ChangeRole = 11,
 }
 
 impl Doorbell {
@@ -58,6 +60,7 @@ impl Doorbell {
             8 => Some(Self::EnterL2),
             9 => Some(Self::Invalidate),
             10 => Some(Self::Yield),
+            11 => Some(Self::ChangeRole),
             _ => None,
         }
     }
@@ -137,7 +140,8 @@ pub enum Command {
     Enter = 7,
     /// L1 alone: make all entries of its table for L2's pages that are not there yet.
     Fill = 8,
-    /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took.
+    /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took. An L2 of the monitor's
+    /// announces the roles that it passes through instead, and the ticks are those of L1, from the entry to the exit.
     Toggle = 9,
     /// Write the first pages, as many as the lower half of `argument` says, with the stamp of the round in its upper half.
     Touch = 10,
@@ -148,6 +152,8 @@ pub enum Command {
     Provoke = 12,
     /// L1 alone: exchange leaves of its table as round `argument` demands, and say so where that is due.
     Edit = 13,
+    /// An L2 of the monitor's alone: announce that it is in role `argument` ([`crate::role::Role`]). Ticks as for `Toggle`.
+    Role = 14,
 }
 
 impl Command {
@@ -168,6 +174,7 @@ impl Command {
             11 => Some(Self::PacedRun),
             12 => Some(Self::Provoke),
             13 => Some(Self::Edit),
+            14 => Some(Self::Role),
             _ => None,
         }
     }

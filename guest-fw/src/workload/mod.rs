@@ -20,6 +20,7 @@ use umbra_shared::histogram::Histogram;
 use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{Command, Doorbell};
+use umbra_shared::role::Role;
 use umbra_shared::toggle::Toggle;
 use umbra_shared::violation::CASES;
 
@@ -106,12 +107,9 @@ impl Worker {
                 Executed::default()
             }
             Command::Touch => self.tracked.populate(0..argument & u64::from(u32::MAX), argument >> 32),
-            Command::Toggle => {
-                let Some(toggle) = Toggle::from_number(argument) else { panic!("there is no toggle {argument}") };
-                Executed { writes: 0, ticks: modes::toggle(toggle) }
-            }
+            Command::Toggle => Executed { writes: 0, ticks: modes::toggle(toggle(argument)) },
             // What only a hypervisor does.
-            Command::Enter | Command::Fill | Command::Edit | Command::Provoke => Executed::default(),
+            Command::Enter | Command::Fill | Command::Edit | Command::Provoke | Command::Role => Executed::default(),
         }
     }
 
@@ -222,6 +220,14 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
         Command::Enter => hypervisor.enter(argument),
         Command::Fill => hypervisor.fill(),
         Command::Edit => hypervisor.edit(nested, argument),
+        Command::Toggle => {
+            let toggle = toggle(argument);
+            Executed { writes: 0, ticks: hypervisor.run(&mut || E::toggle(toggle)) }
+        }
+        Command::Role => {
+            let Some(role) = Role::from_word(argument) else { panic!("there is no role {argument:#x}") };
+            Executed { writes: 0, ticks: hypervisor.run(&mut || E::announce(role)) }
+        }
         Command::Provoke => {
             let Some(case) = CASES.get(argument as usize) else { panic!("there is no case {argument}") };
             hypervisor.provoke(case);
@@ -233,6 +239,10 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
             executed
         }
     })
+}
+
+fn toggle(number: u64) -> Toggle {
+    Toggle::from_number(number).unwrap_or_else(|| panic!("there is no toggle {number}"))
 }
 
 fn commands(mailbox: &LiveMailbox, mut execute: impl FnMut(Command, u64) -> Executed) -> ! {

@@ -1,6 +1,7 @@
 //! Everything that talks to /dev/kvm: capabilities, VM, vCPUs, memory, dirty log, dirty ring, statistics.
 
 pub mod capabilities;
+pub mod carry;
 pub mod clock;
 pub mod events;
 pub mod exits;

@@ -19,22 +19,26 @@ mod audit;
 pub mod log;
 pub mod means;
 pub mod memory;
+pub mod places;
 mod reserve;
+mod roots_log;
 mod shadow;
 pub mod source;
 mod vcpu;
 pub mod windows;
 
 pub use means::{Means, Mechanism};
+pub use roots_log::{Life, RootsLog};
 pub use shadow::Shadow;
 pub use vcpu::L2Vcpu;
 
 use crate::kvm::{self, Error, Vm};
 use kvm_bindings::CpuId;
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::VcpuFd;
 use memory::L1Pages;
 use source::Kind;
 use std::sync::{Arc, Mutex, MutexGuard};
+use umbra_mmu::RootPolicy;
 
 /// `KVM_CAP_PRE_FAULT_MEMORY` (include/uapi/linux/kvm.h).
 const CAP_PRE_FAULT_MEMORY: u32 = 236;
@@ -50,31 +54,31 @@ pub struct Options {
     pub extent: u32,
     /// Single pages will change: no mapping is to cover 2 MiB.
     pub pieces: bool,
+    /// What becomes of roots that L2 is not on.
+    pub roots: RootPolicy,
+    /// What becomes of them is logged ([`Shadow::log`]).
+    pub log_roots: bool,
 }
 
 /// An L2: what its vCPUs and its trackers share.
 ///
-/// Field order matters: the VM is closed before what its slots lie on.
+/// Field order matters: the VMs are closed before what their slots lie on.
 pub struct Host {
-    vm: Arc<VmFd>,
     memory: Arc<L1Pages>,
     shadow: Mutex<Shadow>,
     pre_faults: bool,
 }
 
 impl Host {
-    /// Makes L2's VM, beside `vm`, which is L1's.
+    /// Makes L2's first VM, beside `vm`, which is L1's.
     ///
     /// # Errors
     /// [`Error::Capability`] for what this host lacks; else the system's.
-    pub fn new(kvm: &Kvm, vm: &Vm, options: &Options) -> Result<Arc<Self>, Error> {
+    pub fn new(vm: &Vm, options: &Options) -> Result<Arc<Self>, Error> {
         let memory = Arc::new(L1Pages::of(vm)?);
-        let l2 = Arc::new(kvm::vm::create(kvm)?);
-        options.means.mechanism.prepare(&l2, options.source)?;
-        let source = options.source.open()?;
-        let shadow = Shadow::new(Arc::clone(&l2), Arc::clone(&memory), source, options)?;
-        let pre_faults = kvm::vm::offered(&l2, CAP_PRE_FAULT_MEMORY) > 0;
-        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow), pre_faults }))
+        let shadow = Shadow::new(Arc::clone(&memory), options)?;
+        let pre_faults = kvm::vm::offered(shadow.places.here().vm(), CAP_PRE_FAULT_MEMORY) > 0;
+        Ok(Arc::new(Self { memory, shadow: Mutex::new(shadow), pre_faults }))
     }
 
     /// Makes vCPU `index` of L2, which runs on the thread of L1's.
@@ -82,9 +86,19 @@ impl Host {
     /// # Errors
     /// The system's.
     pub fn vcpu(self: &Arc<Self>, index: usize, cpuid: &CpuId) -> Result<L2Vcpu, Error> {
-        let fd = self.vm.create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
+        L2Vcpu::new(Arc::clone(self), index, cpuid)
+    }
+
+    /// Makes vCPU `index` of the VM of a place.
+    ///
+    /// # Errors
+    /// The system's.
+    fn vcpu_at(&self, place: usize, index: usize, cpuid: &CpuId) -> Result<VcpuFd, Error> {
+        let shadow = self.shadow()?;
+        let Some(place) = shadow.places.all().get(place) else { return Err(Error::Memory("L2 has no such VM".into())) };
+        let fd = place.vm().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
-        Ok(L2Vcpu::new(Arc::clone(self), index, fd))
+        Ok(fd)
     }
 
     /// L1's memory.

@@ -1,20 +1,23 @@
 //! The shadow MMU of an L2, and the windows that make it effective, as one thing under one lock.
 
-use super::log::{Clearing, Log};
+use super::log::Clearing;
 use super::memory::{L1Pages, View};
-use super::source::{Fault, Place, Source};
-use super::windows::{Failed, Page, Windows};
+use super::places::{Places, Recipe};
+use super::roots_log::RootsLog;
+use super::source::{Fault, Place};
+use super::windows::{Failed, Page};
 use super::{Means, Mechanism, Options};
 use crate::kvm::Error;
 use crate::pages::PageSet;
-use kvm_ioctls::VmFd;
 use std::sync::Arc;
 use umbra_mmu::guest::Reflection;
 use umbra_mmu::track::{WriteProtect, strategy};
 use umbra_mmu::{
-    Config, Env, Format, Invalidation, Kind, Memory, Mmu, MmuError, Outcome, Request, RootId, RootRole, Split,
+    Config, Env, Format, Invalidation, Kind, Memory, Mmu, MmuError, ModeBits, Outcome, Request, RootId, RootRole, Slot,
+    Split,
 };
 use umbra_shared::control::{Entry, Exit};
+use umbra_shared::role::Role;
 use umbra_shared::{L2Gfn, nested};
 
 /// Pages that an invalidation maps again at most: the cost of a doorbell is bounded.
@@ -41,8 +44,10 @@ pub enum Handled {
 pub struct Shadow {
     /// The MMU.
     pub mmu: Mmu,
-    /// The windows.
-    pub windows: Windows,
+    /// The windows, of each root that has some.
+    pub places: Places,
+    /// What became of roots, if somebody wants to know.
+    pub log: Option<RootsLog>,
     view: View,
     means: Means,
     loaded: Option<Loaded>,
@@ -55,30 +60,23 @@ pub struct Shadow {
 }
 
 impl Shadow {
-    pub(super) fn new(
-        vm: Arc<VmFd>,
-        memory: Arc<L1Pages>,
-        source: Box<dyn Source>,
-        options: &Options,
-    ) -> Result<Self, Error> {
+    pub(super) fn new(memory: Arc<L1Pages>, options: &Options) -> Result<Self, Error> {
         let means = options.means;
         let strategy = if means.is_logged() { None } else { strategy(means.strategy) };
         let config = Config {
             extent: options.extent,
             first_tracked: memory.first_tracked(),
             split: Split::Shatter,
+            roots: options.roots,
             ..Config::new(memory.frames(), strategy.unwrap_or(&WriteProtect))
         };
         let mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
         let found = umbra_mmu::PageSet::new(memory.frames());
-        let windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
+        let (mechanism, source, pieces) = (means.mechanism, options.source, options.pieces);
+        let places = Places::new(Recipe { memory: Arc::clone(&memory), mechanism, source, pieces })?;
         let view = View(memory);
-        Ok(Self { mmu, windows, view, means, loaded: None, running: 0, found, faults: 0 })
-    }
-
-    /// The root that L2 runs on.
-    pub(super) fn root(&self) -> Option<RootId> {
-        self.loaded.map(|loaded| loaded.root)
+        let log = options.log_roots.then(RootsLog::default);
+        Ok(Self { mmu, places, log, view, means, loaded: None, running: 0, found, faults: 0 })
     }
 
     /// L1's memory.
@@ -92,15 +90,9 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub(super) fn enter(&mut self, entry: &Entry) -> Result<bool, Error> {
-        let role = RootRole::new(match entry.format {
-            nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: entry.accessed_dirty },
-            nested::Format::Npt => Format::Npt { five_levels: false, nx: true },
-            nested::Format::Pae => Format::Pae { nx: true },
-            nested::Format::ThirtyTwoBit => Format::Bits32 { pse: true },
-        });
-        let windows = self.windows.windows();
+        let windows = self.places.here().windows();
         if windows.is_empty() {
-            self.windows.create(entry.windows(), entry.tables)?;
+            self.places.here_mut().create(entry.windows(), entry.tables)?;
         } else if !windows
             .iter()
             .map(|window| (window.first, window.pages.len() as u64))
@@ -108,8 +100,9 @@ impl Shadow {
         {
             return Ok(false);
         }
+        let role = root_role(entry);
         let same = self.loaded.is_some_and(|loaded| (loaded.table, loaded.role) == (entry.root, role));
-        if !same && (self.running > 0 || self.load(entry.root, role).is_err()) {
+        if !same && (self.running > 0 || !self.load(entry.root, role)?) {
             return Ok(false);
         }
         self.map_tables()?;
@@ -117,32 +110,74 @@ impl Shadow {
         Ok(true)
     }
 
-    fn load(&mut self, table: u64, role: RootRole) -> Result<(), MmuError> {
-        let old = self.loaded.take();
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
-        if let Some(old) = old {
-            self.mmu.drop_root(&mut env, old.root)?;
+    /// A vCPU inside L2 is in another role. False: another vCPU is in L2 as well, and would be without its root.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn change_role(&mut self, role: Role) -> Result<bool, Error> {
+        let Some(loaded) = self.loaded else { return Ok(false) };
+        let new = RootRole { smm: role.is_smm(), mode: ModeBits(role.mode()), ..loaded.role };
+        if new != loaded.role && (self.running > 1 || !self.load(loaded.table, new)?) {
+            return Ok(false);
         }
-        let root = self.mmu.load_root(&mut env, role, table)?;
-        self.windows.switch(root);
+        self.map_tables()?;
+        Ok(true)
+    }
+
+    /// Loads the root of `table` in `role`, then lets go of the one before: where both are one, it stays. False if there can be no such root.
+    fn load(&mut self, table: u64, role: RootRole) -> Result<bool, Error> {
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+        let Ok(root) = self.mmu.load_root(&mut env, role, table) else { return Ok(false) };
+        if let Some(log) = &mut self.log {
+            log.loads(root, role, &self.places);
+        }
+        if let Some(old) = self.loaded.take() {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+            self.mmu.drop_root(&mut env, old.root).map_err(|error| lost(&error))?;
+        }
+        let (mmu, places) = (&self.mmu, &mut self.places);
+        let alive = |root| mmu.load_count(root).is_ok();
+        if let Some(log) = &mut self.log {
+            log.ends(alive);
+        }
+        places.switch(root, alive)?;
         self.loaded = Some(Loaded { root, table, role });
-        Ok(())
+        self.check_windows()?;
+        Ok(true)
+    }
+
+    /// L1's tracked memory goes away and comes back, as a memory slot that is deleted and made again.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn replace_memory(&mut self) -> Result<(), Error> {
+        if let Some(log) = &mut self.log {
+            log.empties(&self.places);
+        }
+        let all = self.view.0.slots();
+        let first = self.view.0.first_tracked();
+        let others: Vec<Slot> = all.iter().filter(|slot| slot.first < first).copied().collect();
+        for map in [others, all] {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+            self.mmu.memory_changed(&mut env, &map).map_err(|error| lost(&error))?;
+        }
+        self.check_windows().map(|_| ())
     }
 
     /// Maps L2's own page tables: some hosts cannot handle a fault of the processor's walk.
     fn map_tables(&mut self) -> Result<(), Error> {
-        if self.windows.tables_mapped {
+        if self.places.here().tables_mapped {
             return Ok(());
         }
         let mut all = true;
-        for gfn in self.windows.tables() {
-            if self.windows.page(L2Gfn(gfn)).is_some_and(|page| page == Page::CLOSED) {
+        for gfn in self.places.here().tables() {
+            if self.places.here().page(L2Gfn(gfn)).is_some_and(|page| page == Page::CLOSED) {
                 let request = Request { table_walk: true, ..Request::READ };
                 all &= self.resolve(L2Gfn(gfn).address(), request)? == Handled::Resume;
             }
         }
         // What EPT12 does not permit is tried again at each entry.
-        self.windows.tables_mapped = all;
+        self.places.here_mut().tables_mapped = all;
         Ok(())
     }
 
@@ -159,20 +194,20 @@ impl Shadow {
         self.faults += 1;
         let address = match fault.place {
             Place::Gpa(address) => Some(address),
-            Place::Hva(at) => self.windows.gfn_at(at).map(L2Gfn::address),
+            Place::Hva(at) => self.places.here().gfn_at(at).map(L2Gfn::address),
         };
         let Some(address) = address else { return Ok(None) };
         let kind = if fault.write { Kind::Write } else { Kind::Read };
         let request = Request { table_walk: fault.table_walk, ..Request::of(kind) };
         let handled = self.resolve(address, request);
-        self.windows.source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
+        self.places.here().source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
         handled.map(Some)
     }
 
     /// Asks the MMU for an access, and makes its answer effective.
     fn resolve(&mut self, address: u64, request: Request) -> Result<Handled, Error> {
         let Some(loaded) = self.loaded else { return Err(Error::Memory("L2 runs without EPT12".into())) };
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         let outcome = self.mmu.fault(&mut env, loaded.root, address, request).map_err(|error| lost(&error))?;
         self.check_windows()?.map_or_else(
             || {
@@ -192,7 +227,7 @@ impl Shadow {
 
     /// What the mapper could not do: a leaf whose rights cannot be enforced, or an error.
     fn check_windows(&mut self) -> Result<Option<L2Gfn>, Error> {
-        match self.windows.take_failure() {
+        match self.places.take_failure() {
             None => Ok(None),
             Some(Failed::ExecuteRights(gfn)) => Ok(Some(gfn)),
             Some(Failed::Call(error)) => Err(Error::call("mapping L1's memory into a window of L2", error)),
@@ -206,11 +241,11 @@ impl Shadow {
     pub(super) fn invalidate(&mut self) -> Result<(), Error> {
         // To follow an entry that is not used yet would set its accessed flag.
         let ahead = self.loaded.is_some_and(|loaded| !loaded.role.format.has_accessed_dirty());
-        self.windows.invalidated = Vec::with_capacity(if ahead { AHEAD } else { 0 });
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.places.here_mut().invalidated = Vec::with_capacity(if ahead { AHEAD } else { 0 });
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.invalidate(&mut env, Invalidation::All);
         self.check_windows()?;
-        for gfn in std::mem::take(&mut self.windows.invalidated) {
+        for gfn in std::mem::take(&mut self.places.here_mut().invalidated) {
             // What EPT12 does not permit any more L2 has to ask for.
             self.resolve(gfn.address(), Request::READ)?;
         }
@@ -223,13 +258,12 @@ impl Shadow {
     /// The system's.
     pub fn start(&mut self) -> Result<(), Error> {
         if !self.means.is_logged() {
-            let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
             return self.check_windows().map(|_| ());
         }
         let clearing = if self.means.mechanism == Mechanism::KvmClear { Clearing::Manual } else { Clearing::ByGet };
-        let log = Log::new(self.windows.windows(), clearing, self.view.0.first_tracked(), self.view.0.frames());
-        self.windows.start_log(log)
+        self.places.start_log(clearing)
     }
 
     /// Finds out what was written since the last harvest.
@@ -238,9 +272,9 @@ impl Shadow {
     /// The system's.
     pub fn harvest(&mut self) -> Result<(), Error> {
         if self.means.is_logged() {
-            return self.windows.harvest_log();
+            return self.places.harvest_log();
         }
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
         self.check_windows().map(|_| ())
     }
@@ -251,10 +285,10 @@ impl Shadow {
     /// The system's.
     pub fn clear(&mut self) -> Result<(), Error> {
         if self.means.is_logged() {
-            return self.windows.clear_log();
+            return self.places.clear_log();
         }
         let first = self.view.0.first_tracked();
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.clear(&mut env, first, u64::MAX).map_err(|error| lost(&error))?;
         self.check_windows().map(|_| ())
     }
@@ -265,9 +299,9 @@ impl Shadow {
     /// The system's.
     pub fn stop(&mut self) -> Result<(), Error> {
         if self.means.is_logged() {
-            return self.windows.stop_log().map(|_| ());
+            return self.places.stop_log();
         }
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
         self.check_windows().map(|_| ())
     }
@@ -285,9 +319,10 @@ impl Shadow {
         for (first, number, pages) in memory.tracked() {
             for page in 0..pages {
                 let frame = first.plus(page);
-                let found = match &self.windows.log {
-                    Some(log) => log.found().contains(frame.0 - base.0),
-                    None => self.found.contains(frame),
+                let found = if self.means.is_logged() {
+                    self.places.logs().any(|log| log.found().contains(frame.0 - base.0))
+                } else {
+                    self.found.contains(frame)
                 };
                 if found {
                     into.insert(number + page);
@@ -299,7 +334,7 @@ impl Shadow {
     /// What was counted since L2 was made, by name.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        let (mmu, windows) = (self.mmu.stats(), self.windows.counts);
+        let (mmu, windows) = (self.mmu.stats(), self.places.counts());
         let mut counters = vec![
             ("l2_faults", self.faults),
             ("l2_reflected", mmu.reflected),
@@ -310,8 +345,8 @@ impl Shadow {
             ("window_closes", windows.closes),
             ("window_evicted_pages", windows.evicted_pages),
         ];
-        if let Some(log) = &self.windows.log {
-            counters.push(("log_transfers", log.transfers));
+        if self.places.here().log.is_some() {
+            counters.push(("log_transfers", self.places.logs().map(|log| log.transfers).sum()));
         }
         counters
     }
@@ -321,6 +356,17 @@ impl Shadow {
     pub fn memory(&self) -> Memory {
         self.mmu.memory_in_use()
     }
+}
+
+/// What L1 says about L2's root.
+fn root_role(entry: &Entry) -> RootRole {
+    let format = match entry.format {
+        nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: entry.accessed_dirty },
+        nested::Format::Npt => Format::Npt { five_levels: false, nx: true },
+        nested::Format::Pae => Format::Pae { nx: true },
+        nested::Format::ThirtyTwoBit => Format::Bits32 { pse: true },
+    };
+    RootRole { smm: entry.role.is_smm(), mode: ModeBits(entry.role.mode()), ..RootRole::new(format) }
 }
 
 fn lost(error: &MmuError) -> Error {

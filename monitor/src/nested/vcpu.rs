@@ -3,11 +3,12 @@
 use super::Host;
 use super::shadow::Handled;
 use super::source::{Fault, Place, Told};
+use crate::kvm::carry::carry;
 use crate::kvm::fault_trace::{FaultTrace, Traced};
 use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::vcpu::{Below, Exit};
 use crate::kvm::{Error, ioctls, vm};
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{CpuId, kvm_regs};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -27,7 +28,11 @@ const UNKNOWN: &str = "KVM_RUN of L2 failed (EFAULT), and the fault source knows
 pub struct L2Vcpu {
     host: Arc<Host>,
     index: usize,
-    fd: VcpuFd,
+    cpuid: CpuId,
+    /// One for each place that it was on, in the order of their numbers.
+    fds: Vec<VcpuFd>,
+    /// The place that it is on.
+    at: usize,
     /// L1 waits for it.
     inside: bool,
     /// Entries that failed one after the other.
@@ -61,8 +66,42 @@ enum Next {
 }
 
 impl L2Vcpu {
-    pub(super) const fn new(host: Arc<Host>, index: usize, fd: VcpuFd) -> Self {
-        Self { host, index, fd, inside: false, failed: 0, trace: None }
+    pub(super) fn new(host: Arc<Host>, index: usize, cpuid: &CpuId) -> Result<Self, Error> {
+        let fds = vec![host.vcpu_at(0, index, cpuid)?];
+        Ok(Self { host, index, cpuid: cpuid.clone(), fds, at: 0, inside: false, failed: 0, trace: None })
+    }
+
+    /// Goes where its root is: L2's state moves to the vCPU of that VM.
+    fn follow(&mut self) -> Result<(), Error> {
+        let place = self.host.shadow()?.places.number();
+        if place == self.at {
+            return Ok(());
+        }
+        while self.fds.len() <= place {
+            let fd = self.host.vcpu_at(self.fds.len(), self.index, &self.cpuid)?;
+            self.fds.push(fd);
+        }
+        // Both are there, and they differ.
+        if let Ok([from, to]) = self.fds.get_disjoint_mut([self.at, place]) {
+            carry(from, to)?;
+        }
+        self.at = place;
+        Ok(())
+    }
+
+    /// L2 is in another role.
+    fn change_role(&mut self) -> Result<Next, Error> {
+        let page = self.read_control()?;
+        let refused = match page.check() {
+            Err(refusal) => Some(refusal.to_string()),
+            Ok(entry) if self.host.shadow()?.change_role(entry.role)? => None,
+            Ok(_) => Some("another vCPU is in L2 as well, and the shadow MMU has one root loaded".to_owned()),
+        };
+        if let Some(why) = refused {
+            return self.next(Left::Broken(format!("L2 announced role {:#x}: {why}", page.role)));
+        }
+        self.follow()?;
+        Ok(Next::L2)
     }
 
     /// A word of L1's control page.
@@ -90,7 +129,7 @@ impl L2Vcpu {
     fn enter(&mut self) -> Result<(), Error> {
         let Ok(entry) = self.read_control()?.check() else { return self.tell(control::Exit::Refused, 0, 0) };
         if let Some(state) = &entry.start
-            && load(&self.fd, state).is_err()
+            && load(&self.fds[self.at], state).is_err()
         {
             // KVM knows which states a processor cannot be in.
             return self.tell(control::Exit::Refused, 0, 1);
@@ -99,7 +138,7 @@ impl L2Vcpu {
             return self.tell(control::Exit::Refused, 0, 2);
         }
         (self.inside, self.failed) = (true, 0);
-        Ok(())
+        self.follow()
     }
 
     /// Runs L2 until L1 or the controller has to do something.
@@ -125,7 +164,7 @@ impl L2Vcpu {
 
     /// One `KVM_RUN`.
     fn run_once(&mut self) -> Left {
-        match self.fd.run() {
+        match self.fds[self.at].run() {
             Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => Left::Rang(data.try_into().map_or(0, u32::from_le_bytes)),
             Ok(VcpuExit::MmioRead(gpa, data)) => {
                 data.fill(0);
@@ -152,6 +191,7 @@ impl L2Vcpu {
             Left::Fault => return self.fault(),
             Left::Beyond { gpa, write } => return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1)),
             Left::Rang(number) => match Doorbell::from_number(number) {
+                Some(Doorbell::ChangeRole) => return self.change_role(),
                 Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),
                 Some(doorbell) if doorbell.is_of_any_guest() => return Ok(Next::Stop(Exit::Doorbell(doorbell))),
                 _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
@@ -163,7 +203,7 @@ impl L2Vcpu {
 
     /// `KVM_RUN` failed: L2 touched a page that it may not, or not yet.
     fn fault(&mut self) -> Result<Next, Error> {
-        let told = self.host.shadow()?.windows.source().told();
+        let told = self.host.shadow()?.places.here().source().told();
         match told {
             Told::At(fault) => self.handle(&fault),
             Told::Trace => self.traced(),
@@ -210,21 +250,21 @@ impl L2Vcpu {
     /// Lets KVM map what was mapped lately, rather than have L2 fault on each page. Not while it logs: all would count as written.
     fn pre_fault(&self) -> Result<(), Error> {
         let mut shadow = self.host.shadow()?;
-        if !self.host.pre_faults || shadow.windows.log.is_some() {
-            shadow.windows.fresh.clear();
+        let here = shadow.places.here_mut();
+        let fresh = std::mem::take(&mut here.fresh);
+        if !self.host.pre_faults || here.log.is_some() {
             return Ok(());
         }
-        let fresh = std::mem::take(&mut shadow.windows.fresh);
         drop(shadow);
         for extent in fresh {
             // It is a hint: what it does not do, a fault will.
-            let _ = ioctls::pre_fault_memory(&self.fd, extent.start.address(), extent.frames * PAGE_SIZE);
+            let _ = ioctls::pre_fault_memory(&self.fds[self.at], extent.start.address(), extent.frames * PAGE_SIZE);
         }
         Ok(())
     }
 
     fn rip(&self) -> u64 {
-        self.fd.get_regs().map_or(0, |registers| registers.rip)
+        self.fds[self.at].get_regs().map_or(0, |registers| registers.rip)
     }
 }
 

@@ -5,6 +5,7 @@
 
 use super::log::Log;
 use super::memory::L1Pages;
+use super::places::is_short;
 use super::reserve::Reserved;
 use super::source::{Mapped, Source};
 use crate::hostmm::{Hva, Stretch};
@@ -127,6 +128,23 @@ pub struct Counts {
     pub closes: u64,
     /// Pages that were closed because the process had too many mappings.
     pub evicted_pages: u64,
+    /// Tracked ones among the mapped pages.
+    pub tracked_pages: u64,
+}
+
+impl Counts {
+    /// Both.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            maps: self.maps + other.maps,
+            mapped_pages: self.mapped_pages + other.mapped_pages,
+            protects: self.protects + other.protects,
+            closes: self.closes + other.closes,
+            evicted_pages: self.evicted_pages + other.evicted_pages,
+            tracked_pages: self.tracked_pages + other.tracked_pages,
+        }
+    }
 }
 
 /// Why a mapping could not be made effective.
@@ -138,14 +156,14 @@ pub enum Failed {
     Call(io::Error),
 }
 
-/// All windows.
+/// All windows of one VM.
 pub struct Windows {
     vm: Arc<VmFd>,
     memory: Arc<L1Pages>,
     /// Before the windows' addresses: its thread may look at them.
     source: Box<dyn Source>,
     all: Vec<Window>,
-    /// The root that L2 runs on; changes of others concern nobody.
+    /// The root that they are of; changes of others do not concern them.
     root: Option<RootId>,
     /// No mapping is to cover 2 MiB.
     pieces: bool,
@@ -250,15 +268,50 @@ impl Windows {
         })
     }
 
-    /// Makes another root the one that L2 runs on: what the old one mapped goes.
-    pub fn switch(&mut self, root: RootId) {
-        if self.root == Some(root) {
-            return;
-        }
-        if let Some(old) = self.root {
-            self.unmap(Extent { root: old, start: L2Gfn(0), frames: u64::MAX });
-        }
+    /// The VM.
+    #[must_use]
+    pub const fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    /// The root that they are of.
+    #[must_use]
+    pub const fn root(&self) -> Option<RootId> {
+        self.root
+    }
+
+    /// They are `root`'s from now on. What another one mapped is gone already.
+    pub const fn serve(&mut self, root: RootId) {
         self.root = Some(root);
+    }
+
+    /// Closes everything.
+    pub fn close_all(&mut self) {
+        if let Some(root) = self.root {
+            self.unmap(Extent { root, start: L2Gfn(0), frames: u64::MAX });
+        }
+    }
+
+    /// What [`Self::create`] was asked for.
+    #[must_use]
+    pub fn wanted(&self) -> (Vec<control::Window>, control::Window) {
+        let window = |first: u64, frames: u64| control::Window { first: L2Gfn(first), frames };
+        let all = self.all.iter().map(|it| window(it.first.0, it.pages.len() as u64)).collect();
+        (all, window(self.tables.start, self.tables.end - self.tables.start))
+    }
+
+    /// Pages of tracked memory that are mapped now.
+    #[must_use]
+    pub fn tracked_now(&self) -> u64 {
+        let first = self.memory.first_tracked();
+        let pages = self.all.iter().flat_map(|window| &window.pages);
+        pages.filter(|page| page.frame().is_some_and(|frame| frame >= first)).count() as u64
+    }
+
+    /// Whether a mapping failed because the process has too many of them.
+    #[must_use]
+    pub fn is_short_of_mappings(&self) -> bool {
+        matches!(&self.failed, Some(Failed::Call(error)) if is_short(error))
     }
 
     /// What went wrong since this was last asked.
@@ -340,6 +393,9 @@ impl Windows {
             source.map(window.stretch(&(at..end)), part, Mapped { writable, told_apart: self.log.is_some(), alone })?;
             self.counts.maps += 1;
             self.counts.mapped_pages += (end - at) as u64;
+            if first >= memory.first_tracked() {
+                self.counts.tracked_pages += (end - at) as u64;
+            }
             Page::fill(window.pages.get_mut(at..end).unwrap_or_default(), first, writable);
             at = end;
         }
@@ -368,7 +424,7 @@ impl Windows {
     fn with_room(&mut self, mut work: impl FnMut(&mut Self) -> io::Result<()>) -> io::Result<()> {
         loop {
             match work(self) {
-                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                Err(error) if is_short(&error) => {
                     if !self.evict()? {
                         return Err(error);
                     }
@@ -402,7 +458,7 @@ impl Windows {
             // A piece of a mapping cannot be closed when there is no room for one more: then the whole window.
             if let Err(error) = self.close_run(index, pages) {
                 let whole = self.all.get(index).map_or(0, |window| window.pages.len());
-                if error.raw_os_error() != Some(libc::ENOMEM) {
+                if !is_short(&error) {
                     return Err(error);
                 }
                 self.close_run(index, 0..whole)?;

@@ -1,6 +1,6 @@
 //! The options of an L2, checked.
 
-use crate::cli::RunArgs;
+use crate::cli::{NestedArgs, RunArgs};
 use crate::failure::Failure;
 use crate::kvm::Backing;
 use crate::nested::{self, Means, Mechanism, source};
@@ -8,6 +8,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use umbra_mmu::RootPolicy;
 use umbra_mmu::track::STRATEGIES;
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, MapError, Nested, Way};
 use umbra_shared::{Level, PAGE_SIZE};
@@ -103,9 +104,7 @@ impl L2Options {
         let flags = given.accessed_dirty.as_deref().map(|text| named("accessed-dirty", text, &flags)).transpose()?;
         let formats = Format::ALL.map(|format| (format.name(), format));
         let format = table.format.as_deref().map(|format| named("format", format, &formats)).transpose()?;
-        let sources = source::Kind::ALL.map(|kind| (kind.name(), Some(kind)));
-        let sources: Vec<_> = sources.into_iter().chain([("auto", None)]).collect();
-        let source = given.fault_source.as_deref().map_or(Ok(None), |text| named("fault-source", text, &sources))?;
+        let source = fault_source(given)?;
         let means = means(&table.strategy, &given.mechanism)?;
         let remaps = given.remaps.unwrap_or(0);
         if remaps > MAX_REMAPS {
@@ -187,8 +186,18 @@ impl L2Options {
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
         let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
-        nested::Options { means, source, extent, pieces }
+        nested::Options { means, source, extent, pieces, roots: RootPolicy::default(), log_roots: false }
     }
+}
+
+/// What `--fault-source` asks for; `None` for the cheapest that the host has.
+///
+/// # Errors
+/// [`Failure::Input`] with what there is.
+pub fn fault_source(given: &NestedArgs) -> Result<Option<source::Kind>, Failure> {
+    let sources = source::Kind::ALL.map(|kind| (kind.name(), Some(kind)));
+    let sources: Vec<_> = sources.into_iter().chain([("auto", None)]).collect();
+    given.fault_source.as_deref().map_or(Ok(None), |text| named("fault-source", text, &sources))
 }
 
 /// The strategies and mechanisms that fit each other and were asked for.

@@ -12,6 +12,7 @@ mod pass;
 mod replay;
 mod role_log;
 mod roots;
+mod roots_l2;
 mod script;
 mod setup;
 mod snapshot;
@@ -47,7 +48,7 @@ enum Work {
     Kvm(fn(&Setup, &Progress) -> Result<Record, Failure>),
     /// On the software walker: no KVM is needed.
     Model,
-    /// As the first, or as the second where there is a root policy: only the shadow MMU has those.
+    /// As the first, or as the second where the mechanism is the walker.
     Roots,
 }
 
@@ -132,8 +133,8 @@ pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record
     no_stray_options(args)?;
     match scenario.work {
         Work::Kvm(run) => on_kvm(args, ground, run, progress),
-        Work::Roots if args.shadow.roots.is_none() => on_kvm(args, ground, roots::run, progress),
-        Work::Roots => cures::run(args, ground, progress),
+        Work::Roots if roots_l2::is_on_walker(args) => cures::run(args, ground, progress),
+        Work::Roots => on_kvm(args, ground, roots::run, progress),
         Work::Model => model::run(args, ground, progress),
     }
 }
@@ -174,12 +175,17 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
         )));
     }
     let has_l2 = setup::has_l2(name);
-    if !has_l2 && args.nested != NestedArgs::default() {
+    let has_toggles = name == setup::ROOTS;
+    if has_toggles {
+        roots_l2::no_stray_options(args)?;
+    } else if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
             "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --mechanism and --fault-source mean nothing (nested does)"
         )));
     }
-    let has_toggles = name == setup::ROOTS;
+    if !has_toggles && args.role_log.is_some() {
+        return Err(Failure::Input(format!("{name}: it logs no roots, so --role-log means nothing (roots does)")));
+    }
     if !has_toggles && !args.toggle.is_empty() {
         return Err(Failure::Input(format!("{name}: it changes no mode, so --toggle means nothing (roots does)")));
     }
@@ -216,7 +222,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
 /// [`Failure::Input`].
 pub fn check(args: &RunArgs) -> Result<(), Failure> {
     match find(args)?.work {
-        Work::Roots if args.shadow.roots.is_some() => no_stray_options(args).and_then(|()| cures::check(args)),
+        Work::Roots if roots_l2::is_on_walker(args) => no_stray_options(args).and_then(|()| cures::check(args)),
         Work::Kvm(_) | Work::Roots => no_stray_options(args).and_then(|()| Options::new(args)).map(|_| ()),
         Work::Model => no_stray_options(args).and_then(|()| model::check(args)),
     }

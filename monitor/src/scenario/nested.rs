@@ -90,7 +90,7 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) ->
             return Err(not_here("NPT without A and D", "they are always in use there"));
         }
         (Nesting::Umbra, _) => {
-            let source = fault_source(l2, progress)?;
+            let source = fault_source(l2.source, progress)?;
             plan.shadow = l2.means.first().map(|&means| l2.options(means, source, plan.backing));
         }
         _ => {}
@@ -99,8 +99,11 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) ->
 }
 
 /// The fault source that was asked for, or the cheapest that this host has.
-fn fault_source(l2: &L2Options, progress: &Progress) -> Result<source::Kind, Failure> {
-    if let Some(kind) = l2.source {
+///
+/// # Errors
+/// [`Failure::NotHere`] if it has none, or not that one.
+pub fn fault_source(asked: Option<source::Kind>, progress: &Progress) -> Result<source::Kind, Failure> {
+    if let Some(kind) = asked {
         kind.open()?;
         return Ok(kind);
     }

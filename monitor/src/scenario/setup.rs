@@ -1,9 +1,10 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
 use super::l2::L2Options;
+use super::roots_l2::Cure;
 use super::script::Script;
 use super::toggles::{On, Toggles};
-use crate::cli::RunArgs;
+use crate::cli::{RunArgs, Switch};
 use crate::failure::Failure;
 use crate::ground::Ground;
 use crate::guest::{Image, Plan};
@@ -111,6 +112,7 @@ pub struct Options {
     image: Arc<Image>,
     trackers: Trackers,
     toggles: Option<Toggles>,
+    cure: Option<Cure>,
     script: Script,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
@@ -158,7 +160,9 @@ impl Options {
             )));
         }
         let trackers = Trackers::parse(&args.tracker)?;
-        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, On::Kvm)).transpose()?;
+        let cure = if args.scenario == ROOTS { Cure::new(args)? } else { None };
+        let on = if cure.is_some() { On::L2 } else { On::Kvm };
+        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, on)).transpose()?;
         let script = Script::read(args.script.as_ref())?;
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
@@ -193,6 +197,7 @@ impl Options {
             image,
             trackers,
             toggles,
+            cure,
             script,
             inject,
             config,
@@ -203,11 +208,12 @@ impl Options {
     /// is what the host has.
     fn backing_here(&self, bytes: u64) -> Result<Backing, kvm::Error> {
         let backing = match (self.backing, &self.l2) {
-            (Some(backing), None) => backing,
+            (Some(backing), None) if self.cure.is_none() => backing,
             // A page is a fault there: with huge pages one would stand for 512.
+            (None, None) if self.cure.is_some() => Backing::Anonymous.shared(),
             (None, None) if self.toggles.is_some() => Backing::Anonymous,
             (None, None) => Backing::Thp,
-            (Some(backing), Some(_)) => backing.shared(),
+            (Some(backing), _) => backing.shared(),
             (None, Some(_)) if Backing::Thp.shared().check(bytes).is_ok() => Backing::Thp.shared(),
             (None, Some(_)) => Backing::Anonymous.shared(),
         };
@@ -281,6 +287,10 @@ pub struct Setup {
     pub l2: Option<L2Options>,
     /// What changes, in the scenario that changes something.
     pub toggles: Option<Toggles>,
+    /// Whether the observed pass logs the roots that KVM makes.
+    pub role_log: bool,
+    /// What becomes of roots, if an L2 on the shadow MMU makes the changes.
+    pub cure: Option<Cure>,
     /// The script of row `script`.
     pub script: Script,
     /// SMIs of a storm.
@@ -345,6 +355,8 @@ impl Setup {
             inject: options.inject,
             l2: options.l2,
             toggles: options.toggles,
+            role_log: args.role_log != Some(Switch::Off),
+            cure: options.cure,
             script: options.script,
             trackers,
             scenario: args.scenario.clone(),

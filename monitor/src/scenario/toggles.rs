@@ -62,11 +62,11 @@ impl Change {
         }
     }
 
-    /// Whether that ground has it: KVM, or Umbra's shadow MMU on the software walker, whose L2 has roles and no vCPU.
+    /// Whether that ground has it: KVM, or Umbra's shadow MMU, whose L2 announces roles and has no mode of its own.
     const fn is_on(self, ground: On) -> bool {
         match ground {
             On::Kvm => !matches!(self, Self::TwelveRoles),
-            On::ShadowMmu => {
+            On::L2 | On::Walker => {
                 matches!(self, Self::Firmware(_) | Self::SlotDelete | Self::Script | Self::TwelveRoles)
                     && !matches!(self, Self::Firmware(Toggle::SmmShared))
             }
@@ -84,8 +84,10 @@ impl Change {
 pub enum On {
     /// A VM of this host's KVM.
     Kvm,
+    /// An L2 on Umbra's shadow MMU.
+    L2,
     /// The model: Umbra's shadow MMU on the software walker.
-    ShadowMmu,
+    Walker,
 }
 
 /// A change, and which vCPUs make it.
@@ -191,7 +193,7 @@ impl Toggles {
             if !toggling.change.is_on(on) {
                 return Err(Failure::Input(match on {
                     On::Kvm => format!("--toggle {word}: Umbra's shadow MMU alone has it (--roots)"),
-                    On::ShadowMmu => {
+                    On::L2 | On::Walker => {
                         format!("--toggle {word}: it is KVM's; the shadow MMU of --roots has no such thing")
                     }
                 }));

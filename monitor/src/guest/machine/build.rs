@@ -28,7 +28,7 @@ impl Machine {
         let system = if plan.shadow.is_some() { plan.backing } else { Backing::Anonymous };
         let vm = Vm::new(&kvm, (place.bytes, system), plan.slots.iter().copied(), plan.backing, prepare)?;
         plan.image.write_to(vm.system())?;
-        let l2 = plan.shadow.as_ref().map(|options| nested::Host::new(&kvm, &vm, options)).transpose()?;
+        let l2 = plan.shadow.as_ref().map(|options| nested::Host::new(&vm, options)).transpose()?;
 
         let rings = ring_entries.map(|entries| {
             let mut slots = vec![(0, 0)];

@@ -357,6 +357,7 @@ const fn name(command: Command) -> &'static str {
         Command::Edit => "editing L1's table",
         Command::Toggle => "a toggle",
         Command::Touch => "touching pages",
+        Command::Role => "announcing a role",
         Command::Provoke => "provoking a violation",
     }
 }
