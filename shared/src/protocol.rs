@@ -154,6 +154,12 @@ pub enum Command {
     Edit = 13,
     /// An L2 of the monitor's alone: announce that it is in role `argument` ([`crate::role::Role`]). Ticks as for `Toggle`.
     Role = 14,
+    /// Leave long mode, write all tracked pages with the stamp of the round in the upper half of `argument`, change the bit of the
+    /// [`crate::toggle::Toggle`] in its lower half there and back, write the pages again, and come back. [`Doorbell::Ready`] is rung after each of the
+    /// first three, and what is commanded then is ignored. [`Mailbox::ticks`] is what the change took. One slot, below 4 GiB.
+    Unpaged = 15,
+    /// Nothing: what was begun goes on.
+    GoOn = 16,
 }
 
 impl Command {
@@ -175,6 +181,8 @@ impl Command {
             12 => Some(Self::Provoke),
             13 => Some(Self::Edit),
             14 => Some(Self::Role),
+            15 => Some(Self::Unpaged),
+            16 => Some(Self::GoOn),
             _ => None,
         }
     }
@@ -243,7 +251,7 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree() {
-        for number in 0..16 {
+        for number in 0..32 {
             assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
             assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
         }

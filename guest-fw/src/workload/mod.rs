@@ -3,7 +3,7 @@
 pub mod plan;
 
 use crate::arch::l2::Extension;
-use crate::arch::legacy::Legacy;
+use crate::arch::legacy::{self, Legacy};
 use crate::arch::mailbox::LiveMailbox;
 use crate::arch::paravirtual::Paravirtual;
 use crate::arch::svm::Svm;
@@ -41,6 +41,8 @@ pub struct Worker {
     pub tracked: Tracked,
     /// The same memory in a mode before long mode, where that is asked for.
     legacy: Option<Legacy>,
+    /// The first tracked slot's physical address.
+    first_slot: u64,
     /// TSC ticks between the accesses of a paced run.
     pace: u64,
     /// This vCPU's index, and how many take part.
@@ -67,6 +69,7 @@ impl Worker {
             pattern: setup.pattern,
             tracked,
             legacy: Legacy::enter(setup.mode),
+            first_slot: setup.slots().next().map_or(0, |slot| slot.base.address()),
             pace: setup.page.pace,
             vcpu,
             vcpus,
@@ -109,8 +112,17 @@ impl Worker {
             Command::Touch => self.tracked.populate(0..argument & u64::from(u32::MAX), argument >> 32),
             Command::Toggle => Executed { writes: 0, ticks: modes::toggle(toggle(argument)) },
             // What only a hypervisor does.
-            Command::Enter | Command::Fill | Command::Edit | Command::Provoke | Command::Role => Executed::default(),
+            Command::Enter | Command::Fill | Command::Edit | Command::Provoke | Command::Role | Command::GoOn => {
+                Executed::default()
+            }
+            Command::Unpaged => self.touch_unpaged(argument),
         }
+    }
+
+    fn touch_unpaged(&self, argument: u64) -> Executed {
+        let toggle = toggle(argument & u64::from(u32::MAX));
+        let ticks = legacy::touch_unpaged(toggle, self.first_slot, self.pattern.pages, argument >> 32);
+        Executed { writes: 2 * self.pattern.pages, ticks }
     }
 
     fn timed(&mut self) -> Executed {

@@ -43,6 +43,8 @@ pub enum Exit {
     Kicked {
         /// The instruction pointer.
         rip: u64,
+        /// In words, if it is in system management mode; else empty.
+        mode: String,
     },
 }
 
@@ -311,7 +313,7 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
             break error.to_string();
         }
         if wishes.kicked.swap(false, Ordering::AcqRel) {
-            return Exit::Kicked { rip: rip(&vcpu.fd) };
+            return Exit::Kicked { rip: rip(&vcpu.fd), mode: in_smm(&vcpu.fd) };
         }
     };
     Exit::Broken { what: what + &in_smm(&vcpu.fd), rip: rip(&vcpu.fd) }

@@ -156,7 +156,7 @@ impl L2Vcpu {
                 Next::Stop(exit) => return Ok(Some(exit)),
             }
             if kicked.swap(false, Ordering::AcqRel) {
-                return Ok(Some(Exit::Kicked { rip: self.rip() }));
+                return Ok(Some(Exit::Kicked { rip: self.rip(), mode: String::new() }));
             }
         }
         Ok(None)

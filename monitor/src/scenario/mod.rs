@@ -19,6 +19,7 @@ mod snapshot;
 mod soak;
 mod storm;
 mod toggles;
+mod unpaged;
 mod violations;
 
 pub use setup::{Options, Setup};
@@ -197,9 +198,9 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     if has_toggles && (!args.tracker.is_empty() || args.chunk.is_some()) {
         return Err(Failure::Input("roots: it tracks no page, so --tracker and --chunk mean nothing".into()));
     }
-    if let Some(fault) = args.inject.as_deref().filter(|&fault| has_toggles != (fault == "break-smm")) {
+    if let Some(fault) = args.inject.as_deref().filter(|&fault| has_toggles != fault.ends_with("-smm")) {
         return Err(Failure::Input(format!(
-            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots)"
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm and loop-smm are of roots)"
         )));
     }
     let ShadowArgs { split, collapse, roots, cache, .. } = args.shadow.clone();

@@ -41,7 +41,11 @@ pub fn replay(run: &mut Run) -> Result<(), Failure> {
                 run.log("growth")?;
                 sums.touches += cost;
                 sums.clean &= clean;
-                sums.again(faults, pages - used);
+                // An L2's extents reach beyond what it touched: what is mapped here is new, or was mapped ahead.
+                sums.again(Faults {
+                    kvm: faults.kvm.map(|faults| faults.saturating_sub(pages - used)),
+                    shadow: faults.shadow.map(|_| 0),
+                });
                 used = pages;
             }
             Step::Toggle(change) => {
@@ -56,7 +60,7 @@ pub fn replay(run: &mut Run) -> Result<(), Failure> {
                 run.log("touch")?;
                 sums.touches += more;
                 sums.clean &= clean && clean_touch;
-                sums.again(faults, 0);
+                sums.again(Faults { shadow: faults.shadow.map(|mapped| mapped.min(used)), ..faults });
             }
         }
     }
@@ -81,12 +85,8 @@ pub fn replay(run: &mut Run) -> Result<(), Failure> {
 }
 
 impl Sums {
-    /// A touch took `faults`, `new` of which were its first ones.
-    fn again(&mut self, faults: Faults, new: u64) {
-        let again = Faults {
-            kvm: faults.kvm.map(|faults| faults.saturating_sub(new)),
-            shadow: faults.shadow.map(|faults| faults.saturating_sub(new)),
-        };
+    /// A touch faulted so often on pages that it had touched before.
+    fn again(&mut self, again: Faults) {
         self.refaults = self.refaults.plus(again);
         self.teardowns += u64::from(again.refaults().is_some_and(|faults| faults > 0));
     }

@@ -14,8 +14,7 @@ use crate::kvm::events::{Event, Events, Wanted};
 use crate::kvm::probes::{Probe, Probes};
 use crate::report::record::RootLife;
 use std::fs;
-use umbra_shared::layout::TRACKED_GPA;
-use umbra_shared::{Gfn, PAGE_SIZE};
+use umbra_shared::Gfn;
 
 /// This event came with those of the TDP MMU.
 const OF_TDP_MMU: &str = "/sys/kernel/tracing/events/kvmmmu/kvm_tdp_mmu_spte_changed";
@@ -146,18 +145,18 @@ pub struct RoleLog {
 }
 
 impl RoleLog {
-    /// Begins to log. Before the VM has a root: the first ones would be missing.
+    /// Begins to log, with the frames from `tracked` on as those that count. Before the VM has a root: the first ones would be missing.
     ///
     /// # Errors
     /// [`Error::Call`] where the user may not, or the kernel has neither the events nor the functions.
-    pub fn begin() -> Result<Self, Error> {
+    pub fn begin(tracked: Gfn) -> Result<Self, Error> {
         let silent =
             host::parameter("kvm", "tdp_mmu").as_deref() == Some("Y") && !fs::exists(OF_TDP_MMU).unwrap_or(false);
         let probes = silent.then(|| Probes::define(&PROBES.map(|(probe, ..)| probe))).transpose()?;
         let names: Vec<_> = probes.iter().flat_map(|it| PROBES.map(|(probe, ..)| it.event(&probe))).collect();
         let of_probes = names.iter().zip(PROBES).map(|(event, (_, fields, filter))| Wanted { event, fields, filter });
         let wanted: Vec<_> = OF_ALL.into_iter().chain(of_probes).collect();
-        Ok(Self { events: Events::record(&wanted)?, _probes: probes, lives: Lives::default() })
+        Ok(Self { events: Events::record(&wanted)?, _probes: probes, lives: Lives { tracked, ..Lives::default() } })
     }
 
     /// Takes in what happened since the last time; `cause` is what was being done.
@@ -190,6 +189,8 @@ impl RoleLog {
 /// What became of all roots so far.
 #[derive(Default)]
 struct Lives {
+    /// Leaves from here on count.
+    tracked: Gfn,
     begin: Option<u64>,
     /// The highest level seen: a root's.
     top: u32,
@@ -235,12 +236,12 @@ impl Lives {
                     self.all[index].1.mapped = zapped;
                 }
             }
-            Happened::Mapped(gfn) if is_tracked(gfn) => {
+            Happened::Mapped(gfn) if gfn >= self.tracked => {
                 if let Some((_, life)) = self.all.last_mut() {
                     life.mapped += 1;
                 }
             }
-            Happened::Unmapped(gfn) if is_tracked(gfn) => {
+            Happened::Unmapped(gfn) if gfn >= self.tracked => {
                 self.torn_down += 1;
                 match (&mut self.freeing, self.all.last_mut()) {
                     (Some((_, zapped)), _) => *zapped += 1,
@@ -269,10 +270,6 @@ impl Lives {
     }
 }
 
-const fn is_tracked(gfn: Gfn) -> bool {
-    gfn.0 >= TRACKED_GPA / PAGE_SIZE
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -280,10 +277,10 @@ mod tests {
     /// Level 5, direct, all rights.
     const ROOT: RoleWord = RoleWord(5 | 1 << 7 | 7 << 8);
     const TABLE: RoleWord = RoleWord(4 | 1 << 7 | 7 << 8);
-    const PAGE: Gfn = Gfn(TRACKED_GPA / PAGE_SIZE);
+    const PAGE: Gfn = Gfn(0x1000);
 
     fn lives(events: &[Happened]) -> Lives {
-        let mut lives = Lives::default();
+        let mut lives = Lives { tracked: PAGE, ..Lives::default() };
         for (time, &what) in (100..).zip(events) {
             lives.take(time, what, "x").unwrap();
         }

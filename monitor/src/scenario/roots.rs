@@ -11,7 +11,7 @@ use super::role_log::RoleLog;
 use super::roots_l2::{self, OnL2};
 use super::setup::Fault;
 use super::toggles::{self, Change, Toggling};
-use super::{replay, storm};
+use super::{replay, storm, unpaged};
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
 use crate::host;
@@ -166,7 +166,8 @@ impl Counting {
         if pass == Pass::Timed {
             return Self::Off;
         }
-        let tracked = format!("fault_address>={TRACKED_GPA}");
+        let first = machine.vm().slots().first().map_or(TRACKED_GPA, |slot| slot.place.base.address());
+        let tracked = format!("fault_address>={first}");
         let hits: [Hits; 1] = [(FAULTS, "kvm_page_fault", Some(&tracked))];
         // Not every user has tracefs and perf events.
         let otherwise = if machine.l2().is_some() { Self::Off } else { Self::Statistics };
@@ -204,11 +205,12 @@ impl<'a> Run<'a> {
             Some(cure) => cure.plan(setup, pass, progress)?,
             None => Plan { nested, smm, ..setup.plan.clone() },
         };
+        let plan = if matches!(toggling.change, Change::Unpaged(_)) { unpaged::plan(plan)? } else { plan };
         let logs = pass == Pass::Observed && setup.cure.is_none() && setup.role_log;
-        let log = if logs { RoleLog::begin().ok() } else { None };
+        let log = if logs { RoleLog::begin(plan.first_tracked()).ok() } else { None };
         let machine = Machine::new(&plan, None, |_| Ok(()))?;
-        if setup.inject == Some(Fault::BreakSmm) {
-            machine.break_smm()?;
+        if let Some(code) = setup.inject.and_then(Fault::smm_code) {
+            machine.break_smm(code)?;
         }
         let counting = Counting::of(&machine, pass);
         let row = Row { name: toggling.to_string(), ..Row::default() };
@@ -226,6 +228,7 @@ impl<'a> Run<'a> {
         match self.toggling.change {
             Change::Script => replay::replay(&mut self)?,
             Change::TwelveRoles => roots_l2::twelve_roles(&mut self)?,
+            Change::Unpaged(toggle) => unpaged::row(&mut self, toggle)?,
             _ => self.toggle_and_touch()?,
         }
         self.row.roles = self.log.take().map(RoleLog::finish).unwrap_or_default();
@@ -323,7 +326,7 @@ impl<'a> Run<'a> {
                     .try_for_each(|slot| self.machine.vm().move_and_restore(slot))
                     .and_then(|()| self.replace_memory())
             })?,
-            Change::SmiStorm | Change::Script | Change::TwelveRoles => {
+            Change::SmiStorm | Change::Script | Change::TwelveRoles | Change::Unpaged(_) => {
                 return Err(Failure::Check(format!("{toggling}: it is no single change")));
             }
         };
@@ -356,6 +359,15 @@ impl<'a> Run<'a> {
     pub fn step(&self, phase: &str, round: u64, of: u64) {
         let round = if round == 0 { String::new() } else { format!(" {round} of {of}") };
         self.progress.step(&format!("{}, {} pass: {phase}{round}", self.toggling, self.pass.name()));
+    }
+
+    /// Adds a phase that the guest measured.
+    pub fn phase_by_guest(&mut self, phase: &str, round: u64, ticks: u64, clean: bool) {
+        let (unit, convert) = pass::ticks_to(self.setup.plan.timer.clock().unit(), self.machine.tsc_khz());
+        self.phase(phase, round, convert(ticks), clean);
+        if let Some(phase) = self.row.phases.last_mut() {
+            unit.clone_into(&mut phase.unit);
+        }
     }
 
     /// Adds a phase to the row.
@@ -411,9 +423,16 @@ impl<'a> Run<'a> {
         self.log.as_mut().map_or(Ok(()), |log| log.during(cause)).map_err(Failure::from)
     }
 
+    /// What was torn down so far is of no touch that is counted.
+    pub fn check_log_begins(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.torn_down();
+        }
+    }
+
     /// What the torn-down roots mapped is what was faulted in again: two counts of the same by different events. KVM's older MMU keeps the tables below
     /// a root that goes, and a nested guest's root has no tables of this VM's own.
-    fn check_log(&mut self, round: u64, faults: Faults) -> Result<(), Failure> {
+    pub fn check_log(&mut self, round: u64, faults: Faults) -> Result<(), Failure> {
         let mapped = match (&mut self.log, &self.l2) {
             (_, Some(l2)) => l2.torn_down()?,
             (Some(log), None) if matches!(self.counting, Counting::Tracepoint(_)) => {

@@ -236,6 +236,7 @@ pub fn twelve_roles(run: &mut Run) -> Result<(), Failure> {
         let mut faults = Faults::default();
         for (number, role) in Role::TWELVE.into_iter().enumerate() {
             run.step("role", number as u64 + 1, Role::TWELVE.len() as u64);
+            run.about_to("12-roles")?;
             let window = run.machine.command(Command::Role, role.word())?;
             let before = run.faults()?;
             let touch = run.machine.command(Command::Touch, round << 32 | pages)?;

@@ -107,7 +107,7 @@ fn step(line: &str) -> Result<Step, String> {
     let toggling: Toggling = line.parse().map_err(|why: String| why.trim_start_matches("--toggle ").to_owned())?;
     match toggling.change {
         _ if toggling.by_all => Err(format!("{line}: a script is the first vCPU's (leave @all away)")),
-        Change::Nested | Change::SmiStorm | Change::Script | Change::TwelveRoles => {
+        Change::Nested | Change::SmiStorm | Change::Script | Change::TwelveRoles | Change::Unpaged(_) => {
             Err(format!("{line}: a row of its own, no step of a script"))
         }
         change => Ok(Step::Toggle(change)),

@@ -18,6 +18,7 @@ use kvm_ioctls::Cap;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 use umbra_shared::layout::Slot;
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::{MAX_ACCESSES, Pattern};
@@ -32,6 +33,8 @@ pub enum Fault {
     ExtraPage,
     /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
     BreakSmm,
+    /// Puts an endless loop there.
+    LoopSmm,
 }
 
 impl Fault {
@@ -40,10 +43,26 @@ impl Fault {
             "lose-page" => Ok(Self::LosePage),
             "extra-page" => Ok(Self::ExtraPage),
             "break-smm" => Ok(Self::BreakSmm),
-            other => Err(input(format!("--inject {other}: there are lose-page, extra-page and (in roots) break-smm"))),
+            "loop-smm" => Ok(Self::LoopSmm),
+            other => Err(input(format!(
+                "--inject {other}: there are lose-page, extra-page and (in roots) break-smm, loop-smm"
+            ))),
+        }
+    }
+
+    /// The code that takes the place of SMM's handler: HLT, or a jump to itself.
+    pub const fn smm_code(self) -> Option<&'static [u8]> {
+        match self {
+            Self::BreakSmm => Some(&[0xf4]),
+            Self::LoopSmm => Some(&[0xeb, 0xfe]),
+            Self::LosePage | Self::ExtraPage => None,
         }
     }
 }
+
+/// How long a guest may be silent inside one command; and one that is known to be.
+const PATIENCE: Duration = Duration::from_secs(120);
+const IMPATIENCE: Duration = Duration::from_secs(1);
 
 /// Accesses per million TSC ticks.
 const DEFAULT_RATE: u64 = 100;
@@ -341,6 +360,7 @@ impl Setup {
             smm: None,
             image: options.image,
             timer: Timer::new(ground.clock()),
+            patience: if options.inject == Some(Fault::LoopSmm) { IMPATIENCE } else { PATIENCE },
         };
         let mut trackers = options.trackers;
         if trackers.rows.is_empty() {

@@ -15,6 +15,8 @@ use umbra_shared::toggle::{CpuidBit, Toggle};
 pub enum Change {
     /// The firmware changes its vCPU's mode.
     Firmware(Toggle),
+    /// The firmware touches its pages without paging, changes that bit there and back, and touches them again before paging is on again (unpaged.rs).
+    Unpaged(Toggle),
     /// The monitor sets CR0.WP and clears it, by `KVM_SET_SREGS`.
     Sregs,
     /// The monitor takes a bit out of CPUID and puts it back.
@@ -45,12 +47,16 @@ impl Change {
             Self::Script,
             Self::TwelveRoles,
         ];
-        Toggle::ALL.iter().copied().map(Self::Firmware).chain(own)
+        let unpaged = [Toggle::None, Toggle::La57, Toggle::Lme].map(Self::Unpaged);
+        Toggle::ALL.iter().copied().map(Self::Firmware).chain(unpaged).chain(own)
     }
 
     const fn name(self) -> &'static str {
         match self {
             Self::Firmware(toggle) => toggle.name(),
+            Self::Unpaged(Toggle::La57) => "cr4.la57:unpaged",
+            Self::Unpaged(Toggle::Lme) => "efer.lme:unpaged",
+            Self::Unpaged(_) => "none:unpaged",
             Self::Sregs => "sregs",
             Self::Cpuid => "cpuid",
             Self::Nested => "nested",
@@ -115,7 +121,7 @@ impl FromStr for Toggling {
             return Err(format!("--toggle {text}: there is no such toggle; there are {}", names.join(", ")));
         };
         if by_all && !change.is_of_a_vcpu() {
-            return Err(format!("--toggle {text}: it is about all vCPUs as it is (leave @all away)"));
+            return Err(format!("--toggle {text}: it is none that each vCPU makes (leave @all away)"));
         }
         Ok(Self { change, by_all })
     }
@@ -138,7 +144,7 @@ impl Toggling {
     /// [`Error::Capability`] with what is missing.
     pub fn check(self) -> Result<(), Error> {
         let toggle = match self.change {
-            Change::Firmware(toggle) => toggle,
+            Change::Firmware(toggle) | Change::Unpaged(toggle) => toggle,
             Change::SmiStorm => Toggle::Smm,
             Change::Nested => return capabilities::nested_svm(),
             _ => return Ok(()),
@@ -276,6 +282,6 @@ mod tests {
     fn by_default_there_are_all_and_with_two_vcpus_in_both_ways() {
         let (one, two) = (toggles(&[], 1).unwrap(), toggles(&[], 2).unwrap());
         assert_eq!(one.len(), Change::all().count() - 1);
-        assert_eq!(two.len(), 2 * one.len() - 4);
+        assert_eq!(two.len(), 2 * one.len() - 7);
     }
 }

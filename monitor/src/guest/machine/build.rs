@@ -71,6 +71,7 @@ impl Machine {
             image: Arc::clone(&plan.image),
             rings,
             clock: plan.timer.clock(),
+            patience: plan.patience,
             stats,
             tsc_khz,
             l2,
