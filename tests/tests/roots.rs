@@ -93,7 +93,12 @@ fn a_kernel_that_keeps_roots_faults_nothing_in_again_but_for_slots() {
         let of_slots = row.name.starts_with("slot-");
         assert_eq!(refaults(row), if of_slots { PAGES } else { 0 }, "{}", row.name);
         // A mode that never changed would cost nothing.
-        assert!(row.name.starts_with("none") || cheapest(row, "toggle") > 2_000, "{}: {}", row.name, cheapest(row, "toggle"));
+        assert!(
+            row.name.starts_with("none") || cheapest(row, "toggle") > 2_000,
+            "{}: {}",
+            row.name,
+            cheapest(row, "toggle")
+        );
     }
     let missing: Vec<_> =
         record.rows.iter().filter(|row| matches!(row, Rows::NotHere { .. })).map(Rows::name).collect();

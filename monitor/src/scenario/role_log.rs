@@ -5,8 +5,8 @@
 //! highest level), one is zapped, an entry is set. A root of the TDP MMU has no event of its own at its end, so the end is that of the table below
 //! it. Mapped pages are leaves of tracked memory that were set since the newest root was made, and are counted for that root.
 //!
-//! The TDP MMU of kernels before 5.11 does not take part ("KVM: x86/mmu: Add existing trace points to TDP MMU", 33dd3574f5fe). There its own functions
-//! are events: a root is asked for, a table is made, an entry changes, a root is freed. A teardown's pages are then counted as they are zapped.
+//! 5.10's TDP MMU tells nothing of its roots: neither that one is made nor that it goes. There its own functions are events: a root is asked for, a
+//! table is made, an entry changes, a root is freed. A teardown's pages are then counted as they are zapped.
 
 use crate::host;
 use crate::kvm::Error;
@@ -140,7 +140,7 @@ impl RoleWord {
 /// Field order matters: a probe that is still recorded cannot go.
 pub struct RoleLog {
     events: Events,
-    _probes: Option<Probes>,
+    probes: Option<Probes>,
     lives: Lives,
 }
 
@@ -156,7 +156,7 @@ impl RoleLog {
         let names: Vec<_> = probes.iter().flat_map(|it| PROBES.map(|(probe, ..)| it.event(&probe))).collect();
         let of_probes = names.iter().zip(PROBES).map(|(event, (_, fields, filter))| Wanted { event, fields, filter });
         let wanted: Vec<_> = OF_ALL.into_iter().chain(of_probes).collect();
-        Ok(Self { events: Events::record(&wanted)?, _probes: probes, lives: Lives { tracked, ..Lives::default() } })
+        Ok(Self { events: Events::record(&wanted)?, probes, lives: Lives { tracked, ..Lives::default() } })
     }
 
     /// Takes in what happened since the last time; `cause` is what was being done.
@@ -165,6 +165,9 @@ impl RoleLog {
     /// [`Error::Call`] if events were lost; [`Error::Capability`] if a role is none.
     pub fn during(&mut self, cause: &str) -> Result<(), Error> {
         for event in self.events.take()? {
+            if self.probes.is_some() && is_told_by_probes(&event) {
+                continue;
+            }
             self.lives.take(event.time, said(&event), cause).map_err(|word| Error::Capability {
                 capability: "struct kvm_mmu_page as 5.10 has it",
                 consequence: format!("a table's role reads {word:#x} on this kernel, so its roots cannot be logged"),
@@ -183,6 +186,15 @@ impl RoleLog {
     #[must_use]
     pub fn finish(self) -> Vec<RootLife> {
         self.lives.all.into_iter().map(|(_, life)| life).collect()
+    }
+}
+
+/// Whether the probes tell that too: 5.10's TDP MMU, whose tables are all direct, takes part in some events.
+fn is_told_by_probes(event: &Event) -> bool {
+    let is_direct = |word: u64| word >> 7 & 1 == 1;
+    match event.which {
+        0 | 1 => event.fields.first().is_some_and(|&role| is_direct(role)),
+        which => which == 2,
     }
 }
 
@@ -319,6 +331,15 @@ mod tests {
         // An end of another kind's, and one that was not seen to begin.
         let other = lives(&[Made(ROOT), Mapped(PAGE), Ending(RoleWord(ROOT.0 | 1 << 24)), Freed, Freed]);
         assert_eq!((other.torn_down, other.all[0].1.life), (0, None));
+    }
+
+    #[test]
+    fn what_probes_tell_is_not_taken_twice() {
+        let twice =
+            |which, role: RoleWord| is_told_by_probes(&Event { time: 0, which, fields: vec![role.0.into(), 0] });
+        assert!(twice(0, ROOT) && twice(1, ROOT) && twice(2, RoleWord(1)));
+        // A nested guest's tables are shadowed ones.
+        assert!(!twice(0, RoleWord(5)) && !twice(1, RoleWord(5)) && !twice(5, ROOT) && !twice(8, ROOT));
     }
 
     #[test]
