@@ -182,7 +182,8 @@ pub struct RunArgs {
     /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).
     #[arg(long)]
     pub chunk: Option<u64>,
-    /// What `roots` changes, there and back, separated by commas; with @all by every vCPU (default: all that this host has).
+    /// What `roots` changes, there and back, separated by commas; with @all by every vCPU in turn, with @once by all of them at once (default: all that this
+    /// host has).
     #[arg(long, value_delimiter = ',')]
     pub toggle: Vec<String>,
     /// The script of `roots`' row of that name: a file, or text:LINES (default: the changes of a Linux boot).

@@ -43,6 +43,8 @@ pub enum Doorbell {
     Yield = 10,
     /// L2 is in another role from here on, which its control page names.
     ChangeRole = 11,
+    /// This vCPU waits for another one, which may want to run.
+    Wait = 12,
 }
 
 impl Doorbell {
@@ -61,6 +63,7 @@ impl Doorbell {
             9 => Some(Self::Invalidate),
             10 => Some(Self::Yield),
             11 => Some(Self::ChangeRole),
+            12 => Some(Self::Wait),
             _ => None,
         }
     }
@@ -140,7 +143,8 @@ pub enum Command {
     Enter = 7,
     /// L1 alone: make all entries of its table for L2's pages that are not there yet.
     Fill = 8,
-    /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took. An L2 of the monitor's
+    /// Change the vCPU's mode there and back: the [`crate::toggle::Toggle`] whose number is the lower half of `argument`. If the upper half is not 0, wait
+    /// in between until so many vCPUs have come there since the boot (a bit's toggles alone). [`Mailbox::ticks`] is what that took. An L2 of the monitor's
     /// announces the roles that it passes through instead, and the ticks are those of L1, from the entry to the exit.
     Toggle = 9,
     /// Write the first pages, as many as the lower half of `argument` says, with the stamp of the round in its upper half.

@@ -42,7 +42,7 @@ pub trait Extension: Sized {
 
     /// Executed by L2: changes its mode there and back.
     fn toggle(toggle: Toggle) {
-        let _ = modes::toggle(toggle);
+        let _ = modes::toggle(toggle, None);
     }
 
     /// Executed by L2: says which role it is in. Panics where nobody wants to know.

@@ -13,6 +13,7 @@ use crate::arch::{modes, port, tsc, vcpu};
 use crate::boot::Setup;
 use crate::nested::Hypervisor;
 use crate::{console, selftest};
+use core::num::NonZeroU32;
 use core::ops::Range;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 use plan::Plan;
@@ -110,7 +111,10 @@ impl Worker {
                 Executed::default()
             }
             Command::Touch => self.tracked.populate(0..argument & u64::from(u32::MAX), argument >> 32),
-            Command::Toggle => Executed { writes: 0, ticks: modes::toggle(toggle(argument)) },
+            Command::Toggle => {
+                let all = NonZeroU32::new((argument >> 32) as u32).map(NonZeroU32::get);
+                Executed { writes: 0, ticks: modes::toggle(toggle(argument), all) }
+            }
             // What only a hypervisor does.
             Command::Enter | Command::Fill | Command::Edit | Command::Provoke | Command::Role | Command::GoOn => {
                 Executed::default()
@@ -120,7 +124,7 @@ impl Worker {
     }
 
     fn touch_unpaged(&self, argument: u64) -> Executed {
-        let toggle = toggle(argument & u64::from(u32::MAX));
+        let toggle = toggle(argument);
         let ticks = legacy::touch_unpaged(toggle, self.first_slot, self.pattern.pages, argument >> 32);
         Executed { writes: 2 * self.pattern.pages, ticks }
     }
@@ -253,7 +257,9 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
     })
 }
 
-fn toggle(number: u64) -> Toggle {
+/// The toggle that the lower half of an argument names.
+fn toggle(argument: u64) -> Toggle {
+    let number = argument & u64::from(u32::MAX);
     Toggle::from_number(number).unwrap_or_else(|| panic!("there is no toggle {number}"))
 }
 

@@ -265,6 +265,7 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
                             break failed("KVM_SMI")(error).to_string();
                         }
                     }
+                    Some(Doorbell::Wait) => std::thread::yield_now(),
                     Some(doorbell @ (Doorbell::EnterL2 | Doorbell::Invalidate | Doorbell::Yield)) => {
                         let Some(below) = &mut vcpu.below else { break format!("it rang {doorbell:?}, and has no L2") };
                         if let Err(error) = below.answer(doorbell) {

@@ -28,7 +28,8 @@ Roots by role: from the kernel's events in the observed passes of all rows, mach
 /// What stands under the table of many runs.
 const SERIES_FOOTNOTES: &str = "\
 The cheapest of the rounds. script: all of its toggles. L2 on umbra-mmu: the toggles that it announces; refaults are the shadow MMU's, behind the stroke
-KVM's own. walker: the same without KVM.
+KVM's own. walker: the same without KVM. An empty cell: that one has no such toggle; @all: by each vCPU in turn; @once: by all of them at once, none of
+which comes back before all have gone.
 ";
 
 /// The cheapest of a phase's clean rounds in the timed pass; where none is clean, the cheapest of all.
@@ -219,7 +220,7 @@ pub fn series(records: &[&Record]) -> String {
     let mut header = vec![heading_cell("toggle there and back\nrefaults after it")];
     header.extend(records.iter().map(|record| heading_cell(&place(record))));
     table.set_header(header);
-    let mut failed = false;
+    let (mut failed, mut rest) = (false, String::new());
     for name in names {
         let mut line = vec![Cell::new(name)];
         for record in records {
@@ -234,7 +235,10 @@ pub fn series(records: &[&Record]) -> String {
                         format!("{}{mark}\n{}", cost(row, "toggle"), refaults(row))
                     }
                 }
-                Some(Rows::NotHere { .. }) => "not here".to_owned(),
+                Some(Rows::NotHere { not_here, .. }) => {
+                    let _ = writeln!(rest, "{}: {name}: not here: {not_here}", place(record).replace('\n', ", "));
+                    "not here".to_owned()
+                }
                 None => String::new(),
             };
             line.push(right(text));
@@ -244,7 +248,7 @@ pub fn series(records: &[&Record]) -> String {
     let sizes: BTreeSet<u64> = records.iter().map(|record| pages(record)).collect();
     let sizes: Vec<_> = sizes.iter().map(u64::to_string).collect();
     let mut text = format!(
-        "roots: {} pages, every one of them touched before and after the toggle\n\n{table}\n",
+        "roots: {} pages, every one of them touched before and after the toggle\n\n{table}\n{rest}",
         sizes.join(" and ")
     );
     for record in records.iter().filter(|record| is_on_shadow_mmu(record)) {

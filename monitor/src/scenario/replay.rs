@@ -6,7 +6,7 @@ use super::Setup;
 use super::pass::Pass;
 use super::roots::{Faults, Run};
 use super::script::Step;
-use super::toggles::Toggling;
+use super::toggles::{By, Toggling};
 use crate::failure::Failure;
 use crate::kvm;
 use umbra_shared::pattern::Pattern;
@@ -51,9 +51,9 @@ pub fn replay(run: &mut Run) -> Result<(), Failure> {
             Step::Toggle(change) => {
                 round += 1;
                 run.step("change", round, changes);
-                let toggling = Toggling { change, by_all: false };
+                let toggling = Toggling { change, by: By::First };
                 run.about_to(&toggling.to_string())?;
-                let (cost, _, clean) = run.change(toggling)?;
+                let (cost, _, clean) = run.change(toggling, round)?;
                 sums.toggles += cost;
                 run.log(&toggling.to_string())?;
                 let (more, clean_touch, faults) = touch(run, round, used)?;
@@ -106,10 +106,10 @@ fn touch(run: &mut Run, round: u64, pages: u64) -> Result<(u64, bool, Faults), F
 /// # Errors
 /// That of the first that cannot.
 pub fn check(setup: &Setup) -> Result<(), kvm::Error> {
-    setup.script.changes().into_iter().try_for_each(|change| Toggling { change, by_all: false }.check())
+    setup.script.changes().into_iter().try_for_each(|change| Toggling { change, by: By::First }.check())
 }
 
 /// What SMM must see for the script.
 pub fn smm(setup: &Setup) -> Option<View> {
-    setup.script.changes().into_iter().find_map(|change| Toggling { change, by_all: false }.smm())
+    setup.script.changes().into_iter().find_map(|change| Toggling { change, by: By::First }.smm())
 }

@@ -10,7 +10,7 @@ use super::pass::{self, Pass};
 use super::role_log::RoleLog;
 use super::roots_l2::{self, OnL2};
 use super::setup::Fault;
-use super::toggles::{self, Change, Toggling};
+use super::toggles::{self, By, Change, Toggling};
 use super::{replay, storm, unpaged};
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
@@ -28,6 +28,7 @@ use umbra_shared::layout::TRACKED_GPA;
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, Nested, Way};
 use umbra_shared::protocol::Command;
 use umbra_shared::smm::View;
+use umbra_shared::toggle::Toggle;
 
 /// The counter of the tracepoint.
 const FAULTS: &str = "page_faults";
@@ -255,7 +256,7 @@ impl<'a> Run<'a> {
             self.step("toggle", round, self.setup.rounds);
             self.machine.command(Command::Plan, round)?;
             self.about_to(&self.toggling.to_string())?;
-            let (value, unit, clean) = self.change(self.toggling)?;
+            let (value, unit, clean) = self.change(self.toggling, round)?;
             self.log(&self.toggling.to_string())?;
             self.phase("toggle", round, value, clean);
             if let Some(phase) = self.row.phases.last_mut() {
@@ -297,11 +298,11 @@ impl<'a> Run<'a> {
 
     /// The vCPUs that make a change.
     fn vcpus(&self, toggling: Toggling) -> Range<usize> {
-        0..if toggling.by_all { self.setup.plan.vcpus } else { 1 }
+        0..if toggling.by == By::First { 1 } else { self.setup.plan.vcpus }
     }
 
     /// Makes a change there and back, and lets KVM come to rest: what it took, in which unit, and whether that is a figure.
-    pub fn change(&self, toggling: Toggling) -> Result<(u64, &'static str, bool), Failure> {
+    pub fn change(&self, toggling: Toggling, round: u64) -> Result<(u64, &'static str, bool), Failure> {
         let timer = self.setup.plan.timer;
         let slots = 0..self.machine.vm().slots().len();
         let by_monitor = |work: &dyn Fn() -> Result<(), crate::kvm::Error>| {
@@ -310,6 +311,7 @@ impl<'a> Run<'a> {
         };
         let vcpus = self.vcpus(toggling);
         let window = match toggling.change {
+            Change::Firmware(toggle) if toggling.by == By::Together => return self.change_together(toggle, round),
             Change::Firmware(toggle) => return self.change_by_firmware(Command::Toggle, toggle as u64, vcpus),
             Change::Nested => return self.change_by_firmware(Command::Enter, 1, vcpus),
             Change::Sregs => self.machine.work(vcpus, || Box::new(toggles::set_sregs))?,
@@ -353,6 +355,17 @@ impl<'a> Run<'a> {
         let (unit, convert) = pass::ticks_to(self.setup.plan.timer.clock().unit(), self.machine.tsc_khz());
         std::thread::sleep(REST);
         Ok((convert(ticks), unit, clean))
+    }
+
+    /// All vCPUs at once, which wait for each other in between: what the slowest took, which has the others' part in it where they share a CPU.
+    fn change_together(&self, toggle: Toggle, round: u64) -> Result<(u64, &'static str, bool), Failure> {
+        let vcpus = self.setup.plan.vcpus;
+        let window = self.machine.command(Command::Toggle, (round * vcpus as u64) << 32 | toggle as u64)?;
+        let ticks = (0..vcpus).map(|vcpu| self.machine.mailbox(vcpu).map(|mailbox| mailbox.ticks));
+        let slowest = ticks.collect::<Result<Vec<_>, _>>()?.into_iter().max().unwrap_or(0);
+        let (unit, convert) = pass::ticks_to(self.setup.plan.timer.clock().unit(), self.machine.tsc_khz());
+        std::thread::sleep(REST);
+        Ok((convert(slowest), unit, window.clean))
     }
 
     /// Says how far it is.
