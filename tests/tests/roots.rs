@@ -219,7 +219,7 @@ fn an_l2_has_each_cure() {
     }
     // Toggles of a mode, and SMM, refault everything or nothing; places are VMs that roots have.
     for (policy, mode, smm, places) in
-        [("drop", true, true, 1..3), ("address-space", false, true, 1..3), ("keep", false, false, 2..3)]
+        [("drop", true, true, 1..3), ("address-space", false, true, 1..3), ("keep", false, false, 2..4)]
     {
         let words = ["run", "roots", "--memory", "1M", "--rounds", "2", "--roots", policy];
         let record = record(&words, 120);

@@ -8,7 +8,7 @@ use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use std::fmt;
 use std::str::FromStr;
 use umbra_shared::smm::View;
-use umbra_shared::toggle::{CpuidBit, Toggle};
+use umbra_shared::toggle::Toggle;
 
 /// What changes, and by whose hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
