@@ -31,6 +31,9 @@ pub trait Extension: Sized {
     /// L2 finds `value` in RAX.
     fn set_rax(&mut self, value: u64);
 
+    /// L2 begins anew at [`main`] when it is next entered: what it was doing is given up.
+    fn restart(&mut self);
+
     /// Accessed and dirty flags of L1's table are in use from now on, or not. Says whether that can be.
     fn use_flags(&mut self, on: bool) -> bool;
 
@@ -112,6 +115,8 @@ pub enum Answer {
     Made,
     /// It changed entries that translations may come from.
     Changed,
+    /// It did nothing: L2 gives up its work.
+    GivenUp,
 }
 
 /// What one run of L2 came to.
@@ -144,7 +149,8 @@ impl<E: Extension> L2<E> {
         &mut self.0
     }
 
-    /// Lets L2 do `work`. `violation` is called for each access that L1's table does not permit; L2 then tries again.
+    /// Lets L2 do `work`. `violation` is called for each access that L1's table does not permit; L2 then tries again, or gives the work up, which
+    /// must hold nothing that has to be dropped.
     ///
     /// Panics if L2 is left for another reason.
     pub fn run(&mut self, work: &mut dyn FnMut(), violation: &mut dyn FnMut(Violation) -> Answer) -> Run {
@@ -157,11 +163,11 @@ impl<E: Extension> L2<E> {
             run.ticks = left.ticks;
             match left.exit {
                 Exit::Hypercall => return run,
-                Exit::Violation(what) => {
-                    if violation(what) == Answer::Changed {
-                        self.0.forget();
-                    }
-                }
+                Exit::Violation(what) => match violation(what) {
+                    Answer::Made => {}
+                    Answer::Changed => self.0.forget(),
+                    Answer::GivenUp => self.0.restart(),
+                },
                 Exit::Interrupted => {}
                 Exit::Other { code, information: [first, second], rip } => {
                     panic!("L2 was left at {rip:#x} with exit code {code:#x} ({first:#x}, {second:#x})")

@@ -110,7 +110,9 @@ impl Extension for Paravirtual {
         let qualification = word(offset_of!(ControlPage, qualification));
         let exit = match control::Exit::from_number(code) {
             Some(control::Exit::Yield) => Exit::Hypercall,
-            Some(control::Exit::Violation) => Exit::Violation(Violation { code, qualification, address }),
+            Some(control::Exit::Violation | control::Exit::Misconfigured) => {
+                Exit::Violation(Violation { code, qualification, address })
+            }
             _ => Exit::Other { code, information: [address, qualification], rip: 0 },
         };
         Left { exit, ticks }
@@ -119,6 +121,11 @@ impl Extension for Paravirtual {
     fn set_rax(&mut self, value: u64) {
         // A register of a VM of the monitor's is dear: L2 reads it here.
         self.control.word(offset_of!(ControlPage, work)).store(value, Relaxed);
+    }
+
+    fn restart(&mut self) {
+        // The page still has the state in which L2 began.
+        self.control.word(offset_of!(ControlPage, start)).store(1, Relaxed);
     }
 
     fn use_flags(&mut self, on: bool) -> bool {

@@ -1,5 +1,6 @@
 //! The firmware as a hypervisor: each vCPU has an L2 of its own, all of them on one nested page table.
 
+mod edits;
 pub mod table;
 
 use crate::arch::l2::{Answer, Extension, L2, Tables, Violation};
@@ -30,6 +31,8 @@ pub struct Hypervisor<E> {
     /// L2's memory. Only L2 may use it.
     pub tracked: Tracked,
     report: &'static LiveReport,
+    /// Invalidations that were due and were made ([`edits`]).
+    forgotten: u64,
 }
 
 /// What the vCPUs share, made by the first to ask.
@@ -69,7 +72,7 @@ impl<E: Extension> Hypervisor<E> {
         let index = vcpu::current();
         let own_bytes = nested.own_table_bytes(setup.leaf);
         let l2 = L2::new(index, &Tables { pml4, own_bytes, root, nested: *nested })?;
-        let mut hypervisor = Self { l2, tracked, report: LiveReport::of(index) };
+        let mut hypervisor = Self { l2, tracked, report: LiveReport::of(index), forgotten: 0 };
         hypervisor.run(&mut || space::touch(pml4, own_bytes));
         Ok(hypervisor)
     }
