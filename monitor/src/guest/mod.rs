@@ -2,10 +2,12 @@
 
 pub mod image;
 pub mod machine;
+pub mod plan;
 pub mod smis;
 
 pub use image::Image;
-pub use machine::{Machine, Plan};
+pub use machine::Machine;
+pub use plan::Plan;
 
 use crate::{Failure, kvm};
 

@@ -1,0 +1,143 @@
+//! What the firmware and the monitor leave in memory for each other: mailboxes, histograms, L1's reports, and SMM's ledger.
+
+use super::Machine;
+use crate::guest::Error;
+use crate::kvm;
+use umbra_shared::histogram::Histogram;
+use umbra_shared::layout::vcpu_area;
+use umbra_shared::nested::Report;
+use umbra_shared::protocol::Mailbox;
+use umbra_shared::{PAGE_SIZE, smm};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use zerocopy::FromBytes;
+
+impl Machine {
+    /// The mailbox of one vCPU as the guest left it.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn mailbox(&self, vcpu: usize) -> Result<Mailbox, Error> {
+        read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::MAILBOX)
+    }
+
+    /// One word of a vCPU's mailbox, read while the guest runs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn rounds_done(&self, vcpu: usize) -> Result<u64, Error> {
+        self.load_mailbox(vcpu, std::mem::offset_of!(Mailbox, rounds_done))
+    }
+
+    /// Accesses that a vCPU's paced run has made, read while the guest runs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn accesses_done(&self, vcpu: usize) -> Result<u64, Error> {
+        self.load_mailbox(vcpu, std::mem::offset_of!(Mailbox, accesses_done))
+    }
+
+    fn load_mailbox(&self, vcpu: usize, field: usize) -> Result<u64, Error> {
+        let address = vcpu_area(vcpu) + vcpu_area::MAILBOX + field as u64;
+        self.vm
+            .system()
+            .load(GuestAddress(address), std::sync::atomic::Ordering::Acquire)
+            .map_err(|error| Error::Memory(error.to_string()))
+    }
+
+    pub(super) fn write_mailbox(&self, vcpu: usize, field: usize, value: u64) -> Result<(), Error> {
+        let address = vcpu_area(vcpu) + vcpu_area::MAILBOX + field as u64;
+        self.vm
+            .system()
+            .store(value, GuestAddress(address), std::sync::atomic::Ordering::Release)
+            .map_err(|error| Error::Memory(error.to_string()))
+    }
+
+    pub(super) fn text(&self, vcpu: usize) -> Result<String, Error> {
+        let mailbox = self.mailbox(vcpu)?;
+        let length = usize::try_from(mailbox.text_bytes).unwrap_or(usize::MAX).min(mailbox.text.len());
+        Ok(String::from_utf8_lossy(&mailbox.text[..length]).into_owned())
+    }
+
+    /// The stall histograms of all vCPUs together, in ticks of the guest's TSC.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if they are not there.
+    pub fn stalls(&self) -> Result<Histogram, Error> {
+        let mut all = Histogram::default();
+        for vcpu in 0..self.threads.len() {
+            all.merge(&read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::HISTOGRAM)?);
+        }
+        Ok(all)
+    }
+
+    /// What L1 reports about its L2s: the counts of all vCPUs together.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the reports are not there.
+    pub fn nested_report(&self) -> Result<Report, Error> {
+        (0..self.threads.len()).try_fold(Report::default(), |sum, vcpu| {
+            let one: Report = read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::NESTED_REPORT)?;
+            Ok(Report {
+                entries: sum.entries.saturating_add(one.entries),
+                violations: sum.violations.saturating_add(one.violations),
+                filled: sum.filled.saturating_add(one.filled),
+                // All vCPUs have one table.
+                table_pages: sum.table_pages.max(one.table_pages),
+                ..one
+            })
+        })
+    }
+
+    /// What SMM's handler keeps for one vCPU.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn smm_ledger(&self, vcpu: usize) -> Result<smm::Ledger, Error> {
+        read(self.vm.smram(), smm::smbase(vcpu) + smm::LEDGER)
+    }
+
+    /// Puts a HLT where every vCPU's handler begins.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is no SMRAM.
+    pub fn break_smm(&self) -> Result<(), Error> {
+        (0..self.threads.len()).try_for_each(|vcpu| {
+            let at = GuestAddress(smm::smbase(vcpu) + smm::ENTRY);
+            self.vm.smram().write_slice(&[0xf4], at).map_err(|error| Error::Memory(error.to_string()))
+        })
+    }
+
+    /// Whether everybody but SMM still finds what the monitor left in the place of one vCPU's SMRAM.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn smram_is_closed(&self, vcpu: usize) -> Result<bool, Error> {
+        let (first, pages) = (smm::smbase(vcpu), smm::SMRAM_BYTES / PAGE_SIZE);
+        (0..pages).try_fold(true, |closed, page| {
+            let bytes: [u8; 1 << umbra_shared::PAGE_SHIFT] = read(self.vm.system(), first + page * PAGE_SIZE)?;
+            Ok(closed && bytes.iter().all(|&byte| byte == kvm::vm::CLOSED_SMRAM))
+        })
+    }
+
+    /// Writes that the guest says its last command made, over all vCPUs.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the mailboxes are not there.
+    pub fn writes(&self) -> Result<u64, Error> {
+        (0..self.threads.len()).try_fold(0_u64, |sum, vcpu| Ok(sum.saturating_add(self.mailbox(vcpu)?.writes)))
+    }
+
+    /// Eight bytes of one vCPU's SMRAM, `offset` from its SMBASE on.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if they are not there.
+    pub fn smram_word(&self, vcpu: usize, offset: u64) -> Result<u64, Error> {
+        read(self.vm.smram(), smm::smbase(vcpu) + offset)
+    }
+}
+
+fn read<T: FromBytes>(memory: &GuestMemoryMmap, address: u64) -> Result<T, Error> {
+    let mut bytes = vec![0; size_of::<T>()];
+    memory.read_slice(&mut bytes, GuestAddress(address)).map_err(|error| Error::Memory(error.to_string()))?;
+    T::read_from_bytes(&bytes).map_err(|_| Error::Memory("a report has the wrong size".into()))
+}
