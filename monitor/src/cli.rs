@@ -226,6 +226,9 @@ pub struct NestedArgs {
     /// Pairs of leaves that L1 exchanges in each round, between L2's writes and the harvest (0).
     #[arg(long)]
     pub remaps: Option<u64>,
+    /// Random edits of L1's table that `edits` makes, in epochs of one to eight (500).
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub edits: Option<u64>,
     /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub mechanism: Vec<String>,
@@ -243,7 +246,8 @@ impl NestedArgs {
         let mechanism = (!self.mechanism.is_empty()).then(|| ("mechanism", self.mechanism.join(",").into()));
         let fault_source = self.fault_source.clone().map(|text| ("fault-source", text.into()));
         let remaps = self.remaps.map(|number| ("remaps", number.into()));
-        [nesting, accessed_dirty, fill_batch, remaps, mechanism, fault_source]
+        let edits = self.edits.map(|number| ("edits", number.into()));
+        [nesting, accessed_dirty, fill_batch, remaps, edits, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))

@@ -42,7 +42,8 @@ pub struct ControlPage {
     pub exit: u64,
     /// With [`Exit::Violation`]: the L2 physical address.
     pub address: u64,
-    /// With [`Exit::Violation`]: bit 1 if the access was a write.
+    /// With [`Exit::Violation`] what a processor says of the access: the exit qualification (EPT) or EXITINFO1 (other formats). With other exits,
+    /// and outside of all windows, bit 1 alone: set if the access was a write.
     pub qualification: u64,
 }
 

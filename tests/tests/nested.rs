@@ -30,6 +30,8 @@ const JOBS: [&str; 11] = [
     "--memory 1M --tracker clear --format pae --nesting svm",
     "--memory 1M --tracker clear --nesting svm",
 ];
+/// Random edits of L1's table, 500 of them: the last job.
+const EDITS: &str = "--memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect";
 /// The jobs whose truth holds.
 const GOOD: std::ops::Range<usize> = 0..8;
 const LOSES_A_PAGE: usize = 8;
@@ -38,7 +40,11 @@ const PAE: usize = 9;
 const ONE_WRITE_SHORT: usize = 10;
 
 fn args(words: &str) -> RunArgs {
-    let words = ["umbra", "run", "nested"].into_iter().chain(words.split_whitespace()).map(str::to_owned);
+    args_of("nested", words)
+}
+
+fn args_of(scenario: &str, words: &str) -> RunArgs {
+    let words = ["umbra", "run", scenario].into_iter().chain(words.split_whitespace()).map(str::to_owned);
     match cli::parse(words).expect("good words").command {
         Command::Run(args) => args,
         other => panic!("{other:?}"),
@@ -60,8 +66,9 @@ fn results() -> &'static [Result<Record, Failure>] {
             init: umbra_tests::binary(),
             append: String::new(),
         };
-        let mut jobs = JOBS.map(args);
+        let mut jobs = JOBS.map(args).to_vec();
         jobs[ONE_WRITE_SHORT].firmware = Some(PathBuf::from(env!("UMBRA_FIRMWARE_DIR")).join("one-write-short"));
+        jobs.push(args_of("edits", EDITS));
         lab::boot(&machine, &jobs, &progress).expect("the lab boots")
     })
 }
@@ -100,6 +107,16 @@ fn every_page_is_right() {
                 assert_eq!(l2.pages.reported, l1.pages.reported * aliases);
             }
         }
+    }
+}
+
+/// 500 edits of EPT12 by epochs: KVM's nested SVM, Umbra's shadow MMU and its software walker agree on every value and every violation.
+#[test]
+fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
+    let record = results()[JOBS.len()].as_ref().unwrap_or_else(|failure| panic!("{EDITS}: {failure}"));
+    assert_eq!(record.faults(), [""; 0]);
+    for name in ["svm", "umbra:log@kvm-bitmap", "umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
+        umbra_tests::edited(row(record, name), 500);
     }
 }
 
@@ -215,6 +232,32 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
     }
 }
 
+/// The same on this host, with two vCPUs that edit and probe in turn; and a walker that misses an epoch is noticed.
+#[test]
+fn random_edits_are_seen_by_l2_on_this_host() {
+    if !kvm_here() {
+        return refused(&["run", "edits", "--nesting", "umbra"], 3, &["/dev/kvm"]);
+    }
+    for options in [
+        "--memory 4M --alias 2 --vcpus 2",
+        "--memory 2M --format npt --edits 300 --seed 2",
+        "--memory 4M --alias 3 --alias-kind scattered --accessed-dirty clear --extent 8 --edits 300 --seed 3",
+    ] {
+        let words: Vec<_> = ["run", "edits", "--nesting", "umbra"].into_iter().chain(options.split(' ')).collect();
+        let record = record(&words, 120);
+        assert_eq!(record.faults(), [""; 0], "{options}");
+        assert!(record.measured().count() >= 2, "{options}");
+        let edits = args_of("edits", options).nested.edits.unwrap_or(500);
+        for row in record.measured() {
+            umbra_tests::edited(row, edits);
+        }
+    }
+    let lost = ["--nesting", "umbra", "--memory", "2M", "--strategy", "log", "--inject", "lose-edit"];
+    let run = umbra_tests::umbra(&[&["run", "edits"], &lost[..]].concat(), 120);
+    assert_eq!(run.code, Some(1), "{}", run.stderr);
+    assert!(run.stderr.contains("epoch 3, probe") && run.stderr.contains("the walker says"), "{}", run.stderr);
+}
+
 #[test]
 fn plain_l1_sees_aliases_everywhere() {
     if !kvm_here() {
@@ -250,6 +293,11 @@ fn bad_options_are_refused_in_one_line() {
         (vec!["nested", "--strategy", "log", "--mechanism", "mprotect"], vec!["nothing fits both", "log@kvm-clear"]),
         (vec!["nested", "--fault-source", "oracle"], vec!["oracle", "userfaultfd"]),
         (vec!["nested", "--extent", "3"], vec!["--extent 3"]),
+        (vec!["edits", "--leaf", "2m"], vec!["--leaf 2m", "4k"]),
+        (vec!["edits", "--memory", "3M"], vec!["--memory 3145728", "2M"]),
+        (vec!["edits", "--fill-batch", "2"], vec!["--fill-batch"]),
+        (vec!["nested", "--edits", "2"], vec!["nested", "--edits"]),
+        (vec!["edits", "--inject", "lose-page"], vec!["lose-page", "lose-edit"]),
         (vec!["dirty-log", "--fill-batch", "2"], vec!["dirty-log", "--fill-batch", "nested"]),
         (vec!["model", "--nesting", "svm"], vec!["model", "--nesting"]),
     ] {

@@ -182,7 +182,9 @@ impl Shadow {
                     Outcome::Reflected(Reflection::EptMisconfiguration) => {
                         Handled::ToL1(Exit::Misconfigured, address, write)
                     }
-                    Outcome::Reflected(_) => Handled::ToL1(Exit::Violation, address, write),
+                    Outcome::Reflected(Reflection::EptViolation(bits) | Reflection::NestedPageFault(bits)) => {
+                        Handled::ToL1(Exit::Violation, address, bits)
+                    }
                     Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
                 })
             },

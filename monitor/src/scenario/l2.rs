@@ -1,5 +1,6 @@
 //! The options of an L2, checked.
 
+use super::setup;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::kvm::Backing;
@@ -14,6 +15,9 @@ use umbra_shared::{Level, PAGE_SIZE};
 
 /// Edits of L1's table in a round that anybody waits for.
 const MAX_REMAPS: u64 = 1 << 20;
+
+/// Edits of L1's table without `--edits`.
+const EDITS: u64 = 500;
 
 /// A way to run L2, as `--nesting` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,6 +80,8 @@ pub struct L2Options {
     flags: Option<Flags>,
     fill_batch: u64,
     remaps: u64,
+    /// Random edits of the table, for the scenario that makes them.
+    pub edits: u64,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
     /// Whether mechanisms were asked for by name.
@@ -146,9 +152,14 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
+        let edits = given.edits.unwrap_or(EDITS);
+        if args.scenario == setup::EDITS {
+            check_edits(args, level, alias_kind)?;
+            config.insert("edits".to_owned(), edits.into());
+        }
         let means_by_name = !given.mechanism.is_empty();
         let extent = table.extent;
-        Ok(Self { ways, map, format, flags, fill_batch, remaps, means, means_by_name, source, extent })
+        Ok(Self { ways, map, format, flags, fill_batch, remaps, edits, means, means_by_name, source, extent })
     }
 
     /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
@@ -188,6 +199,31 @@ impl L2Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
         let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
         nested::Options { means, source, extent, pieces }
+    }
+}
+
+/// What random edits start from: a slot of whole regions, by small leaves, each copy's in tables of its own.
+fn check_edits(args: &RunArgs, leaf: Level, kind: AliasKind) -> Result<(), Failure> {
+    let wrong = |what: String| {
+        Err(Failure::Input(format!(
+            "{what}: edits begins with a table of 4k leaves for one slot of whole 2M, all of it filled"
+        )))
+    };
+    if leaf != Level::K4 {
+        return wrong("--leaf 2m and 1g".to_owned());
+    }
+    if kind == AliasKind::SharedTables {
+        return wrong("--alias-kind shared-tables".to_owned());
+    }
+    if args.slots > 1 {
+        return wrong(format!("--slots {}", args.slots));
+    }
+    if !args.memory.is_multiple_of(Level::M2.bytes()) {
+        return wrong(format!("--memory {}", args.memory));
+    }
+    match (args.nested.fill_batch, args.nested.remaps) {
+        (None | Some(0), None | Some(0)) => Ok(()),
+        _ => wrong("--fill-batch and --remaps".to_owned()),
     }
 }
 

@@ -5,6 +5,7 @@ mod collapse;
 mod cures;
 mod dirty_log;
 mod dirty_rate;
+mod edits;
 mod l2;
 mod model;
 mod nested;
@@ -102,6 +103,12 @@ pub const ALL: &[Scenario] = &[
         work: Work::Roots,
     },
     Scenario {
+        name: setup::EDITS,
+        description: "random edits of L1's table, by epochs: what L2 reads and writes and what L1 is told, beside Umbra's walker",
+        trackers: &[],
+        work: Work::Kvm(edits::run),
+    },
+    Scenario {
         name: "soak",
         description: "the guest writes while the controller harvests: a write may be reported late, never lost",
         trackers: &track::OF_KVM,
@@ -176,7 +183,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let has_l2 = setup::has_l2(name);
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
-            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --mechanism and --fault-source mean nothing (nested does)"
+            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --edits, --mechanism and --fault-source mean nothing (nested does)"
         )));
     }
     let has_toggles = name == setup::ROOTS;
@@ -191,10 +198,18 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     if has_toggles && (!args.tracker.is_empty() || args.chunk.is_some()) {
         return Err(Failure::Input("roots: it tracks no page, so --tracker and --chunk mean nothing".into()));
     }
-    if let Some(fault) = args.inject.as_deref().filter(|&fault| has_toggles != (fault == "break-smm")) {
+    let has_fault = |fault: &str| match fault {
+        "break-smm" => has_toggles,
+        "lose-edit" => name == setup::EDITS,
+        _ => !has_toggles && name != setup::EDITS,
+    };
+    if let Some(fault) = args.inject.as_deref().filter(|&fault| !has_fault(fault)) {
         return Err(Failure::Input(format!(
-            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots)"
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots, lose-edit of edits)"
         )));
+    }
+    if args.nested.edits.is_some() && name != setup::EDITS {
+        return Err(Failure::Input(format!("{name}: it makes no random edits, so --edits means nothing (edits does)")));
     }
     let ShadowArgs { split, collapse, roots, cache, .. } = args.shadow.clone();
     if has_l2 && (split, collapse, roots, cache) != (None, None, None, None) {

@@ -54,7 +54,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
 }
 
 /// The machine of a way to run L2, if the firmware and this host can. Umbra's rows differ in their means.
-fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) -> Result<Plan, Failure> {
+pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) -> Result<Plan, Failure> {
     let way = match nesting {
         Nesting::Plain => Way::Plain,
         Nesting::Svm => Way::Svm,

@@ -102,6 +102,15 @@ impl Machine {
         Ok(window)
     }
 
+    /// The same where nothing is timed, so that nothing need settle.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn untimed(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<(), Error> {
+        self.begin_of(vcpus.clone(), command, argument)?;
+        self.finish(vcpus, name(command)).map(|_| ())
+    }
+
     /// Gives all vCPUs a command and does not wait. [`Self::finish_all`] waits.
     ///
     /// # Errors
@@ -358,6 +367,8 @@ const fn name(command: Command) -> &'static str {
         Command::Toggle => "a toggle",
         Command::Touch => "touching pages",
         Command::Provoke => "provoking a violation",
+        Command::Play => "random edits of L1's table",
+        Command::Probe => "probing what they came to",
     }
 }
 

@@ -3,6 +3,7 @@
 use super::Machine;
 use crate::guest::Error;
 use crate::kvm;
+use umbra_shared::edits::Answers;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::vcpu_area;
 use umbra_shared::nested::Report;
@@ -86,6 +87,14 @@ impl Machine {
                 ..one
             })
         })
+    }
+
+    /// What became of the last probes of one vCPU's L2.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if they are not there.
+    pub fn answers(&self, vcpu: usize) -> Result<Answers, Error> {
+        read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::ANSWERS)
     }
 
     /// What SMM's handler keeps for one vCPU.
