@@ -226,7 +226,7 @@ pub struct NestedArgs {
     /// Pairs of leaves that L1 exchanges in each round, between L2's writes and the harvest (0).
     #[arg(long)]
     pub remaps: Option<u64>,
-    /// Random edits of L1's table that `edits` makes, in epochs of one to eight (500).
+    /// Random edits of L1's table that `edits` makes, in epochs of one to eight (500); cases of `hostile` (2000).
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     pub edits: Option<u64>,
     /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).

@@ -36,6 +36,8 @@ pub struct ControlPage {
     pub start: u64,
     /// L2's state when it begins: 64-bit mode at ring 3.
     pub state: State,
+    /// Not 0: L1 is told when L2 ends ([`Exit::Ended`]), as SVM's SHUTDOWN intercept has it. 0: the monitor stops the machine and says why.
+    pub intercept: u64,
     /// What L2 is to do; the monitor does not look at it.
     pub work: u64,
     /// Why L2 was left: [`Exit`]. Written by the monitor, as all that follows.
@@ -87,6 +89,9 @@ pub enum Exit {
     ExecuteRights = 5,
     /// The control page makes no sense; L2 did not run.
     Refused = 6,
+    /// L2 cannot go on: an exception that it did not expect, a triple fault, a halt, or an instruction that KVM cannot emulate. With
+    /// [`ControlPage::intercept`] alone.
+    Ended = 7,
 }
 
 impl Exit {
@@ -100,6 +105,7 @@ impl Exit {
             4 => Some(Self::Misconfigured),
             5 => Some(Self::ExecuteRights),
             6 => Some(Self::Refused),
+            7 => Some(Self::Ended),
             _ => None,
         }
     }

@@ -158,16 +158,30 @@ impl Epoch {
     }
 }
 
-struct Random(u64);
+/// A sequence of numbers.
+pub(crate) struct Random(u64);
 
 impl Random {
-    const fn next(&mut self) -> u64 {
+    /// Sequence `number` of those of `seed`.
+    pub(crate) const fn of(seed: u64, number: u64) -> Self {
+        Self(mix(seed ^ mix(number)))
+    }
+
+    /// The next number, of 63 bits.
+    pub(crate) const fn next(&mut self) -> u64 {
         self.0 = mix(self.0);
         self.0 >> 1
     }
 
-    const fn below(&mut self, limit: u64) -> u64 {
+    /// One below `limit`, which is not 0.
+    pub(crate) const fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
+    }
+
+    /// The same for a small limit.
+    #[allow(clippy::cast_possible_truncation)] // Below `limit`.
+    pub(crate) const fn index(&mut self, limit: usize) -> usize {
+        self.below(limit as u64) as usize
     }
 }
 
@@ -213,6 +227,18 @@ impl<W: Words> Board<W> {
     /// The words.
     pub const fn words(&mut self) -> &mut W {
         &mut self.words
+    }
+
+    /// Physical addresses of the directory, and of the regions' own tables.
+    #[must_use]
+    pub const fn places(&self) -> (u64, [u64; MAX_REGIONS]) {
+        (self.directory, self.tables)
+    }
+
+    /// L1's tracked pages.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.pages
     }
 
     /// Regions that are edited.
@@ -388,7 +414,7 @@ impl<W: Words> Board<W> {
 
     /// Plays epoch `number`.
     pub fn play(&mut self, seed: u64, number: u64) -> Epoch {
-        let mut random = Random(mix(seed ^ mix(number)));
+        let mut random = Random::of(seed, number);
         let mut epoch = Epoch { edits: 0, due: false, probes: [Probe::default(); MAX_PROBES], count: 0 };
         let mut edits = [None; MAX_EDITS];
         for edit in &mut edits {

@@ -150,8 +150,12 @@ pub enum Command {
     Edit = 13,
     /// L1 alone: play the edits of epoch `argument` ([`crate::edits`]) on its table. No L2 runs.
     Play = 14,
-    /// L1 says what is due after the last [`Command::Play`], and lets its L2 make the probes of that epoch.
+    /// L1 says what is due after the last [`Command::Play`], and lets its L2 make the probes of that epoch, or of the last [`Command::Attack`].
     Probe = 15,
+    /// L1 alone: make its table and control page what they were at first, all of L2's pages mapped.
+    Renew = 16,
+    /// L1 alone, a malicious one: case `argument` of [`crate::hostile`].
+    Attack = 17,
 }
 
 impl Command {
@@ -174,6 +178,8 @@ impl Command {
             13 => Some(Self::Edit),
             14 => Some(Self::Play),
             15 => Some(Self::Probe),
+            16 => Some(Self::Renew),
+            17 => Some(Self::Attack),
             _ => None,
         }
     }

@@ -9,6 +9,7 @@
 use super::paging::Format;
 use core::fmt;
 use umbra_shared::L2Gfn;
+use umbra_shared::hostile::Control;
 use umbra_shared::nested::Nested;
 
 /// A CPU's extension, with the one L2 that this vCPU has on it.
@@ -45,6 +46,17 @@ pub trait Extension: Sized {
     /// # Safety
     /// Only L2 may execute it.
     unsafe fn hypercall() -> u64;
+
+    /// What the monitor's interface alone has: L1 is told when L2 ends, and begins with a control page as it was at first.
+    fn renew(&mut self) {}
+
+    /// The same: stores words into the control page and rings, as a malicious L1 does, then makes the page what it was.
+    fn attack(&mut self, _control: &Control) {}
+
+    /// What an exit says that L1 cannot handle, in words; `None` for those that it can.
+    fn complaint(_violation: &Violation) -> Option<&'static str> {
+        None
+    }
 }
 
 /// What an L2 runs on.
@@ -117,6 +129,8 @@ pub enum Answer {
     Changed,
     /// It did nothing: L2 gives up its work.
     GivenUp,
+    /// The same, and L2 is not waited for: it does not come to its hypercall any more.
+    Stopped,
 }
 
 /// What one run of L2 came to.
@@ -129,7 +143,11 @@ pub struct Run {
 }
 
 /// The L2 of one vCPU.
-pub struct L2<E>(E);
+pub struct L2<E> {
+    extension: E,
+    /// It waits in its hypercall.
+    waits: bool,
+}
 
 impl<E: Extension> L2<E> {
     /// Makes the L2 of vCPU `vcpu`, which executes this, and lets it run up to its first hypercall.
@@ -137,7 +155,7 @@ impl<E: Extension> L2<E> {
     /// # Errors
     /// What this vCPU lacks.
     pub fn new(vcpu: usize, tables: &Tables) -> Result<Self, E::Absent> {
-        let mut l2 = Self(E::new(vcpu, tables)?);
+        let mut l2 = Self { extension: E::new(vcpu, tables)?, waits: false };
         l2.run(&mut || (), &mut |violation| -> Answer {
             panic!("L2 has no system slot at its frame {}", violation.gfn())
         });
@@ -146,7 +164,13 @@ impl<E: Extension> L2<E> {
 
     /// The extension, for what [`Self::run`] does not do.
     pub const fn extension(&mut self) -> &mut E {
-        &mut self.0
+        &mut self.extension
+    }
+
+    /// L2 begins anew when it is next entered.
+    pub fn restart(&mut self) {
+        self.extension.restart();
+        self.waits = false;
     }
 
     /// Lets L2 do `work`. `violation` is called for each access that L1's table does not permit; L2 then tries again, or gives the work up, which
@@ -155,18 +179,29 @@ impl<E: Extension> L2<E> {
     /// Panics if L2 is left for another reason.
     pub fn run(&mut self, work: &mut dyn FnMut(), violation: &mut dyn FnMut(Violation) -> Answer) -> Run {
         let mut work: &mut dyn FnMut() = work;
-        self.0.set_rax((&raw mut work).expose_provenance() as u64);
-        let mut run = Run::default();
+        let work = (&raw mut work).expose_provenance() as u64;
+        let (mut run, mut handed) = (Run::default(), false);
         loop {
-            let left = self.0.enter();
+            if self.waits {
+                if handed {
+                    return run;
+                }
+                self.extension.set_rax(work);
+                (self.waits, handed) = (false, true);
+            }
+            let left = self.extension.enter();
             run.entries += 1;
             run.ticks = left.ticks;
             match left.exit {
-                Exit::Hypercall => return run,
+                Exit::Hypercall => self.waits = true,
                 Exit::Violation(what) => match violation(what) {
                     Answer::Made => {}
-                    Answer::Changed => self.0.forget(),
-                    Answer::GivenUp => self.0.restart(),
+                    Answer::Changed => self.extension.forget(),
+                    Answer::GivenUp => self.restart(),
+                    Answer::Stopped => {
+                        self.restart();
+                        return run;
+                    }
                 },
                 Exit::Interrupted => {}
                 Exit::Other { code, information: [first, second], rip } => {

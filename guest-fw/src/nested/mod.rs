@@ -1,6 +1,8 @@
 //! The firmware as a hypervisor: each vCPU has an L2 of its own, all of them on one nested page table.
 
 mod edits;
+mod hostile;
+mod probes;
 pub mod table;
 
 use crate::arch::l2::{Answer, Extension, L2, Tables, Violation};
@@ -81,6 +83,9 @@ impl<E: Extension> Hypervisor<E> {
     pub fn run(&mut self, work: &mut dyn FnMut()) -> u64 {
         let report = self.report;
         let mut violation = |violation: Violation| {
+            if let Some(complaint) = E::complaint(&violation) {
+                panic!("{complaint}: at L2's {:#x}", violation.address);
+            }
             let made = SHARED.with(|shared| match shared {
                 Some(shared) => shared.table.violation(violation.gfn()),
                 None => Err(Refusal::Beyond(violation.gfn())),

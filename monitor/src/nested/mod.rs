@@ -34,6 +34,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 use memory::L1Pages;
 use source::Kind;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// `KVM_CAP_PRE_FAULT_MEMORY` (include/uapi/linux/kvm.h).
@@ -60,6 +61,8 @@ pub struct Host {
     memory: Arc<L1Pages>,
     shadow: Mutex<Shadow>,
     pre_faults: bool,
+    /// An L2 that is kicked next is given back to its L1.
+    expelled: AtomicBool,
 }
 
 impl Host {
@@ -74,7 +77,7 @@ impl Host {
         let source = options.source.open()?;
         let shadow = Shadow::new(Arc::clone(&l2), Arc::clone(&memory), source, options)?;
         let pre_faults = kvm::vm::offered(&l2, CAP_PRE_FAULT_MEMORY) > 0;
-        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow), pre_faults }))
+        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow), pre_faults, expelled: AtomicBool::new(false) }))
     }
 
     /// Makes vCPU `index` of L2, which runs on the thread of L1's.
@@ -85,6 +88,11 @@ impl Host {
         let fd = self.vm.create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
         Ok(L2Vcpu::new(Arc::clone(self), index, fd))
+    }
+
+    /// An L2 whose vCPU is kicked from now on ends for its L1 ([`umbra_shared::control::Exit::Ended`]), once.
+    pub fn expel(&self) {
+        self.expelled.store(true, Ordering::Release);
     }
 
     /// L1's memory.

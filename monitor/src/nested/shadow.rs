@@ -3,7 +3,7 @@
 use super::log::{Clearing, Log};
 use super::memory::{L1Pages, View};
 use super::source::{Fault, Place, Source};
-use super::windows::{Failed, Page, Windows};
+use super::windows::{Page, Windows};
 use super::{Means, Mechanism, Options};
 use crate::kvm::Error;
 use crate::pages::PageSet;
@@ -77,7 +77,7 @@ impl Shadow {
     }
 
     /// The root that L2 runs on.
-    pub(super) fn root(&self) -> Option<RootId> {
+    pub(crate) fn root(&self) -> Option<RootId> {
         self.loaded.map(|loaded| loaded.root)
     }
 
@@ -174,30 +174,32 @@ impl Shadow {
         let Some(loaded) = self.loaded else { return Err(Error::Memory("L2 runs without EPT12".into())) };
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         let outcome = self.mmu.fault(&mut env, loaded.root, address, request).map_err(|error| lost(&error))?;
-        self.check_windows()?.map_or_else(
-            || {
-                let write = u64::from(request.kind == Kind::Write) << 1;
-                Ok(match outcome {
-                    Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
-                    Outcome::Reflected(Reflection::EptMisconfiguration) => {
-                        Handled::ToL1(Exit::Misconfigured, address, write)
-                    }
-                    Outcome::Reflected(Reflection::EptViolation(bits) | Reflection::NestedPageFault(bits)) => {
-                        Handled::ToL1(Exit::Violation, address, bits)
-                    }
-                    Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
-                })
-            },
-            |gfn| Ok(Handled::ToL1(Exit::ExecuteRights, gfn.address(), 0)),
-        )
+        self.check_windows()?;
+        let write = u64::from(request.kind == Kind::Write) << 1;
+        Ok(match outcome {
+            Outcome::Mapped { .. } if !self.can_grant(loaded.root, address) => {
+                Handled::ToL1(Exit::ExecuteRights, address, write)
+            }
+            Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
+            Outcome::Reflected(Reflection::EptMisconfiguration) => Handled::ToL1(Exit::Misconfigured, address, write),
+            Outcome::Reflected(Reflection::EptViolation(bits) | Reflection::NestedPageFault(bits)) => {
+                Handled::ToL1(Exit::Violation, address, bits)
+            }
+            Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
+        })
     }
 
-    /// What the mapper could not do: a leaf whose rights cannot be enforced, or an error.
-    fn check_windows(&mut self) -> Result<Option<L2Gfn>, Error> {
+    /// Whether a mapping can grant what EPT02 does at `address`.
+    fn can_grant(&self, root: RootId, address: u64) -> bool {
+        let granted = self.mmu.peek(root, L2Gfn::containing(address)).ok().flatten();
+        granted.is_none_or(|(_, _, access)| Windows::can_grant(access))
+    }
+
+    /// What the mapper could not do.
+    fn check_windows(&mut self) -> Result<(), Error> {
         match self.windows.take_failure() {
-            None => Ok(None),
-            Some(Failed::ExecuteRights(gfn)) => Ok(Some(gfn)),
-            Some(Failed::Call(error)) => Err(Error::call("mapping L1's memory into a window of L2", error)),
+            None => Ok(()),
+            Some(error) => Err(Error::call("mapping L1's memory into a window of L2", error)),
         }
     }
 
@@ -227,7 +229,7 @@ impl Shadow {
         if !self.means.is_logged() {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
-            return self.check_windows().map(|_| ());
+            return self.check_windows();
         }
         let clearing = if self.means.mechanism == Mechanism::KvmClear { Clearing::Manual } else { Clearing::ByGet };
         let log = Log::new(self.windows.windows(), clearing, self.view.0.first_tracked(), self.view.0.frames());
@@ -244,7 +246,7 @@ impl Shadow {
         }
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Makes what was found report again.
@@ -258,7 +260,7 @@ impl Shadow {
         let first = self.view.0.first_tracked();
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.clear(&mut env, first, u64::MAX).map_err(|error| lost(&error))?;
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Ends tracking.
@@ -271,7 +273,7 @@ impl Shadow {
         }
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Whether clearing is a step of its own.

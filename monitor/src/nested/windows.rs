@@ -129,15 +129,6 @@ pub struct Counts {
     pub evicted_pages: u64,
 }
 
-/// Why a mapping could not be made effective.
-#[derive(Debug)]
-pub enum Failed {
-    /// The leaf permits no execution, or nothing else: see DESIGN's rule on rights.
-    ExecuteRights(L2Gfn),
-    /// A call failed.
-    Call(io::Error),
-}
-
 /// All windows.
 pub struct Windows {
     vm: Arc<VmFd>,
@@ -160,7 +151,7 @@ pub struct Windows {
     /// What was mapped since it was last looked at, for KVM to fault in beforehand.
     pub fresh: Vec<Extent>,
     /// What went wrong first.
-    failed: Option<Failed>,
+    failed: Option<io::Error>,
     /// What was done.
     pub counts: Counts,
     hand: usize,
@@ -262,7 +253,7 @@ impl Windows {
     }
 
     /// What went wrong since this was last asked.
-    pub fn take_failure(&mut self) -> Option<Failed> {
+    pub fn take_failure(&mut self) -> Option<io::Error> {
         self.failed.take()
     }
 
@@ -319,7 +310,7 @@ impl Windows {
         self.log.as_mut().map_or(Ok(()), |log| log.clear(&self.vm, &self.all))
     }
 
-    fn fail(&mut self, failed: Failed) {
+    fn fail(&mut self, failed: io::Error) {
         self.failed.get_or_insert(failed);
     }
 
@@ -445,7 +436,7 @@ impl Windows {
         runs
     }
 
-    fn try_map(&mut self, extent: Extent, frame: Frame, writable: bool) -> Result<(), Failed> {
+    fn try_map(&mut self, extent: Extent, frame: Frame, writable: bool) -> io::Result<()> {
         let kind = |page: Page, target: Frame| match page {
             _ if page == Page::new(target, writable) => None,
             _ if page.frame() == Some(target) => Some(true),
@@ -470,7 +461,7 @@ impl Windows {
                 // What was closed here was written by another page's name.
                 log.remapping(&self.vm, &self.all, index, &run).map_err(|error| call(&error))?;
             }
-            self.with_room(|windows| windows.map_run(index, run.clone(), first, writable)).map_err(Failed::Call)?;
+            self.with_room(|windows| windows.map_run(index, run.clone(), first, writable))?;
             self.fresh.push(Extent { start, frames: run.len() as u64, ..extent });
         }
         Ok(())
@@ -484,7 +475,7 @@ impl Windows {
         if self.log.is_some() { self.set_logged(index, true) } else { Ok(()) }
     }
 
-    fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> Result<(), Failed> {
+    fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> io::Result<()> {
         self.with_room(|windows| {
             let Some(window) = windows.all.get_mut(index) else { return Ok(()) };
             if window.pages.get(run.clone()).unwrap_or_default().contains(&Page::CLOSED) {
@@ -498,16 +489,21 @@ impl Windows {
             }
             Ok(())
         })
-        .map_err(Failed::Call)
     }
 
     fn concerns(&self, root: RootId) -> bool {
         self.root == Some(root)
     }
+
+    /// Whether a mapping can grant just that: KVM looks at the right to write alone, so reading and execution go together.
+    #[must_use]
+    pub fn can_grant(access: Access) -> bool {
+        access.allows(Access::READ.or(Access::EXECUTE))
+    }
 }
 
-fn call(error: &Error) -> Failed {
-    Failed::Call(io::Error::other(error.to_string()))
+fn call(error: &Error) -> io::Error {
+    io::Error::other(error.to_string())
 }
 
 impl Mapper for Windows {
@@ -515,8 +511,9 @@ impl Mapper for Windows {
         if !self.concerns(extent.root) {
             return;
         }
-        if !access.allows(Access::READ.or(Access::EXECUTE)) {
-            return self.fail(Failed::ExecuteRights(extent.start));
+        if !Self::can_grant(access) {
+            // L1 hears of it if L2 touches it.
+            return self.unmap(extent);
         }
         if let Err(failed) = self.try_map(extent, frame, access.allows(Access::WRITE)) {
             self.fail(failed);
@@ -527,9 +524,8 @@ impl Mapper for Windows {
         if !self.concerns(extent.root) {
             return;
         }
-        if !access.allows(Access::READ.or(Access::EXECUTE)) {
-            self.unmap(extent);
-            return self.fail(Failed::ExecuteRights(extent.start));
+        if !Self::can_grant(access) {
+            return self.unmap(extent);
         }
         let writable = access.allows(Access::WRITE);
         let kind = |page: Page, _| (page != Page::CLOSED && page.writable() != writable).then_some(());
@@ -546,7 +542,7 @@ impl Mapper for Windows {
         }
         for (index, run, ()) in self.runs(extent, |page, _| (page != Page::CLOSED).then_some(()), Frame(0)) {
             if let Err(error) = self.with_room(|windows| windows.close_run(index, run.clone())) {
-                self.fail(Failed::Call(error));
+                self.fail(error);
             }
         }
     }

@@ -170,7 +170,7 @@ impl Check {
                 reported.insert(page);
             }
             // No report's.
-            Some((Fault::BreakSmm | Fault::LoseEdit, _)) | None => {}
+            Some((Fault::BreakSmm | Fault::LoseEdit | Fault::StrayPage, _)) | None => {}
         }
     }
 

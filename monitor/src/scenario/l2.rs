@@ -16,8 +16,9 @@ use umbra_shared::{Level, PAGE_SIZE};
 /// Edits of L1's table in a round that anybody waits for.
 const MAX_REMAPS: u64 = 1 << 20;
 
-/// Edits of L1's table without `--edits`.
+/// Edits of L1's table, and cases of a malicious L1, without `--edits`.
 const EDITS: u64 = 500;
+const CASES: u64 = 2000;
 
 /// A way to run L2, as `--nesting` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -152,8 +153,8 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
-        let edits = given.edits.unwrap_or(EDITS);
-        if args.scenario == setup::EDITS {
+        let edits = given.edits.unwrap_or(if args.scenario == setup::HOSTILE { CASES } else { EDITS });
+        if setup::has_edits(&args.scenario) {
             check_edits(args, level, alias_kind)?;
             config.insert("edits".to_owned(), edits.into());
         }

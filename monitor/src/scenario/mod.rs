@@ -6,6 +6,7 @@ mod cures;
 mod dirty_log;
 mod dirty_rate;
 mod edits;
+mod hostile;
 mod l2;
 mod model;
 mod nested;
@@ -77,6 +78,12 @@ pub const ALL: &[Scenario] = &[
         description: "how fast a guest dirties its memory, by each tracker and by sampling: the error, the guest's loss, what stays behind",
         trackers: &track::ALL,
         work: Work::Kvm(dirty_rate::run),
+    },
+    Scenario {
+        name: setup::HOSTILE,
+        description: "a malicious L1: nonsense in its table, its control page and its doorbells; what L2 sees, and what the monitor maps",
+        trackers: &[],
+        work: Work::Kvm(hostile::run),
     },
     Scenario {
         name: MODEL,
@@ -201,15 +208,18 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let has_fault = |fault: &str| match fault {
         "break-smm" => has_toggles,
         "lose-edit" => name == setup::EDITS,
-        _ => !has_toggles && name != setup::EDITS,
+        "stray-page" => name == setup::HOSTILE,
+        _ => !has_toggles && !setup::has_edits(name),
     };
     if let Some(fault) = args.inject.as_deref().filter(|&fault| !has_fault(fault)) {
         return Err(Failure::Input(format!(
-            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots, lose-edit of edits)"
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots, lose-edit of edits, stray-page of hostile)"
         )));
     }
-    if args.nested.edits.is_some() && name != setup::EDITS {
-        return Err(Failure::Input(format!("{name}: it makes no random edits, so --edits means nothing (edits does)")));
+    if args.nested.edits.is_some() && !setup::has_edits(name) {
+        return Err(Failure::Input(format!(
+            "{name}: it makes no random edits, so --edits means nothing (edits and hostile do)"
+        )));
     }
     let ShadowArgs { split, collapse, roots, cache, .. } = args.shadow.clone();
     if has_l2 && (split, collapse, roots, cache) != (None, None, None, None) {

@@ -31,6 +31,8 @@ pub enum Fault {
     ExtraPage,
     /// Has the walker play another epoch than L1, once.
     LoseEdit,
+    /// Maps a page into a window that EPT02 does not grant.
+    StrayPage,
     /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
     BreakSmm,
 }
@@ -42,8 +44,9 @@ impl Fault {
             "extra-page" => Ok(Self::ExtraPage),
             "break-smm" => Ok(Self::BreakSmm),
             "lose-edit" => Ok(Self::LoseEdit),
+            "stray-page" => Ok(Self::StrayPage),
             other => Err(input(format!(
-                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm and (in edits) lose-edit"
+                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm, (in edits) lose-edit and (in hostile) stray-page"
             ))),
         }
     }
@@ -56,6 +59,8 @@ const DEFAULT_RATE: u64 = 100;
 pub const NESTED: &str = "nested";
 /// Another one.
 pub const EDITS: &str = "edits";
+/// One whose L1 is malicious.
+pub const HOSTILE: &str = "hostile";
 /// The last one.
 pub const VIOLATIONS: &str = "violations";
 /// The scenario that has toggles.
@@ -63,7 +68,12 @@ pub const ROOTS: &str = "roots";
 
 /// Whether the scenario of this name has an L2.
 pub fn has_l2(scenario: &str) -> bool {
-    [NESTED, EDITS, VIOLATIONS].contains(&scenario)
+    [NESTED, EDITS, HOSTILE, VIOLATIONS].contains(&scenario)
+}
+
+/// Whether the scenario of this name edits L1's table at random.
+pub fn has_edits(scenario: &str) -> bool {
+    [EDITS, HOSTILE].contains(&scenario)
 }
 
 /// More than anybody waits for; the stamps have room for 2^32.

@@ -3,6 +3,7 @@
 use super::Machine;
 use crate::guest::Error;
 use crate::kvm;
+use umbra_shared::control::ControlPage;
 use umbra_shared::edits::Answers;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::vcpu_area;
@@ -87,6 +88,14 @@ impl Machine {
                 ..one
             })
         })
+    }
+
+    /// The control page of one vCPU's L2, as L1 left it.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn control(&self, vcpu: usize) -> Result<ControlPage, Error> {
+        read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::CONTROL_BLOCK)
     }
 
     /// What became of the last probes of one vCPU's L2.
