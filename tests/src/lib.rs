@@ -126,3 +126,20 @@ pub fn edited(row: &umbra::report::record::Row, edits: u64) {
     assert_eq!((pages.missed, pages.extra), (0, 0), "{}", row.name);
     assert!(pages.written > edits / 2 || !row.name.starts_with("umbra:"), "{}: {pages:?}", row.name);
 }
+
+/// What a row of `hostile` has to have: cases of both kinds, most of whose probes could be foretold, and nothing that went wrong.
+///
+/// # Panics
+/// If it has not.
+pub fn besieged(row: &umbra::report::record::Row) {
+    let count = |name: &str| row.counters.get(name).unwrap_or_else(|| panic!("{} has no {name}", row.name)).value;
+    assert_eq!(count("faults"), 0, "{}", row.name);
+    assert!(count("control_pages") * 20 > count("cases"), "{}: {:?}", row.name, row.counters);
+    assert!(
+        count("compared") * 2 > count("probes") && count("probes") > 5 * count("cases"),
+        "{}: {:?}",
+        row.name,
+        row.counters
+    );
+    assert!(count("told") * 4 > count("probes") && count("told") < count("probes"), "{}: {:?}", row.name, row.counters);
+}

@@ -32,6 +32,9 @@ const JOBS: [&str; 11] = [
 ];
 /// Random edits of L1's table, 500 of them: the last job.
 const EDITS: &str = "--memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect";
+/// A malicious L1: the job after that.
+const HOSTILE: &str =
+    "--memory 4M --alias 2 --strategy log,write-protect --mechanism kvm-clear,mprotect --edits 250 --seed 100";
 /// The jobs whose truth holds.
 const GOOD: std::ops::Range<usize> = 0..8;
 const LOSES_A_PAGE: usize = 8;
@@ -69,6 +72,7 @@ fn results() -> &'static [Result<Record, Failure>] {
         let mut jobs = JOBS.map(args).to_vec();
         jobs[ONE_WRITE_SHORT].firmware = Some(PathBuf::from(env!("UMBRA_FIRMWARE_DIR")).join("one-write-short"));
         jobs.push(args_of("edits", EDITS));
+        jobs.push(args_of("hostile", HOSTILE));
         lab::boot(&machine, &jobs, &progress).expect("the lab boots")
     })
 }
@@ -117,6 +121,15 @@ fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
     assert_eq!(record.faults(), [""; 0]);
     for name in ["svm", "umbra:log@kvm-bitmap", "umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
         umbra_tests::edited(row(record, name), 500);
+    }
+}
+
+#[test]
+fn a_malicious_l1_meets_the_same_walls_in_the_lab() {
+    let record = results()[JOBS.len() + 1].as_ref().unwrap_or_else(|failure| panic!("{HOSTILE}: {failure}"));
+    assert_eq!(record.faults(), [""; 0]);
+    for name in ["umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
+        umbra_tests::besieged(row(record, name));
     }
 }
 
@@ -258,6 +271,33 @@ fn random_edits_are_seen_by_l2_on_this_host() {
     assert!(run.stderr.contains("epoch 3, probe") && run.stderr.contains("the walker says"), "{}", run.stderr);
 }
 
+/// Cases of a malicious L1 on this host; and a page that EPT02 does not grant is noticed.
+#[test]
+fn a_malicious_l1_gets_nothing_but_what_its_table_says() {
+    if !kvm_here() {
+        return refused(&["run", "hostile"], 3, &["/dev/kvm"]);
+    }
+    for options in [
+        "--memory 4M --alias 2 --strategy log --mechanism kvm-clear --edits 1100",
+        "--memory 2M --alias 3 --strategy log --mechanism kvm-bitmap --edits 400 --format npt --seed 5 --vcpus 2",
+    ] {
+        let words: Vec<_> = ["run", "hostile"].into_iter().chain(options.split(' ')).collect();
+        let record = record(&words, 300);
+        assert_eq!(record.faults(), [""; 0], "{options}");
+        for row in record.measured() {
+            umbra_tests::besieged(row);
+        }
+    }
+    let stray = ["--memory", "2M", "--edits", "10", "--strategy", "log", "--inject", "stray-page"];
+    let run = umbra_tests::umbra(&[&["run", "hostile"], &stray[..]].concat(), 120);
+    assert_eq!(run.code, Some(1), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("case 3 (--seed 1 --edits 4)") && run.stderr.contains("EPT02 has None"),
+        "{}",
+        run.stderr
+    );
+}
+
 #[test]
 fn plain_l1_sees_aliases_everywhere() {
     if !kvm_here() {
@@ -297,6 +337,7 @@ fn bad_options_are_refused_in_one_line() {
         (vec!["edits", "--memory", "3M"], vec!["--memory 3145728", "2M"]),
         (vec!["edits", "--fill-batch", "2"], vec!["--fill-batch"]),
         (vec!["nested", "--edits", "2"], vec!["nested", "--edits"]),
+        (vec!["hostile", "--inject", "lose-edit"], vec!["lose-edit", "stray-page"]),
         (vec!["edits", "--inject", "lose-page"], vec!["lose-page", "lose-edit"]),
         (vec!["dirty-log", "--fill-batch", "2"], vec!["dirty-log", "--fill-batch", "nested"]),
         (vec!["model", "--nesting", "svm"], vec!["model", "--nesting"]),

@@ -54,6 +54,7 @@ pub trait Extension: Sized {
     fn attack(&mut self, _control: &Control) {}
 
     /// What an exit says that L1 cannot handle, in words; `None` for those that it can.
+    #[must_use]
     fn complaint(_violation: &Violation) -> Option<&'static str> {
         None
     }

@@ -117,15 +117,15 @@ impl Shadow {
         Ok(true)
     }
 
+    /// Makes another root the one that L2 runs on. If it cannot be loaded, the old one stays, and what the windows map is still what it grants.
     fn load(&mut self, table: u64, role: RootRole) -> Result<(), MmuError> {
-        let old = self.loaded.take();
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
-        if let Some(old) = old {
-            self.mmu.drop_root(&mut env, old.root)?;
-        }
         let root = self.mmu.load_root(&mut env, role, table)?;
         self.windows.switch(root);
-        self.loaded = Some(Loaded { root, table, role });
+        if let Some(old) = self.loaded.replace(Loaded { root, table, role }) {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+            self.mmu.drop_root(&mut env, old.root)?;
+        }
         Ok(())
     }
 
@@ -177,7 +177,7 @@ impl Shadow {
         self.check_windows()?;
         let write = u64::from(request.kind == Kind::Write) << 1;
         Ok(match outcome {
-            Outcome::Mapped { .. } if !self.can_grant(loaded.root, address) => {
+            Outcome::Mapped { .. } if !self.is_effective(loaded.root, address)? => {
                 Handled::ToL1(Exit::ExecuteRights, address, write)
             }
             Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
@@ -189,10 +189,19 @@ impl Shadow {
         })
     }
 
-    /// Whether a mapping can grant what EPT02 does at `address`.
-    fn can_grant(&self, root: RootId, address: u64) -> bool {
-        let granted = self.mmu.peek(root, L2Gfn::containing(address)).ok().flatten();
-        granted.is_none_or(|(_, _, access)| Windows::can_grant(access))
+    /// Whether a mapping can grant what EPT02 does at `address`. EPT02 may grant less than EPT12 does by now: execution is asked for, if that is it.
+    fn is_effective(&mut self, root: RootId, address: u64) -> Result<bool, Error> {
+        let can_grant = |mmu: &Mmu| {
+            let granted = mmu.peek(root, L2Gfn::containing(address)).ok().flatten();
+            granted.is_none_or(|(_, _, access)| Windows::can_grant(access))
+        };
+        if can_grant(&self.mmu) {
+            return Ok(true);
+        }
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let outcome = self.mmu.fault(&mut env, root, address, Request::EXECUTE).map_err(|error| lost(&error))?;
+        self.check_windows()?;
+        Ok(matches!(outcome, Outcome::Mapped { .. } | Outcome::Retry) && can_grant(&self.mmu))
     }
 
     /// What the mapper could not do.

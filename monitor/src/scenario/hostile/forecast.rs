@@ -7,10 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use umbra_mmu::guest::{GuestCaps, Reflection};
 use umbra_mmu::reference::{Context, History, Reference, Verdict};
 use umbra_mmu::{Exchange, Format, Frame, Kind, L1Memory, Request, Slots};
-use umbra_shared::L2Gfn;
 use umbra_shared::control::Exit;
 use umbra_shared::edits::{Answer, Probe};
 use umbra_shared::nested::L2_BASE;
+use umbra_shared::{L2Gfn, PAGE_SIZE};
 
 /// L1's memory as it will be when L2 has written so far. It remembers which pages were walked.
 struct Overlay<'a> {
@@ -46,17 +46,36 @@ pub struct Forecast<'a> {
     slots: &'a Slots,
     context: Context,
     history: History,
+    /// Pages before this one hold what changes by itself: L1's stacks, its reports, tables in use.
+    first_tracked: Frame,
+}
+
+/// What a probe has to come to.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    /// The answer.
+    answer: Answer,
+    /// What is read may be anything.
+    any_value: bool,
+}
+
+impl Expected {
+    /// Whether this is what was foretold. Umbra's fault sources know the page of an access, not always the byte.
+    pub fn fits(&self, found: &Answer) -> bool {
+        let value = if self.any_value { 0 } else { found.value };
+        self.answer == Answer { value, address: found.address & !(PAGE_SIZE - 1), ..*found }
+    }
 }
 
 impl<'a> Forecast<'a> {
     /// Of the table at `root`.
     pub fn new(view: &'a View, slots: &'a Slots, format: Format, root: u64) -> Self {
         let context = Context { format, table: root, since: 0, violated: BTreeMap::new() };
-        Self { view, slots, context, history: History::default() }
+        Self { view, slots, context, history: History::default(), first_tracked: view.0.first_tracked() }
     }
 
     /// The answers to `probes`, as far as they can be told: a write into a table makes what follows a question of what was cached.
-    pub fn answers(&self, probes: &[(Probe, u64)]) -> Vec<Answer> {
+    pub fn answers(&self, probes: &[(Probe, u64)]) -> Vec<Expected> {
         let written = BTreeMap::new();
         let mut overlay = Overlay { view: self.view, written, walked: RefCell::default() };
         let (mut answers, mut writes) = (Vec::with_capacity(probes.len()), Vec::new());
@@ -68,9 +87,11 @@ impl<'a> Forecast<'a> {
             }
             answers.push(match verdict {
                 Ok(frame) => {
-                    Answer { value: if probe.write { 0 } else { overlay.word(frame, 0) }, ..Answer::default() }
+                    let any_value = frame < self.first_tracked && !probe.write;
+                    let value = if probe.write || any_value { 0 } else { overlay.word(frame, 0) };
+                    Expected { answer: Answer { value, ..Answer::default() }, any_value }
                 }
-                Err(answer) => answer,
+                Err(answer) => Expected { answer, any_value: false },
             });
         }
         let walked = overlay.walked.into_inner();

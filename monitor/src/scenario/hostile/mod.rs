@@ -15,7 +15,7 @@ use crate::report::Record;
 use crate::report::record::{Counter, Row};
 use crate::scenario::setup::Fault;
 use crate::track::{Kind, Tracker};
-use forecast::Forecast;
+use forecast::{Expected, Forecast};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -129,7 +129,10 @@ impl<'a> Siege<'a> {
         self.tracker.start(&self.machine)?;
         let cases = self.setup.l2.as_ref().map_or(0, |l2| l2.edits);
         for number in 0..cases {
-            self.case(number)?;
+            if let Err(error) = self.case(number) {
+                self.fault(number, &error.to_string());
+                break;
+            }
             if number % HARVEST == HARVEST - 1 {
                 self.tracker.harvest(&self.machine)?;
                 if self.tracker.clears() {
@@ -213,7 +216,7 @@ impl<'a> Siege<'a> {
     }
 
     /// What L2 will find; `None` where nobody can say: L1 did not say that its table changed, or took the code away that probes.
-    fn forecast(&self, case: &Case) -> Option<Vec<Answer>> {
+    fn forecast(&self, case: &Case) -> Option<Vec<Expected>> {
         if case.invalidations == 0 || !self.has_code() {
             return None;
         }
@@ -232,12 +235,10 @@ impl<'a> Siege<'a> {
         self.code.iter().all(|&(address, word)| memory.read(address) == word)
     }
 
-    fn compare(&mut self, number: u64, case: &Case, expected: &[Answer], found: &[Answer]) {
+    fn compare(&mut self, number: u64, case: &Case, expected: &[Expected], found: &[Answer]) {
         self.count("compared", expected.len() as u64);
-        // Umbra's fault sources know the page of an access, not always the byte.
-        let page = |answer: &Answer| Answer { address: answer.address & !(PAGE_SIZE - 1), ..*answer };
-        let different =
-            expected.iter().zip(found).zip(case.probes()).find(|((expected, found), _)| **expected != page(found));
+        let pairs = expected.iter().zip(found).zip(case.probes());
+        let different = pairs.into_iter().find(|((expected, found), _)| !expected.fits(found));
         if let Some(((expected, found), (probe, _))) = different {
             let what = format!(
                 "{probe:?} at {:#x} came to {found:x?}, and a walk of the table to {expected:x?}",
