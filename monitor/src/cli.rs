@@ -281,6 +281,9 @@ pub struct ShadowArgs {
     /// Pages that one fault may map, a power of two up to 512 (1; in nested 64, and 512 on huge pages).
     #[arg(long)]
     pub extent: Option<u32>,
+    /// Copies of huge leaves, 2 MiB each, that the strategy twin may hold at once; further leaves are split (64).
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub twins: Option<u32>,
     /// Split-cache sizes in objects, MINIMUM/CAPACITY (1/40 tables, 64/104 descriptors; given, both are that).
     #[arg(long)]
     pub cache: Option<String>,
@@ -299,7 +302,8 @@ impl ShadowArgs {
             ("cache", &self.cache),
         ];
         let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text.clone()?.into())));
-        let numbers = [("alias", self.alias), ("extent", self.extent.map(u64::from))];
+        let numbers =
+            [("alias", self.alias), ("extent", self.extent.map(u64::from)), ("twins", self.twins.map(u64::from))];
         let numbers = numbers.into_iter().filter_map(|(name, number)| Some((name, number?.into())));
         let strategy = (!self.strategy.is_empty()).then(|| ("strategy", self.strategy.join(",").into()));
         texts.chain(numbers).chain(strategy).map(|(name, value)| (name.to_owned(), value)).collect()

@@ -5,6 +5,7 @@ use crate::kvm::{self, Error};
 use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use kvm_ioctls::VmFd;
 use std::fmt;
+use umbra_mmu::track::{Strategy, strategy};
 
 /// What makes a strategy effective.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,10 +71,11 @@ pub struct Means {
 }
 
 /// What fits together.
-const FITTING: [(&str, &[Mechanism]); 3] = [
+const FITTING: [(&str, &[Mechanism]); 4] = [
     ("write-protect", &[Mechanism::Mprotect, Mechanism::UffdWp]),
     ("lazy-huge", &[Mechanism::Mprotect, Mechanism::UffdWp]),
     ("log", &[Mechanism::KvmBitmap, Mechanism::KvmClear]),
+    ("twin", &[Mechanism::Mprotect, Mechanism::UffdWp]),
 ];
 
 impl Means {
@@ -82,6 +84,12 @@ impl Means {
         FITTING
             .iter()
             .flat_map(|&(strategy, mechanisms)| mechanisms.iter().map(move |&mechanism| Self { strategy, mechanism }))
+    }
+
+    /// Whether writes are found by comparing bytes, so that a write of the bytes that were there may go unseen.
+    #[must_use]
+    pub fn compares(self) -> bool {
+        strategy(self.strategy).is_some_and(Strategy::compares)
     }
 
     /// Whether KVM's log of L2's VM does the work; else the shadow MMU does.

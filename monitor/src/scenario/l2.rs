@@ -8,6 +8,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use umbra_mmu::DEFAULT_TWINS;
 use umbra_mmu::track::STRATEGIES;
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, MapError, Nested, Way};
 use umbra_shared::{Level, PAGE_SIZE};
@@ -84,6 +85,8 @@ pub struct L2Options {
     pub source: Option<source::Kind>,
     /// Pages that one fault may map, if it was asked for.
     extent: Option<u32>,
+    /// Copies of huge leaves, if it was asked for.
+    twins: Option<u32>,
 }
 
 impl L2Options {
@@ -147,8 +150,8 @@ impl L2Options {
             config.insert(name.to_owned(), value);
         }
         let means_by_name = !given.mechanism.is_empty();
-        let extent = table.extent;
-        Ok(Self { ways, map, format, flags, fill_batch, remaps, means, means_by_name, source, extent })
+        let (extent, twins) = (table.extent, table.twins);
+        Ok(Self { ways, map, format, flags, fill_batch, remaps, means, means_by_name, source, extent, twins })
     }
 
     /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
@@ -187,7 +190,8 @@ impl L2Options {
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
         let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
-        nested::Options { means, source, extent, pieces }
+        let twins = self.twins.unwrap_or(DEFAULT_TWINS);
+        nested::Options { means, source, extent, twins, pieces }
     }
 }
 

@@ -154,9 +154,8 @@ impl Mmu {
     /// # Errors
     /// It is off already.
     pub fn stop(&mut self, env: &mut Env<'_>) -> Result<(), MmuError> {
-        if self.track.take().is_none() {
-            return Err(MmuError::NotTracking);
-        }
+        let track = self.track.take().ok_or(MmuError::NotTracking)?;
+        self.keep_room(track.twins);
         for page in 1..self.arena.end() {
             self.arena.header_mut(page).touched = 0;
         }
