@@ -229,7 +229,7 @@ pub struct NestedArgs {
     /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub mechanism: Vec<String>,
-    /// How umbra learns where L2 faulted: tracepoint, userfaultfd, auto (auto).
+    /// How umbra learns where L2 faulted: tracepoint, poison, userfaultfd, auto (auto).
     #[arg(long)]
     pub fault_source: Option<String>,
 }

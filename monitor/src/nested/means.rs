@@ -41,6 +41,24 @@ impl Mechanism {
     /// [`Error::Capability`] where KVM lacks it.
     pub fn prepare(self, vm: &VmFd, source: Kind) -> Result<(), Error> {
         const NAME: &str = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2";
+        self.suits(source)?;
+        if self == Self::KvmClear {
+            return kvm::vm::enable(
+                vm,
+                KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                NAME,
+                1,
+                "kvm-clear needs Linux 5.2 or later",
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether it works with faults told by `source`.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] with the source that it needs.
+    pub fn suits(self, source: Kind) -> Result<(), Error> {
         let needs = |kind: Kind, consequence: &str| {
             if source == kind {
                 return Ok(());
@@ -51,12 +69,9 @@ impl Mechanism {
             })
         };
         match self {
-            Self::KvmClear => {
-                kvm::vm::enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, NAME, 1, "kvm-clear needs Linux 5.2 or later")
-            }
             Self::Mprotect => needs(Kind::Tracepoint, "mprotect needs it to learn where L2 wrote"),
             Self::UffdWp => needs(Kind::Userfault, "uffd-wp is its own way to learn where L2 wrote"),
-            Self::KvmBitmap => Ok(()),
+            Self::KvmBitmap | Self::KvmClear => Ok(()),
         }
     }
 }
