@@ -41,7 +41,13 @@ impl Mechanism {
     /// [`Error::Capability`] where KVM lacks it.
     pub fn prepare(self, vm: &VmFd, source: Kind) -> Result<(), Error> {
         const NAME: &str = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2";
-        self.suits(source)?;
+        if !self.sources().contains(&source) {
+            let [needed, ..] = self.sources() else { return Ok(()) };
+            return Err(Error::Capability {
+                capability: needed.capability(),
+                consequence: format!("{} needs it to learn where L2 wrote (here: {source})", self.name()),
+            });
+        }
         if self == Self::KvmClear {
             return kvm::vm::enable(
                 vm,
@@ -54,24 +60,13 @@ impl Mechanism {
         Ok(())
     }
 
-    /// Whether it works with faults told by `source`.
-    ///
-    /// # Errors
-    /// [`Error::Capability`] with the source that it needs.
-    pub fn suits(self, source: Kind) -> Result<(), Error> {
-        let needs = |kind: Kind, consequence: &str| {
-            if source == kind {
-                return Ok(());
-            }
-            Err(Error::Capability {
-                capability: kind.capability(),
-                consequence: format!("{consequence} (here: {source})"),
-            })
-        };
+    /// The fault sources that it works with, the cheapest first. `mprotect` has to be told where L2 wrote; `uffd-wp` is its own way to learn it.
+    #[must_use]
+    pub const fn sources(self) -> &'static [Kind] {
         match self {
-            Self::Mprotect => needs(Kind::Tracepoint, "mprotect needs it to learn where L2 wrote"),
-            Self::UffdWp => needs(Kind::Userfault, "uffd-wp is its own way to learn where L2 wrote"),
-            Self::KvmBitmap | Self::KvmClear => Ok(()),
+            Self::Mprotect => &[Kind::Tracepoint],
+            Self::UffdWp => &[Kind::Userfault],
+            Self::KvmBitmap | Self::KvmClear => &Kind::ALL,
         }
     }
 }

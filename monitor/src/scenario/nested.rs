@@ -98,21 +98,11 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Plan, Failure
 fn fault_source(l2: &L2Options, means: Means, nested: Nested, progress: &Progress) -> Result<source::Kind, Failure> {
     // A page is read-only until its dirty flag is set.
     let read_only = nested.flags == Flags::Clear;
-    let suits = |kind: source::Kind| {
-        if read_only && !kind.tells_writes() {
-            return Err(kvm::Error::Capability {
-                capability: kind.capability(),
-                consequence:
-                    "it is not told of writes to read-only pages, which all are while L1's dirty flags are clear".into(),
-            });
-        }
-        means.mechanism.suits(kind)
-    };
     if let Some(kind) = l2.source {
-        suits(kind).and_then(|()| kind.open())?;
+        kind.open_for(read_only)?;
         return Ok(kind);
     }
-    let (kind, missing) = source::cheapest(suits)?;
+    let (kind, missing) = source::first(means.mechanism.sources(), read_only)?;
     let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
     progress.step(&format!("umbra:{means}: fault source {kind}{missing}"));
     Ok(kind)

@@ -58,6 +58,21 @@ impl Kind {
         !matches!(self, Self::Poison)
     }
 
+    /// [`Kind::open`], where there may be pages that L2 may only read.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] if it cannot tell of writes to them.
+    pub fn open_for(self, read_only: bool) -> Result<Box<dyn Source>, Error> {
+        if read_only && !self.tells_writes() {
+            return Err(Error::Capability {
+                capability: self.capability(),
+                consequence: "it is not told of writes to read-only pages, as all are while L1's dirty flags are clear"
+                    .into(),
+            });
+        }
+        self.open()
+    }
+
     /// Makes the source.
     ///
     /// # Errors
@@ -85,14 +100,17 @@ impl FromStr for Kind {
     }
 }
 
-/// The cheapest source that this host has of those that `suits` does not refuse with a reason, and what the cheaper ones lack.
+/// The first of `kinds` that this host has, and what those before it lack. With `read_only` there will be pages that L2 may only read.
 ///
 /// # Errors
 /// [`Error::Capability`] if it has none.
-pub fn cheapest(suits: impl Fn(Kind) -> Result<(), Error>) -> Result<(Kind, Vec<String>), Error> {
+pub fn first(kinds: &[Kind], read_only: bool) -> Result<(Kind, Vec<String>), Error> {
+    if let [only] = kinds {
+        return only.open_for(read_only).map(|_| (*only, Vec::new()));
+    }
     let mut missing = Vec::new();
-    for kind in Kind::ALL {
-        match suits(kind).and_then(|()| kind.open()) {
+    for &kind in kinds {
+        match kind.open_for(read_only) {
             Ok(_) => return Ok((kind, missing)),
             Err(error) => missing.push(format!("{kind}: {error}")),
         }
