@@ -6,7 +6,6 @@ use umbra_shared::Level;
 use super::{Leaf, Strategy, Tracking, Trapped};
 use crate::config::{Config, NoMemory, Split};
 use crate::defects::Defect;
-use crate::dirty::bits;
 use crate::memory::Env;
 use crate::mmu::Mmu;
 use crate::spte::{Frame, Spte};
@@ -100,9 +99,8 @@ impl Mmu {
         for twin in &twins {
             let changed = env.memory.changed_since(twin.first, &twin.kept, &twin.pages);
             for (word, block) in changed.into_iter().zip((0..).step_by(64)) {
-                for bit in bits(word) {
-                    track.dirty.insert(twin.first.plus(block + bit));
-                }
+                // A leaf begins at a multiple of its size, in memory too.
+                track.dirty.insert_word(twin.first.plus(block), word);
             }
         }
         self.keep_room(twins);
