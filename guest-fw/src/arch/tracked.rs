@@ -202,6 +202,7 @@ mod tests {
             Just(Kind::Sequential),
             Just(Kind::Random),
             Just(Kind::Stride(7)),
+            Just(Kind::Same(2)),
             Just(Kind::Clusters(5)),
             Just(Kind::HotSpot { pages: 10, share: 90 }),
         ];

@@ -145,7 +145,7 @@ impl Worker {
 
     fn make_plan(&mut self, round: u64) {
         self.plan.fill(&self.pattern, round, self.pattern.share(self.vcpu, self.vcpus));
-        self.round = round;
+        self.round = self.pattern.written_as(round);
         if self.conduct == Conduct::OneWriteShort {
             self.plan.cut_last_write();
         }
@@ -159,7 +159,7 @@ impl Worker {
         let mut round = first;
         while mailbox.stop.load(Relaxed) == 0 {
             self.make_plan(round);
-            let executed = self.tracked.paced(&self.plan, round, self.histogram, || {
+            let executed = self.tracked.paced(&self.plan, self.round, self.histogram, || {
                 // All accesses before this one are made.
                 mailbox.accesses_done.store(done, Release);
                 let due = due(&mut last, pace, mailbox);

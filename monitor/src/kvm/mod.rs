@@ -2,6 +2,7 @@
 
 pub mod capabilities;
 pub mod clock;
+pub mod copies;
 pub mod events;
 pub mod exits;
 pub mod fault_trace;

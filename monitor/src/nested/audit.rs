@@ -112,11 +112,11 @@ impl Shadow {
         let offset = mapping.offset + (number * PAGE_SIZE + window.place().start.0 - mapping.start);
         let closed = self.windows.source().closed();
         let right = match page.frame() {
-            None => closed == Closed::Empty && mapping.name.contains(Closed::NAME),
+            None => closed != Closed::Hole && mapping.name.contains(Closed::NAME),
             Some(frame) => {
                 // Where userfaultfd write-protects, all mappings have all rights; a page whose fault is being settled has none.
                 let rights = match closed {
-                    Closed::Hole if !page.writable() => "r--s",
+                    Closed::Hole | Closed::Poisoned if !page.writable() => "r--s",
                     _ => "rw-s",
                 };
                 self.is_at(frame, mapping.inode, offset)

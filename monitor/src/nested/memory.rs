@@ -1,13 +1,17 @@
 //! L1's memory as the shadow MMU sees it: the memory of all its slots, one after the other, by page index.
 
 use crate::hostmm::Hva;
+use crate::kvm::copies::{By, PageWords};
 use crate::kvm::memory::HostMemory;
 use crate::kvm::{Error, Vm};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use umbra_mmu::{Exchange, Frame, L1Memory, Slot};
+use umbra_mmu::{Exchange, Frame, L1Memory, NoMemory, Slot};
 use umbra_shared::{Gfn, Level, PAGE_SIZE};
+
+/// Pages of a leaf of 2 MiB.
+const LEAF: usize = 512;
 
 /// A slot's memory.
 #[derive(Debug)]
@@ -159,5 +163,19 @@ impl L1Memory for View {
     fn copy_page(&self, frame: Frame, page: &mut [u64; 512]) -> bool {
         let Some((part, index)) = self.0.part(frame) else { return false };
         part.memory.copy_page(index, page)
+    }
+
+    fn copy_leaf(&self, first: Frame, pages: &mut Vec<PageWords>) -> Result<[u64; 8], NoMemory> {
+        pages.try_reserve_exact(LEAF.saturating_sub(pages.len())).map_err(|_| NoMemory)?;
+        pages.resize(LEAF, [0; 512]);
+        let part = self.0.part(first);
+        let copied = part.is_some_and(|(part, page)| part.memory.copy_pages(page, pages, By::here()));
+        // A leaf lies in one slot. Else all of it differs from a copy that is none.
+        Ok([if copied { u64::MAX } else { 0 }; 8])
+    }
+
+    fn changed_since(&self, first: Frame, copied: &[u64; 8], pages: &[PageWords]) -> [u64; 8] {
+        let part = self.0.part(first).filter(|_| copied.iter().all(|word| *word == u64::MAX));
+        part.and_then(|(part, page)| part.memory.changed_since(page, pages, By::here())).unwrap_or([u64::MAX; 8])
     }
 }

@@ -49,6 +49,8 @@ pub struct Options {
     pub source: Kind,
     /// Pages that one fault may map.
     pub extent: u32,
+    /// Copies of huge leaves that `twin` may hold.
+    pub twins: u32,
     /// Single pages will change: no mapping is to cover 2 MiB.
     pub pieces: bool,
 }

@@ -15,7 +15,7 @@ use umbra_mmu::{
     Config, Env, Format, Invalidation, Kind, Memory, Mmu, MmuError, Outcome, Request, RootId, RootRole, Split,
 };
 use umbra_shared::control::{Entry, Exit};
-use umbra_shared::{L2Gfn, nested};
+use umbra_shared::{L2Gfn, Level, nested};
 
 /// Pages that an invalidation maps again at most: the cost of a doorbell is bounded.
 const AHEAD: usize = 512;
@@ -67,9 +67,17 @@ impl Shadow {
             extent: options.extent,
             first_tracked: memory.first_tracked(),
             split: Split::Shatter,
+            max_twins: options.twins,
             ..Config::new(memory.frames(), strategy.unwrap_or(&WriteProtect))
         };
-        let mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
+        let mut mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
+        if means.compares() {
+            let leaves = (memory.frames() - memory.first_tracked().0).div_ceil(Level::M2.frames());
+            let copies = u32::try_from(leaves).unwrap_or(u32::MAX).min(options.twins);
+            mmu.prepare_twins(copies).map_err(|_| {
+                Error::Memory(format!("--twins {}: no memory for {copies} copies of 2 MiB", options.twins))
+            })?;
+        }
         let found = umbra_mmu::PageSet::new(memory.frames());
         let windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
         let view = View(memory);
@@ -323,6 +331,10 @@ impl Shadow {
             ("window_closes", windows.closes),
             ("window_evicted_pages", windows.evicted_pages),
         ];
+        if self.means.compares() {
+            counters.push(("twins", mmu.twins));
+            counters.push(("twin_bytes", self.mmu.twin_bytes()));
+        }
         if let Some(log) = &self.windows.log {
             counters.push(("log_transfers", log.transfers));
         }

@@ -7,7 +7,7 @@ use crate::kvm::fault_trace::{FaultTrace, Traced};
 use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::vcpu::{Below, Exit};
 use crate::kvm::{Error, ioctls, vm};
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{kvm_regs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -21,8 +21,6 @@ use zerocopy::FromBytes;
 /// A fault that comes back so often, and nobody else's was handled meanwhile, will always come back.
 const PATIENCE: u32 = 10_000;
 
-const UNKNOWN: &str = "KVM_RUN of L2 failed (EFAULT), and the fault source knows no address";
-
 /// A vCPU of L2.
 pub struct L2Vcpu {
     host: Arc<Host>,
@@ -30,6 +28,8 @@ pub struct L2Vcpu {
     fd: VcpuFd,
     /// L1 waits for it.
     inside: bool,
+    /// The fault source knows its thread.
+    enlisted: bool,
     /// Entries that failed one after the other.
     failed: u32,
     /// `KVM_RUN` has yet to complete what L2 did outside of all windows.
@@ -66,7 +66,7 @@ enum Next {
 
 impl L2Vcpu {
     pub(super) const fn new(host: Arc<Host>, index: usize, fd: VcpuFd) -> Self {
-        Self { host, index, fd, inside: false, failed: 0, pending: false, trace: None }
+        Self { host, index, fd, inside: false, enlisted: false, failed: 0, pending: false, trace: None }
     }
 
     /// A word of L1's control page.
@@ -99,9 +99,16 @@ impl L2Vcpu {
             // KVM knows which states a processor cannot be in.
             return self.tell(control::Exit::Refused, 0, 1);
         }
-        if !self.host.shadow()?.enter(&entry)? {
+        let mut shadow = self.host.shadow()?;
+        if !shadow.enter(&entry)? {
+            drop(shadow);
             return self.tell(control::Exit::Refused, 0, 2);
         }
+        if !self.enlisted {
+            shadow.windows.source().enlist(&self.fd)?;
+            self.enlisted = true;
+        }
+        drop(shadow);
         (self.inside, self.failed) = (true, 0);
         Ok(())
     }
@@ -175,7 +182,7 @@ impl L2Vcpu {
     /// What becomes of it.
     fn next(&mut self, left: Left) -> Result<Next, Error> {
         let what = match left {
-            Left::Interrupted => return Ok(Next::L2),
+            Left::Interrupted => return self.interrupted(),
             Left::Fault => return self.fault(),
             Left::Beyond { gpa, write } => {
                 self.pending = true;
@@ -200,6 +207,12 @@ impl L2Vcpu {
         Ok(if intercepted && !printed { Next::L1(control::Exit::Ended, 0, 0) } else { Next::Stop(exit) })
     }
 
+    /// A signal ended `KVM_RUN`: a fault of L2's that is told so, or somebody wants the thread.
+    fn interrupted(&mut self) -> Result<Next, Error> {
+        let fault = self.host.shadow()?.windows.source().interrupted();
+        fault.map_or(Ok(Next::L2), |fault| self.handle(&fault))
+    }
+
     /// `KVM_RUN` failed: L2 touched a page that it may not, or not yet.
     fn fault(&mut self) -> Result<Next, Error> {
         let told = self.host.shadow()?.windows.source().told();
@@ -211,8 +224,14 @@ impl L2Vcpu {
                 std::thread::yield_now();
                 Ok(Next::L2)
             }
-            Told::Again | Told::Nothing => self.next(Left::Broken(UNKNOWN.to_owned())),
+            Told::Again | Told::Nothing => self.unknown(),
         }
+    }
+
+    /// `KVM_RUN` failed, and the source knows nothing about it.
+    fn unknown(&mut self) -> Result<Next, Error> {
+        let silence = self.host.shadow()?.windows.source().silence();
+        self.next(Left::Broken(silence.to_owned()))
     }
 
     /// Tries again, with KVM's tracepoint armed.
@@ -230,7 +249,7 @@ impl L2Vcpu {
             (Left::Fault, Some(Traced { address, write, table_walk })) => {
                 self.handle(&Fault { place: Place::Gpa(address), write, table_walk })
             }
-            (Left::Fault, None) => self.next(Left::Broken(UNKNOWN.to_owned())),
+            (Left::Fault, None) => self.unknown(),
             // Another vCPU has settled the same fault meanwhile.
             (left, _) => self.next(left),
         }
@@ -253,8 +272,8 @@ impl L2Vcpu {
             shadow.windows.fresh.clear();
             return Ok(());
         }
+        // Under the lock, so that nobody closes what KVM is about to map: over a poisoned page the call would not end.
         let fresh = std::mem::take(&mut shadow.windows.fresh);
-        drop(shadow);
         for extent in fresh {
             // It is a hint: what it does not do, a fault will.
             let _ = ioctls::pre_fault_memory(&self.fd, extent.start.address(), extent.frames * PAGE_SIZE);
@@ -284,8 +303,9 @@ impl Below for L2Vcpu {
     }
 }
 
-/// L2 begins: 64-bit mode at ring 3.
+/// L2 begins: 64-bit mode at ring 3, and nothing is left of an exception that was on its way when it was left.
 fn load(fd: &VcpuFd, state: &State) -> Result<(), Error> {
+    fd.set_vcpu_events(&kvm_vcpu_events::default()).map_err(vm::failed("KVM_SET_VCPU_EVENTS"))?;
     #[allow(clippy::cast_possible_truncation)] // A selector has 16 bits and a limit 32, whatever L1 writes.
     let (selector, table) = (|value: u64| value as u16, |[base, limit]: [u64; 2]| Table { base, limit: limit as u32 });
     let registers = kvm_regs { rip: state.rip, rsp: state.rsp, rflags: state.rflags | 2, ..kvm_regs::default() };

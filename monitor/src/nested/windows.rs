@@ -414,6 +414,18 @@ impl Windows {
         closed.then_some((index, pages))
     }
 
+    /// The window that holds all of `extent`, and the pages there, if all of them are mapped and their rights change: the usual case of a `protect`,
+    /// told at once.
+    fn mapped_otherwise(&self, extent: Extent, writable: bool) -> Option<(usize, Range<usize>)> {
+        let index = self.all.iter().position(|window| window.clip(extent).len() as u64 == extent.frames)?;
+        let window = self.all.get(index)?;
+        let pages = window.clip(extent);
+        let old = if writable { 0 } else { Page::WRITABLE };
+        let other = |page: &Page| page.0 & Page::WRITABLE != old || *page == Page::CLOSED;
+        let others = window.pages.get(pages.clone())?.iter().fold(false, |any, page| any | other(page));
+        (!others).then_some((index, pages))
+    }
+
     /// Runs of pages of `extent` for which `kind` says the same and something, each with its window.
     fn runs<T: PartialEq>(
         &self,
@@ -478,7 +490,8 @@ impl Windows {
     fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> io::Result<()> {
         self.with_room(|windows| {
             let Some(window) = windows.all.get_mut(index) else { return Ok(()) };
-            if window.pages.get(run.clone()).unwrap_or_default().contains(&Page::CLOSED) {
+            let pages = window.pages.get(run.clone()).unwrap_or_default();
+            if pages.contains(&Page::CLOSED) {
                 // An eviction, on the way here: what is closed is opened by its next fault.
                 return Ok(());
             }
@@ -529,7 +542,11 @@ impl Mapper for Windows {
         }
         let writable = access.allows(Access::WRITE);
         let kind = |page: Page, _| (page != Page::CLOSED && page.writable() != writable).then_some(());
-        for (index, run, ()) in self.runs(extent, kind, Frame(0)) {
+        let runs = match self.mapped_otherwise(extent, writable) {
+            Some((index, pages)) => vec![(index, pages, ())],
+            None => self.runs(extent, kind, Frame(0)),
+        };
+        for (index, run, ()) in runs {
             if let Err(failed) = self.protect_run(index, run, writable) {
                 self.fail(failed);
             }

@@ -9,6 +9,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use umbra_mmu::DEFAULT_TWINS;
 use umbra_mmu::track::STRATEGIES;
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, MapError, Nested, Way};
 use umbra_shared::{Level, PAGE_SIZE};
@@ -81,7 +82,7 @@ pub struct L2Options {
     flags: Option<Flags>,
     fill_batch: u64,
     remaps: u64,
-    /// Random edits of the table, for the scenario that makes them.
+    /// Random edits of the table, or cases of a malicious L1; 0 where there are none.
     pub edits: u64,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
@@ -91,6 +92,8 @@ pub struct L2Options {
     pub source: Option<source::Kind>,
     /// Pages that one fault may map, if it was asked for.
     extent: Option<u32>,
+    /// Copies of huge leaves, if it was asked for.
+    twins: Option<u32>,
 }
 
 impl L2Options {
@@ -153,14 +156,18 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
-        let edits = given.edits.unwrap_or(if args.scenario == setup::HOSTILE { CASES } else { EDITS });
-        if setup::has_edits(&args.scenario) {
+        let edits = match args.scenario.as_str() {
+            setup::EDITS => given.edits.unwrap_or(EDITS),
+            setup::HOSTILE => given.edits.unwrap_or(CASES),
+            _ => 0,
+        };
+        if edits > 0 {
             check_edits(args, level, alias_kind)?;
             config.insert("edits".to_owned(), edits.into());
         }
         let means_by_name = !given.mechanism.is_empty();
-        let extent = table.extent;
-        Ok(Self { ways, map, format, flags, fill_batch, remaps, edits, means, means_by_name, source, extent })
+        let (extent, twins) = (table.extent, table.twins);
+        Ok(Self { ways, map, format, flags, fill_batch, remaps, edits, means, means_by_name, source, extent, twins })
     }
 
     /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
@@ -198,8 +205,9 @@ impl L2Options {
     #[must_use]
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
-        let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
-        nested::Options { means, source, extent, pieces }
+        let pieces = !backing.is_huge() || self.remaps + self.edits > 0 && self.map.leaf() == Level::K4;
+        let twins = self.twins.unwrap_or(DEFAULT_TWINS);
+        nested::Options { means, source, extent, twins, pieces }
     }
 }
 

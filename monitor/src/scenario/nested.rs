@@ -12,13 +12,13 @@ use crate::failure::Failure;
 use crate::guest::Plan;
 use crate::host;
 use crate::kvm::{self, capabilities};
-use crate::nested::source;
+use crate::nested::{Means, Options, source};
 use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::{Row, Rows};
 use crate::track::Kind;
 use umbra_shared::Level;
-use umbra_shared::nested::{Flags, Format, Way};
+use umbra_shared::nested::{Flags, Format, Nested, Way};
 use umbra_shared::protocol::Command;
 
 /// The first entry maps what every entry needs; this one is warm.
@@ -34,7 +34,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
             Nesting::Umbra => l2.means.iter().copied().map(Kind::Shadow).collect(),
             _ => setup.trackers().to_vec(),
         };
-        let plan = plan(setup, l2, nesting, progress);
+        let plan = plan(setup, l2, nesting);
         for kind in kinds {
             let name = format!("{nesting}:{kind}");
             let row = match &plan {
@@ -54,7 +54,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
 }
 
 /// The machine of a way to run L2, if the firmware and this host can. Umbra's rows differ in their means.
-pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) -> Result<Plan, Failure> {
+pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Plan, Failure> {
     let way = match nesting {
         Nesting::Plain => Way::Plain,
         Nesting::Svm => Way::Svm,
@@ -62,7 +62,7 @@ pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &P
         Nesting::Umbra => Way::Umbra,
     };
     let nested = l2.nested(way);
-    let mut plan = Plan { nested: Some(nested), ..setup.plan.clone() };
+    let plan = Plan { nested: Some(nested), ..setup.plan.clone() };
     match (nesting, nested.format) {
         (Nesting::Plain, _) if nested.remaps > 0 => {
             return Err(not_here("L1's table", "plain has none that --remaps could edit"));
@@ -89,25 +89,35 @@ pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &P
         (Nesting::Umbra, Format::Npt) if nested.flags == Flags::Unused => {
             return Err(not_here("NPT without A and D", "they are always in use there"));
         }
-        (Nesting::Umbra, _) => {
-            let source = fault_source(l2, progress)?;
-            plan.shadow = l2.means.first().map(|&means| l2.options(means, source, plan.backing));
-        }
         _ => {}
     }
     Ok(plan)
 }
 
-/// The fault source that was asked for, or the cheapest that this host has.
-fn fault_source(l2: &L2Options, progress: &Progress) -> Result<source::Kind, Failure> {
+/// The fault source that was asked for, or the cheapest that this host has and `means` can do with.
+fn fault_source(l2: &L2Options, means: Means, nested: Nested, progress: &Progress) -> Result<source::Kind, Failure> {
+    // A page is read-only until its dirty flag is set, or because L1 edits its table at random.
+    let read_only = nested.flags == Flags::Clear || l2.edits > 0;
     if let Some(kind) = l2.source {
-        kind.open()?;
+        kind.open_for(read_only)?;
         return Ok(kind);
     }
-    let (kind, missing) = source::cheapest()?;
+    let (kind, missing) = source::first(means.mechanism.sources(), read_only)?;
     let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
-    progress.step(&format!("umbra: fault source {kind}{missing}"));
+    progress.step(&format!("umbra:{means}: fault source {kind}{missing}"));
     Ok(kind)
+}
+
+/// How L2 runs by `means`.
+pub(super) fn shadow(
+    setup: &Setup,
+    plan: &Plan,
+    means: Means,
+    progress: &Progress,
+) -> Result<Option<Options>, Failure> {
+    let (Some(l2), Some(nested)) = (&setup.l2, plan.nested) else { return Ok(None) };
+    let source = fault_source(l2, means, nested, progress)?;
+    Ok(Some(l2.options(means, source, plan.backing)))
 }
 
 fn not_here(capability: &'static str, consequence: &str) -> Failure {
@@ -118,7 +128,7 @@ fn row(setup: &Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) 
     let mut plan = plan.clone();
     let (begin, explained_by): (fn(&mut Run) -> _, _) = match (plan.nested.map(|nested| nested.way), kind) {
         (Some(Way::Umbra), Kind::Shadow(means)) => {
-            plan.shadow = plan.shadow.map(|options| crate::nested::Options { means, ..options });
+            plan.shadow = shadow(setup, &plan, means, progress)?;
             (begin_nested, ExplainedBy::L1)
         }
         (Some(Way::Svm | Way::Vmx), _) => (begin_nested, ExplainedBy::L2),

@@ -244,7 +244,7 @@ impl<'a> Run<'a> {
         let behind = (pattern.accesses() / 4..pattern.accesses()).map(|index| pattern.access(first, index));
         if let Some(page) = behind.filter(|access| access.write).map(|access| access.page).next() {
             // Later rounds have larger stamps.
-            let written = || machine.vm().first_word(page) >= Some(Pattern::stamp(first, page));
+            let written = || machine.vm().first_word(page) >= Some(Pattern::stamp(pattern.written_as(first), page));
             if !(0..LOOKS).any(|_| {
                 written() || {
                     std::thread::sleep(LOOK);

@@ -327,8 +327,7 @@ impl World {
             if written.by_mmu && self.tracking {
                 self.truth.insert(written.frame);
             }
-            if self.tracking && self.setup.config.strategy.name() == "twin" && !self.before.contains_key(&written.frame)
-            {
+            if self.tracking && self.setup.config.strategy.compares() && !self.before.contains_key(&written.frame) {
                 let mut page = Box::new([0; 512]);
                 self.walker.memory.copy_page(written.frame, &mut page);
                 page[(written.offset >> 3) as usize] = written.old;

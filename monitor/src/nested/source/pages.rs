@@ -32,6 +32,15 @@ pub fn map(stretch: Stretch, file: &OwnedFd, offset: u64, rights: Rights) -> io:
     Ok(())
 }
 
+/// The stretch is `file` from `offset` on, and nobody may touch it until [`admit`] says so.
+pub fn map_untouchable(stretch: Stretch, file: &OwnedFd, offset: u64) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: as in `map`.
+    unsafe { mm::mmap(address, length, ProtFlags::empty(), flags, file, offset) }?;
+    Ok(())
+}
+
 /// The stretch is a part of L1's memory. With `register` that is done before the host's page tables are filled.
 pub fn map_part(
     stretch: Stretch,

@@ -48,7 +48,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
             Nesting::Umbra => l2.means.iter().map(|&means| Some(Kind::Shadow(means))).collect(),
             _ => vec![None],
         };
-        let plan = super::nested::plan(setup, l2, nesting, progress);
+        let plan = super::nested::plan(setup, l2, nesting);
         for kind in kinds {
             let name = kind.map_or_else(|| nesting.to_string(), |kind| format!("{nesting}:{kind}"));
             let row = match &plan {
@@ -90,8 +90,8 @@ impl<'a> Game<'a> {
         progress: &Progress,
     ) -> Result<Self, Failure> {
         let mut plan = plan.clone();
-        if let (Some(Kind::Shadow(means)), Some(options)) = (kind, plan.shadow) {
-            plan.shadow = Some(crate::nested::Options { means, pieces: true, ..options });
+        if let Some(Kind::Shadow(means)) = kind {
+            plan.shadow = super::nested::shadow(setup, &plan, means, progress)?;
         }
         let Some(nested) = plan.nested else { return Err(Failure::Check("edits: a plan without an L2".into())) };
         let offered = if nested.way == Way::Vmx { Some(capabilities::nested_vmx()?) } else { None };

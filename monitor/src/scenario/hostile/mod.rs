@@ -54,7 +54,7 @@ impl Words for Memory<'_> {
 /// Runs the scenario.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("hostile: its options are missing".into())) };
-    let plan = super::nested::plan(setup, l2, Nesting::Umbra, progress);
+    let plan = super::nested::plan(setup, l2, Nesting::Umbra);
     let mut rows = Vec::new();
     for &means in &l2.means {
         let kind = Kind::Shadow(means);
@@ -89,7 +89,7 @@ struct Siege<'a> {
 impl<'a> Siege<'a> {
     fn new(setup: &'a Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) -> Result<Self, Failure> {
         let Kind::Shadow(means) = kind else { return Err(Failure::Check("hostile: no strategy".into())) };
-        let shadow = plan.shadow.map(|options| crate::nested::Options { means, pieces: true, ..options });
+        let shadow = super::nested::shadow(setup, plan, means, progress)?;
         let plan = Plan { shadow, ..plan.clone() };
         let Some(nested) = plan.nested else { return Err(Failure::Check("hostile: a plan without an L2".into())) };
         progress.step(&format!("{name}: {} cases", setup.l2.as_ref().map_or(0, |l2| l2.edits)));
