@@ -206,8 +206,9 @@ impl<'a> Siege<'a> {
     fn stray(&self) -> Result<(), Failure> {
         let mut shadow = self.host.shadow()?;
         let Some(root) = shadow.root() else { return Ok(()) };
-        let pages = (0..self.nested.map.l2_pages()).map(|page| L2_BASE.plus(page));
-        let free = pages.into_iter().find(|&gfn| shadow.mmu.peek(root, gfn).is_ok_and(|granted| granted.is_none()));
+        let windows = shadow.windows.windows().iter();
+        let mut pages = windows.flat_map(|window| (0..window.pages.len() as u64).map(|page| window.first.plus(page)));
+        let free = pages.find(|&gfn| shadow.mmu.peek(root, gfn).is_ok_and(|granted| granted.is_none()));
         if let Some(start) = free {
             let access = Access::READ.or(Access::WRITE).or(Access::EXECUTE);
             shadow.windows.map(Extent { root, start, frames: 1 }, Frame(0), Level::K4, access);
