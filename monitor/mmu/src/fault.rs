@@ -71,6 +71,26 @@ impl Mmu {
         }
     }
 
+    /// Maps the small leaf at `l2_gpa` for reading, if EPT12 has one there whose lowest table is shadowed already, and needs no flag set for it.
+    /// Says whether something was mapped. What L2 will touch costs no fault then; nothing counts as touched.
+    ///
+    /// # Errors
+    /// A stale root, or no memory: nothing was mapped then.
+    pub fn prefetch(&mut self, env: &mut Env<'_>, root: RootId, l2_gpa: u64) -> Result<bool, MmuError> {
+        let l2 = L2Gfn::containing(l2_gpa);
+        let (page, frames) = self.roots.get(root).map(|root| (root.page, root.frames))?;
+        if l2.0 >= frames {
+            return Ok(false);
+        }
+        let found = self.lookup_hinted(root, page, l2);
+        if found.level != Level::K4 || found.spte.present() {
+            return Ok(false);
+        }
+        let outcome = self.resolve_below(env, root, found.at, l2, Access::READ);
+        self.finish(env);
+        Ok(outcome?.is_some())
+    }
+
     /// A write hit a small leaf that is only closed.
     fn fault_closed(&mut self, env: &mut Env<'_>, root: RootId, l2: L2Gfn, at: SpteRef) {
         self.stats.wp_faults += 1;

@@ -162,9 +162,7 @@ impl Shadow {
             Place::Hva(at) => self.windows.gfn_at(at).map(L2Gfn::address),
         };
         let Some(address) = address else { return Ok(None) };
-        let kind = if fault.write { Kind::Write } else { Kind::Read };
-        let request = Request { table_walk: fault.table_walk, ..Request::of(kind) };
-        let handled = self.resolve(address, request);
+        let handled = self.resolve(address, fault.request());
         self.windows.source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
         handled.map(Some)
     }
@@ -190,6 +188,18 @@ impl Shadow {
         )
     }
 
+    /// Maps what L2 will touch, as far as EPT12 has it and no flag of EPT12's must be set for that. What it does not do, a fault will.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn prefetch(&mut self, address: u64) -> Result<(), Error> {
+        let Some(loaded) = self.loaded else { return Ok(()) };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.mmu.prefetch(&mut env, loaded.root, address).map_err(|error| lost(&error))?;
+        // Rights that cannot be enforced are L2's to ask for.
+        self.check_windows().map(|_| ())
+    }
+
     /// What the mapper could not do: a leaf whose rights cannot be enforced, or an error.
     fn check_windows(&mut self) -> Result<Option<L2Gfn>, Error> {
         match self.windows.take_failure() {
@@ -204,15 +214,12 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub(super) fn invalidate(&mut self) -> Result<(), Error> {
-        // To follow an entry that is not used yet would set its accessed flag.
-        let ahead = self.loaded.is_some_and(|loaded| !loaded.role.format.has_accessed_dirty());
-        self.windows.invalidated = Vec::with_capacity(if ahead { AHEAD } else { 0 });
+        self.windows.invalidated = Vec::with_capacity(AHEAD);
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.invalidate(&mut env, Invalidation::All);
         self.check_windows()?;
         for gfn in std::mem::take(&mut self.windows.invalidated) {
-            // What EPT12 does not permit any more L2 has to ask for.
-            self.resolve(gfn.address(), Request::READ)?;
+            self.prefetch(gfn.address())?;
         }
         Ok(())
     }

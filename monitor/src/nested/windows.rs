@@ -17,6 +17,9 @@ use std::sync::Arc;
 use umbra_mmu::{Access, Extent, Flush, Frame, Mapper, RootId};
 use umbra_shared::{L2Gfn, Level, control};
 
+/// `KVM_CAP_PRE_FAULT_MEMORY` (include/uapi/linux/kvm.h).
+const CAP_PRE_FAULT_MEMORY: u32 = 236;
+
 /// Pages of a piece: 1 MiB. A change of one page inside a mapping that covers 2 MiB makes KVM drop all 2 MiB, huge or not (Linux splits a huge
 /// entry that may be there, and tells KVM so: `split_huge_pmd_if_needed` in `mm/huge_memory.c`). So where pages are small, every other piece is set
 /// apart from its neighbours, and no mapping covers 2 MiB.
@@ -149,6 +152,8 @@ pub struct Windows {
     root: Option<RootId>,
     /// No mapping is to cover 2 MiB.
     pieces: bool,
+    /// Whether KVM can be told to map beforehand what is [`Self::fresh`].
+    pub pre_faults: bool,
     /// KVM's log of L2's VM.
     pub log: Option<Log>,
     /// L2's own page tables: frames that are mapped before L2 runs, and whether all of them are.
@@ -172,6 +177,7 @@ impl Windows {
     pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, pieces: bool) -> Self {
         Self {
             pieces,
+            pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
             vm,
             memory,
             source,
@@ -337,7 +343,9 @@ impl Windows {
                 end = end.min(at + PIECE - piece % PIECE);
             }
             let alone = self.pieces && piece / PIECE % 2 == 1;
-            source.map(window.stretch(&(at..end)), part, Mapped { writable, told_apart: self.log.is_some(), alone })?;
+            let told_apart = self.log.is_some();
+            let how = Mapped { writable, told_apart, alone, populate: told_apart || !self.pre_faults };
+            source.map(window.stretch(&(at..end)), part, how)?;
             self.counts.maps += 1;
             self.counts.mapped_pages += (end - at) as u64;
             Page::fill(window.pages.get_mut(at..end).unwrap_or_default(), first, writable);

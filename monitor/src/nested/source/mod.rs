@@ -13,6 +13,7 @@ use crate::kvm::Error;
 use std::fmt;
 use std::io;
 use std::str::FromStr;
+use umbra_mmu::Request;
 
 /// The sources there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +98,15 @@ pub struct Fault {
     pub table_walk: bool,
 }
 
+impl Fault {
+    /// What the shadow MMU is asked.
+    #[must_use]
+    pub const fn request(&self) -> Request {
+        let kind = if self.write { umbra_mmu::Kind::Write } else { umbra_mmu::Kind::Read };
+        Request { table_walk: self.table_walk, ..Request::of(kind) }
+    }
+}
+
 /// A page of L2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -119,7 +129,7 @@ pub enum Told {
     Nothing,
 }
 
-/// How pages are mapped. The host's page tables are filled at once.
+/// How pages are mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapped {
     /// L2 may write them.
@@ -129,6 +139,9 @@ pub struct Mapped {
     pub told_apart: bool,
     /// The mapping must not become one with its neighbours (see `windows::PIECE`).
     pub alone: bool,
+    /// The host's page tables are filled at once. Where `KVM_PRE_FAULT_MEMORY` follows, it does that as well, for less: Linux maps 16 pages around
+    /// each that KVM finds missing.
+    pub populate: bool,
 }
 
 /// What a closed page is.

@@ -36,16 +36,18 @@ pub fn map(stretch: Stretch, file: &OwnedFd, offset: u64, rights: Rights) -> io:
 pub fn map_part(
     stretch: Stretch,
     part: InFile<'_>,
-    write: bool,
+    rights: Rights,
     register: Option<&dyn Fn(Stretch) -> io::Result<()>>,
 ) -> io::Result<()> {
     if part.pages < stretch.pages {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let rights = Rights { write, populate: register.is_none() };
-    map(stretch, part.file, part.offset, rights)?;
+    map(stretch, part.file, part.offset, Rights { populate: rights.populate && register.is_none(), ..rights })?;
     let Some(register) = register else { return Ok(()) };
     register(stretch)?;
+    if !rights.populate {
+        return Ok(());
+    }
     let (address, length) = at(stretch);
     // SAFETY: as above. It reads, and a hint is all that it is.
     let _ = unsafe { mm::madvise(address, length, Advice::LinuxPopulateRead) };

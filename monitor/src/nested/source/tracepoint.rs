@@ -58,8 +58,9 @@ impl Source for Tracepoint {
     }
 
     fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
+        let rights = pages::Rights { write: how.writable, populate: how.populate };
         if !how.told_apart {
-            pages::map_part(stretch, file, how.writable, None)?;
+            pages::map_part(stretch, file, rights, None)?;
             return if how.alone { pages::set_apart(stretch) } else { Ok(()) };
         }
         if self.userfault.get().is_none() {
@@ -69,7 +70,7 @@ impl Source for Tracepoint {
         let register = |stretch| {
             self.userfault.get().map_or(Ok(()), |userfault| userfault.register(stretch).map_err(io::Error::other))
         };
-        pages::map_part(stretch, file, how.writable, Some(&register))?;
+        pages::map_part(stretch, file, rights, Some(&register))?;
         if how.alone { pages::set_apart(stretch) } else { Ok(()) }
     }
 
