@@ -71,8 +71,8 @@ impl Mmu {
         }
     }
 
-    /// Maps the small leaf at `l2_gpa` for reading, if EPT12 has one there whose lowest table is shadowed already, and needs no flag set for it.
-    /// Says whether something was mapped. What L2 will touch costs no fault then; nothing counts as touched.
+    /// Maps what EPT12 has at `l2_gpa` for reading, if no flag of EPT12 must be set for that and there is room. Says whether something was
+    /// mapped. What L2 will touch costs no fault then; nothing counts as touched.
     ///
     /// # Errors
     /// A stale root, or no memory: nothing was mapped then.
@@ -83,12 +83,36 @@ impl Mmu {
             return Ok(false);
         }
         let found = self.lookup_hinted(root, page, l2);
-        if found.level != Level::K4 || found.spte.present() {
+        if found.spte.present() {
             return Ok(false);
         }
-        let outcome = self.resolve_below(env, root, found.at, l2, Access::READ);
+        let outcome = match found.level {
+            Level::K4 => self.resolve_below(env, root, found.at, l2, Access::READ),
+            _ => self.prefetch_by_walk(env, root, page, l2),
+        };
         self.finish(env);
         Ok(outcome?.is_some())
+    }
+
+    fn prefetch_by_walk(
+        &mut self,
+        env: &mut Env<'_>,
+        root: RootId,
+        page: u32,
+        l2: L2Gfn,
+    ) -> Result<Option<Outcome>, NoMemory> {
+        let (role, table) = (self.arena.header(page).role, self.arena.header(page).gfn);
+        let mut walk = Walk::new();
+        let ended = guest::walk(&mut walk, env.memory, &self.slots, self.config.caps, (role, table), l2, Request::READ);
+        let flags = !role.format().has_accessed_dirty() || walk.accessed;
+        if ended != Ended::AtPage || !flags || self.arena.in_use() + PAGES_A_FAULT > self.config.quota() {
+            return Ok(None);
+        }
+        let gfn = Gfn(walk.gfn.0 | l2.0 & (walk.level.frames() - 1));
+        let Some(backing) = self.slots.find(gfn) else { return Ok(None) };
+        let rights = if backing.writable && walk.dirty { walk.access } else { walk.access.without(Access::WRITE) };
+        let target = Target { walk: &walk, l2, rights, frame: backing.frame, gfn, write: false };
+        self.map(env, root, page, &target).map(Some)
     }
 
     /// A write hit a small leaf that is only closed.

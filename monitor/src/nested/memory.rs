@@ -2,10 +2,10 @@
 
 use crate::hostmm::Hva;
 use crate::kvm::memory::HostMemory;
-use crate::kvm::{Error, Vm};
+use crate::kvm::{Backing, Error, Vm};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use umbra_mmu::{Exchange, Frame, L1Memory, Slot};
 use umbra_shared::{Gfn, Level, PAGE_SIZE};
 
@@ -37,6 +37,8 @@ pub struct InFile<'a> {
     pub offset: u64,
     /// Pages from it to the end of the part.
     pub pages: u64,
+    /// Whether all its pages are small ones.
+    pub small: bool,
 }
 
 impl L1Pages {
@@ -106,15 +108,23 @@ impl L1Pages {
     #[must_use]
     pub fn in_file(&self, frame: Frame) -> Option<InFile<'_>> {
         let (part, page) = self.part(frame)?;
-        Some(InFile { file: part.memory.file()?, offset: page * PAGE_SIZE, pages: part.pages - page })
+        let small = part.memory.backing() == Backing::ShmemSmall;
+        Some(InFile { file: part.memory.file()?, offset: page * PAGE_SIZE, pages: part.pages - page, small })
     }
 
     /// The word at L1 physical address `address`, a multiple of 8. `None` outside of memory.
     #[must_use]
-    pub fn word(&self, address: u64) -> Option<&std::sync::atomic::AtomicU64> {
+    pub fn word(&self, address: u64) -> Option<&AtomicU64> {
         let gfn = Gfn::containing(address);
         let part = self.parts.iter().find(|part| gfn.0.wrapping_sub(part.base.0) < part.pages)?;
         part.memory.word(gfn.0 - part.base.0, address % PAGE_SIZE)
+    }
+
+    /// The first word of the page at `frame`.
+    #[must_use]
+    pub fn first_word(&self, frame: Frame) -> Option<&AtomicU64> {
+        let (part, page) = self.part(frame)?;
+        part.memory.word(page, 0)
     }
 
     /// Where the monitor itself has the page at `frame`.

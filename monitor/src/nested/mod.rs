@@ -16,6 +16,7 @@
 //! ```
 
 mod audit;
+mod gather;
 pub mod log;
 pub mod means;
 pub mod memory;

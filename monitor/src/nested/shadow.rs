@@ -3,7 +3,7 @@
 use super::log::{Clearing, Log};
 use super::memory::{L1Pages, View};
 use super::source::{Fault, Place, Source};
-use super::windows::{Failed, Page, Windows};
+use super::windows::{Failed, Filling, Page, Windows};
 use super::{Means, Mechanism, Options};
 use crate::kvm::Error;
 use crate::pages::PageSet;
@@ -15,10 +15,13 @@ use umbra_mmu::{
     Config, Env, Format, Invalidation, Kind, Memory, Mmu, MmuError, Outcome, Request, RootId, RootRole, Split,
 };
 use umbra_shared::control::{Entry, Exit};
-use umbra_shared::{L2Gfn, nested};
+use umbra_shared::{L2Gfn, Level, nested};
 
 /// Pages that an invalidation maps again at most: the cost of a doorbell is bounded.
 const AHEAD: usize = 512;
+
+/// Pages that one leaf table maps.
+const ONE_TABLE: u32 = 512;
 
 /// The root that L2 runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +49,9 @@ pub struct Shadow {
     view: View,
     means: Means,
     loaded: Option<Loaded>,
+    /// Stretches of 2 MiB that one fault may map.
+    far: u64,
+    tracking: bool,
     /// vCPUs that are inside L2.
     running: usize,
     /// What the last harvest by the MMU found.
@@ -64,7 +70,7 @@ impl Shadow {
         let means = options.means;
         let strategy = if means.is_logged() { None } else { strategy(means.strategy) };
         let config = Config {
-            extent: options.extent,
+            extent: options.extent.min(ONE_TABLE),
             first_tracked: memory.first_tracked(),
             split: Split::Shatter,
             ..Config::new(memory.frames(), strategy.unwrap_or(&WriteProtect))
@@ -73,7 +79,8 @@ impl Shadow {
         let found = umbra_mmu::PageSet::new(memory.frames());
         let windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
         let view = View(memory);
-        Ok(Self { mmu, windows, view, means, loaded: None, running: 0, found, faults: 0 })
+        let far = u64::from(options.extent / ONE_TABLE).max(1);
+        Ok(Self { mmu, windows, view, means, loaded: None, far, tracking: false, running: 0, found, faults: 0 })
     }
 
     /// The root that L2 runs on.
@@ -163,6 +170,9 @@ impl Shadow {
         };
         let Some(address) = address else { return Ok(None) };
         let handled = self.resolve(address, fault.request());
+        if matches!(handled, Ok(Handled::Resume)) {
+            self.map_ahead(address)?;
+        }
         self.windows.source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
         handled.map(Some)
     }
@@ -188,21 +198,48 @@ impl Shadow {
         )
     }
 
-    /// Maps what L2 will touch, as far as EPT12 has it and no flag of EPT12's must be set for that. What it does not do, a fault will.
+    /// Maps the rest of the stretch of huge pages that `address` is in, up to the first that EPT12 has not or that is mapped already. To map one costs
+    /// far less than a fault. Not while something tracks: what is mapped before it is touched is of no use then.
+    fn map_ahead(&mut self, address: u64) -> Result<(), Error> {
+        if self.far <= 1 || self.tracking {
+            return Ok(());
+        }
+        let next = address / Level::M2.bytes() + 1;
+        let filling = std::mem::replace(&mut self.windows.filling, Filling::AtTouch);
+        let mapped = (next..next.next_multiple_of(self.far)).try_for_each(|leaf| {
+            match self.prefetch(leaf * Level::M2.bytes()) {
+                Ok(true) => Ok(()),
+                Ok(false) => Err(None),
+                Err(error) => Err(Some(error)),
+            }
+        });
+        let settled = self.check_windows();
+        self.windows.filling = filling;
+        settled?;
+        mapped.or_else(|ended| ended.map_or(Ok(()), Err))
+    }
+
+    /// Maps what L2 will touch, as far as EPT12 has it and no flag of EPT12's must be set for that. What it does not do, a fault will. It is in the
+    /// windows after [`Self::check_windows`].
+    fn prefetch(&mut self, address: u64) -> Result<bool, Error> {
+        let Some(loaded) = self.loaded else { return Ok(false) };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.mmu.prefetch(&mut env, loaded.root, address).map_err(|error| lost(&error))
+    }
+
+    /// L1 was asked about `address`, and comes back.
     ///
     /// # Errors
     /// The system's.
-    pub(super) fn prefetch(&mut self, address: u64) -> Result<(), Error> {
-        let Some(loaded) = self.loaded else { return Ok(()) };
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
-        self.mmu.prefetch(&mut env, loaded.root, address).map_err(|error| lost(&error))?;
+    pub(super) fn answered(&mut self, address: u64) -> Result<(), Error> {
+        self.prefetch(address)?;
         // Rights that cannot be enforced are L2's to ask for.
         self.check_windows().map(|_| ())
     }
 
     /// What the mapper could not do: a leaf whose rights cannot be enforced, or an error.
     fn check_windows(&mut self) -> Result<Option<L2Gfn>, Error> {
-        match self.windows.take_failure() {
+        match self.windows.settle() {
             None => Ok(None),
             Some(Failed::ExecuteRights(gfn)) => Ok(Some(gfn)),
             Some(Failed::Call(error)) => Err(Error::call("mapping L1's memory into a window of L2", error)),
@@ -221,7 +258,7 @@ impl Shadow {
         for gfn in std::mem::take(&mut self.windows.invalidated) {
             self.prefetch(gfn.address())?;
         }
-        Ok(())
+        self.check_windows().map(|_| ())
     }
 
     /// Begins to track.
@@ -229,6 +266,7 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn start(&mut self) -> Result<(), Error> {
+        self.tracking = true;
         if !self.means.is_logged() {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
@@ -271,6 +309,7 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn stop(&mut self) -> Result<(), Error> {
+        self.tracking = false;
         if self.means.is_logged() {
             return self.windows.stop_log().map(|_| ());
         }
@@ -313,6 +352,7 @@ impl Shadow {
             ("ept12_synced", mmu.synced),
             ("window_maps", windows.maps),
             ("window_mapped_pages", windows.mapped_pages),
+            ("window_gathered_pages", windows.gathered_pages),
             ("window_protects", windows.protects),
             ("window_closes", windows.closes),
             ("window_evicted_pages", windows.evicted_pages),

@@ -106,7 +106,7 @@ impl L2Vcpu {
         }
         if let (Some(address), None) = (self.asked.take(), &entry.start) {
             // Most likely L1 has made it possible meanwhile; L2 does it again first of all.
-            shadow.prefetch(address)?;
+            shadow.answered(address)?;
         }
         drop(shadow);
         (self.inside, self.failed) = (true, 0);
@@ -195,19 +195,18 @@ impl L2Vcpu {
     /// for being recorded.
     fn traced(&mut self) -> Result<Next, Error> {
         let recorded = self.trace.as_ref().filter(|_| self.armed).and_then(FaultTrace::last);
-        let traced = match recorded {
-            Some(traced) => traced,
-            None => {
-                self.arm()?;
-                let left = self.run_once();
-                match (left, self.trace.as_ref().and_then(FaultTrace::last)) {
-                    (Left::Fault, Some(traced)) => traced,
-                    (Left::Fault, None) => return self.next(Left::Broken(UNKNOWN.to_owned())),
-                    // Another vCPU has settled the same fault meanwhile.
-                    (left, _) => {
-                        self.disarm()?;
-                        return self.next(left);
-                    }
+        let traced = if let Some(traced) = recorded {
+            traced
+        } else {
+            self.arm()?;
+            let left = self.run_once();
+            match (left, self.trace.as_ref().and_then(FaultTrace::last)) {
+                (Left::Fault, Some(traced)) => traced,
+                (Left::Fault, None) => return self.next(Left::Broken(UNKNOWN.to_owned())),
+                // Another vCPU has settled the same fault meanwhile.
+                (left, _) => {
+                    self.disarm()?;
+                    return self.next(left);
                 }
             }
         };
@@ -220,7 +219,7 @@ impl L2Vcpu {
             Some(trace) => trace,
             None => FaultTrace::open()?,
         };
-        let armed = if self.armed { Ok(trace.forget()) } else { trace.arm() };
+        let armed = trace.arm();
         self.trace = Some(trace);
         armed.map_err(|error| Error::call("tracing a fault of L2", error))?;
         self.armed = true;
@@ -254,14 +253,14 @@ impl L2Vcpu {
     fn prepare(&mut self) -> Result<(), Error> {
         let mut shadow = self.host.shadow()?;
         let fresh = std::mem::take(&mut shadow.windows.fresh);
-        let (logs, pre_faults) = (shadow.windows.log.is_some(), shadow.windows.pre_faults);
+        let logs = shadow.windows.log.is_some();
         drop(shadow);
         if logs {
             return self.disarm();
         }
-        for extent in fresh.iter().filter(|_| pre_faults) {
+        for (start, frames) in fresh {
             // It is a hint: what it does not do, a fault will.
-            let _ = ioctls::pre_fault_memory(&self.fd, extent.start.address(), extent.frames * PAGE_SIZE);
+            let _ = ioctls::pre_fault_memory(&self.fd, start.address(), frames * PAGE_SIZE);
         }
         if let Some(trace) = self.trace.as_ref().filter(|_| self.armed) {
             trace.forget();

@@ -3,10 +3,12 @@
 //! The invariant is: a page of a window maps the page of L1's memory that [`Page`] names, writable if that says so, or nothing. It never maps more
 //! than EPT02 allows; it may map less (an eviction), and the next fault there maps it again.
 
+use super::gather::Queue;
 use super::log::Log;
 use super::memory::L1Pages;
 use super::reserve::Reserved;
-use super::source::{Mapped, Source};
+use super::source::{Mapped, Source, Tables};
+use crate::hostmm::udmabuf::Udmabuf;
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::{Error, vm};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
@@ -23,7 +25,7 @@ const CAP_PRE_FAULT_MEMORY: u32 = 236;
 /// Pages of a piece: 1 MiB. A change of one page inside a mapping that covers 2 MiB makes KVM drop all 2 MiB, huge or not (Linux splits a huge
 /// entry that may be there, and tells KVM so: `split_huge_pmd_if_needed` in `mm/huge_memory.c`). So where pages are small, every other piece is set
 /// apart from its neighbours, and no mapping covers 2 MiB.
-const PIECE: usize = 256;
+pub(super) const PIECE: usize = 256;
 
 /// Pages that an eviction closes at a time.
 const EVICTED: usize = 16384;
@@ -34,12 +36,15 @@ pub struct Page(u32);
 
 impl Page {
     const WRITABLE: u32 = 1 << 31;
+    /// Mapped through a udmabuf: [`Queue`].
+    const GATHERED: u32 = 1 << 30;
+    const FRAME: u32 = !(Self::WRITABLE | Self::GATHERED);
     /// Nothing.
     pub const CLOSED: Self = Self(0);
 
-    /// `frame`, which is below 2^31 - 1: 8 TiB.
+    /// `frame`, which is below 2^30 - 1: 4 TiB.
     fn new(frame: Frame, writable: bool) -> Self {
-        let number = u32::try_from(frame.0 + 1).unwrap_or(0) & !Self::WRITABLE;
+        let number = u32::try_from(frame.0 + 1).unwrap_or(0) & Self::FRAME;
         Self(if writable { number | Self::WRITABLE } else { number })
     }
 
@@ -53,7 +58,18 @@ impl Page {
     /// The page of L1's memory.
     #[must_use]
     pub fn frame(self) -> Option<Frame> {
-        (self.0 & !Self::WRITABLE).checked_sub(1).map(|frame| Frame(frame.into()))
+        (self.0 & Self::FRAME).checked_sub(1).map(|frame| Frame(frame.into()))
+    }
+
+    /// `frame`, writable and gathered.
+    pub(super) fn new_gathered(frame: Frame) -> Self {
+        Self(Self::new(frame, true).0 | Self::GATHERED)
+    }
+
+    /// Whether a udmabuf stands between it and the memory's own file.
+    #[must_use]
+    pub const fn gathered(self) -> bool {
+        self.0 & Self::GATHERED != 0
     }
 
     /// Whether L2 may write it.
@@ -86,7 +102,7 @@ impl Window {
         self.place.stretch()
     }
 
-    fn stretch(&self, pages: &Range<usize>) -> Stretch {
+    pub(super) fn stretch(&self, pages: &Range<usize>) -> Stretch {
         self.place.stretch().part(pages.start as u64, pages.len() as u64)
     }
 
@@ -124,12 +140,25 @@ pub struct Counts {
     pub maps: u64,
     /// Pages that they mapped.
     pub mapped_pages: u64,
+    /// Those among them that a udmabuf gathered.
+    pub gathered_pages: u64,
     /// Calls that changed rights.
     pub protects: u64,
     /// Calls that closed pages.
     pub closes: u64,
     /// Pages that were closed because the process had too many mappings.
     pub evicted_pages: u64,
+}
+
+/// Who fills the page tables, the host's and KVM's, for pages that are mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Filling {
+    /// `KVM_PRE_FAULT_MEMORY`, for what is [`Windows::fresh`].
+    Beforehand,
+    /// The mapping itself, the host's; KVM's are filled at each touch.
+    Host,
+    /// Nobody, until L2 touches a page: it may never, and would get memory for nothing.
+    AtTouch,
 }
 
 /// Why a mapping could not be made effective.
@@ -144,16 +173,20 @@ pub enum Failed {
 /// All windows.
 pub struct Windows {
     vm: Arc<VmFd>,
-    memory: Arc<L1Pages>,
+    pub(super) memory: Arc<L1Pages>,
     /// Before the windows' addresses: its thread may look at them.
-    source: Box<dyn Source>,
-    all: Vec<Window>,
+    pub(super) source: Box<dyn Source>,
+    pub(super) all: Vec<Window>,
     /// The root that L2 runs on; changes of others concern nobody.
     root: Option<RootId>,
     /// No mapping is to cover 2 MiB.
     pieces: bool,
-    /// Whether KVM can be told to map beforehand what is [`Self::fresh`].
-    pub pre_faults: bool,
+    /// What is to be mapped, and is not yet.
+    pub(super) queue: Queue,
+    /// Maps scattered leaves together; `None` where the host has none.
+    pub(super) udmabuf: Option<Udmabuf>,
+    /// Who fills the page tables for what is mapped now.
+    pub filling: Filling,
     /// KVM's log of L2's VM.
     pub log: Option<Log>,
     /// L2's own page tables: frames that are mapped before L2 runs, and whether all of them are.
@@ -163,7 +196,7 @@ pub struct Windows {
     /// While L1 invalidates: the pages that this closed, as far as there is room.
     pub invalidated: Vec<L2Gfn>,
     /// What was mapped since it was last looked at, for KVM to fault in beforehand.
-    pub fresh: Vec<Extent>,
+    pub fresh: Vec<(L2Gfn, u64)>,
     /// What went wrong first.
     failed: Option<Failed>,
     /// What was done.
@@ -177,7 +210,9 @@ impl Windows {
     pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, pieces: bool) -> Self {
         Self {
             pieces,
-            pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
+            queue: Queue::default(),
+            udmabuf: Udmabuf::open().ok(),
+            filling: if vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0 { Filling::Beforehand } else { Filling::Host },
             vm,
             memory,
             source,
@@ -267,8 +302,9 @@ impl Windows {
         self.root = Some(root);
     }
 
-    /// What went wrong since this was last asked.
-    pub fn take_failure(&mut self) -> Option<Failed> {
+    /// Maps what was posted and not mapped yet. Gives what went wrong first since this was last asked.
+    pub fn settle(&mut self) -> Option<Failed> {
+        self.map_queue();
         self.failed.take()
     }
 
@@ -325,12 +361,18 @@ impl Windows {
         self.log.as_mut().map_or(Ok(()), |log| log.clear(&self.vm, &self.all))
     }
 
-    fn fail(&mut self, failed: Failed) {
+    pub(super) fn fail(&mut self, failed: Failed) {
         self.failed.get_or_insert(failed);
     }
 
     /// Maps pages `pages` of window `index` to `frame` and those after it.
-    fn map_run(&mut self, index: usize, pages: Range<usize>, frame: Frame, writable: bool) -> io::Result<()> {
+    pub(super) fn map_run(
+        &mut self,
+        index: usize,
+        pages: Range<usize>,
+        frame: Frame,
+        writable: bool,
+    ) -> io::Result<()> {
         let (source, memory) = (&*self.source, &*self.memory);
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         let mut at = pages.start;
@@ -343,9 +385,12 @@ impl Windows {
                 end = end.min(at + PIECE - piece % PIECE);
             }
             let alone = self.pieces && piece / PIECE % 2 == 1;
-            let told_apart = self.log.is_some();
-            let how = Mapped { writable, told_apart, alone, populate: told_apart || !self.pre_faults };
-            source.map(window.stretch(&(at..end)), part, how)?;
+            let tables = match self.filling {
+                _ if self.log.is_some() => Tables::ToldApart,
+                Filling::Host => Tables::Filled,
+                Filling::Beforehand | Filling::AtTouch => Tables::Left,
+            };
+            source.map(window.stretch(&(at..end)), part, Mapped { writable, alone, tables })?;
             self.counts.maps += 1;
             self.counts.mapped_pages += (end - at) as u64;
             Page::fill(window.pages.get_mut(at..end).unwrap_or_default(), first, writable);
@@ -373,7 +418,7 @@ impl Windows {
     }
 
     /// Does `work`. If the process has too many mappings, closes others and tries again.
-    fn with_room(&mut self, mut work: impl FnMut(&mut Self) -> io::Result<()>) -> io::Result<()> {
+    pub(super) fn with_room(&mut self, mut work: impl FnMut(&mut Self) -> io::Result<()>) -> io::Result<()> {
         loop {
             match work(self) {
                 Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
@@ -454,8 +499,13 @@ impl Windows {
     }
 
     fn try_map(&mut self, extent: Extent, frame: Frame, writable: bool) -> Result<(), Failed> {
+        // What is queued does not stand in the windows yet.
+        let end = self.all.get(self.queue.window).map(|window| window.first.plus(self.queue.end() as u64));
+        if end != Some(extent.start) {
+            self.map_queue();
+        }
         let kind = |page: Page, target: Frame| match page {
-            _ if page == Page::new(target, writable) => None,
+            _ if page.frame() == Some(target) && page.writable() == writable => None,
             _ if page.frame() == Some(target) => Some(true),
             _ => Some(false),
         };
@@ -465,6 +515,7 @@ impl Windows {
         };
         for (index, run, mapped) in runs {
             if mapped {
+                self.map_queue();
                 self.protect_run(index, run, writable)?;
                 continue;
             }
@@ -478,8 +529,11 @@ impl Windows {
                 // What was closed here was written by another page's name.
                 log.remapping(&self.vm, &self.all, index, &run).map_err(|error| call(&error))?;
             }
-            self.with_room(|windows| windows.map_run(index, run.clone(), first, writable)).map_err(Failed::Call)?;
-            self.fresh.push(Extent { start, frames: run.len() as u64, ..extent });
+            if !self.queue.continues(index, run.start, writable) {
+                self.map_queue();
+                self.queue.begin(index, run.start, writable);
+            }
+            self.queue.push(first, run.len());
         }
         Ok(())
     }
@@ -493,6 +547,11 @@ impl Windows {
     }
 
     fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> Result<(), Failed> {
+        let pages = self.all.get(index).and_then(|window| window.pages.get(run.clone())).unwrap_or_default();
+        if !writable && pages.iter().any(|page| page.gathered()) {
+            // Closed, rather than mapped again by themselves: who reads one asks for it.
+            return self.with_room(|windows| windows.close_run(index, run.clone())).map_err(Failed::Call);
+        }
         self.with_room(|windows| {
             let Some(window) = windows.all.get_mut(index) else { return Ok(()) };
             if window.pages.get(run.clone()).unwrap_or_default().contains(&Page::CLOSED) {
@@ -539,6 +598,7 @@ impl Mapper for Windows {
             self.unmap(extent);
             return self.fail(Failed::ExecuteRights(extent.start));
         }
+        self.map_queue();
         let writable = access.allows(Access::WRITE);
         let kind = |page: Page, _| (page != Page::CLOSED && page.writable() != writable).then_some(());
         for (index, run, ()) in self.runs(extent, kind, Frame(0)) {
@@ -552,6 +612,7 @@ impl Mapper for Windows {
         if !self.concerns(extent.root) {
             return;
         }
+        self.map_queue();
         for (index, run, ()) in self.runs(extent, |page, _| (page != Page::CLOSED).then_some(()), Frame(0)) {
             if let Err(error) = self.with_room(|windows| windows.close_run(index, run.clone())) {
                 self.fail(Failed::Call(error));

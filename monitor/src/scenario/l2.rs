@@ -116,8 +116,8 @@ impl L2Options {
                 "--remaps {remaps}: which page an L2 page is then must be known, so no --alias-kind shared-tables, and no --alias with several --vcpus"
             )));
         }
-        if let Some(extent) = table.extent.filter(|extent| !extent.is_power_of_two() || *extent > 512) {
-            return Err(Failure::Input(format!("--extent {extent}: it is a power of two up to 512")));
+        if let Some(extent) = table.extent.filter(|extent| !extent.is_power_of_two() || *extent > 4096) {
+            return Err(Failure::Input(format!("--extent {extent}: it is a power of two up to 4096")));
         }
         if alias_kind == AliasKind::Scattered && guest_page > level {
             return Err(Failure::Input(format!(
@@ -182,10 +182,10 @@ impl L2Options {
         Nested { way, map: self.map, format, flags, fill_batch: self.fill_batch, remaps: self.remaps }
     }
 
-    /// How the monitor runs L2 by `means`, with faults told by `source`. On huge pages one fault maps a whole one.
+    /// How the monitor runs L2 by `means`, with faults told by `source`. On huge pages one fault maps up to eight.
     #[must_use]
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
-        let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
+        let extent = self.extent.unwrap_or(if backing.is_huge() { 4096 } else { 64 });
         let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
         nested::Options { means, source, extent, pieces }
     }

@@ -7,6 +7,8 @@ mod pages;
 pub mod tracepoint;
 pub mod userfault;
 
+pub(super) use pages::begins_with;
+
 use super::memory::InFile;
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::Error;
@@ -134,14 +136,23 @@ pub enum Told {
 pub struct Mapped {
     /// L2 may write them.
     pub writable: bool,
-    /// L2's first write to each is told from a read before it. KVM asks the host for a page with the right to write even if L2 reads, and counts
-    /// the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
-    pub told_apart: bool,
     /// The mapping must not become one with its neighbours (see `windows::PIECE`).
     pub alone: bool,
-    /// The host's page tables are filled at once. Where `KVM_PRE_FAULT_MEMORY` follows, it does that as well, for less: Linux maps 16 pages around
-    /// each that KVM finds missing.
-    pub populate: bool,
+    /// What becomes of the host's page tables.
+    pub tables: Tables,
+}
+
+/// What becomes of the host's page tables for pages that are mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// They are left to KVM. Where `KVM_PRE_FAULT_MEMORY` follows, that costs less than to fill them here: Linux maps 16 pages around each that KVM
+    /// finds missing.
+    Left,
+    /// They are filled at once.
+    Filled,
+    /// The same, and L2's first write to each page is told from a read before it. KVM asks the host for a page with the right to write even if L2
+    /// reads, and counts the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
+    ToldApart,
 }
 
 /// What a closed page is.
