@@ -44,7 +44,7 @@ pub enum Command {
         fail_over: Option<f64>,
     },
     /// Every run that a spec names, two boots at a time; a run that was interrupted goes on where it was.
-    #[command(name = "lab-matrix", bin_name = "umbra lab matrix", hide = true)]
+    #[command(name = "lab matrix", hide = true)]
     LabMatrix {
         /// The spec (images/specs has examples).
         #[arg(long)]
@@ -57,7 +57,7 @@ pub enum Command {
         out: Option<PathBuf>,
     },
     /// One scenario on several kernels, side by side in one table.
-    #[command(name = "lab-history", bin_name = "umbra lab history", hide = true)]
+    #[command(name = "lab history", hide = true)]
     LabHistory {
         /// Kernels, separated by commas (default: the whole shelf).
         #[arg(long, value_delimiter = ',')]
@@ -70,7 +70,7 @@ pub enum Command {
         lab: LabArgs,
     },
     /// One scenario in images that are merely shifted: what a difference must exceed to be one.
-    #[command(name = "lab-noise", bin_name = "umbra lab noise", hide = true)]
+    #[command(name = "lab noise", hide = true)]
     LabNoise {
         /// How many images.
         #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(2..=64))]
@@ -83,7 +83,7 @@ pub enum Command {
         lab: LabArgs,
     },
     /// One scenario on two kernels, or with two settings of one kernel's parameters, compared.
-    #[command(name = "lab-ab", bin_name = "umbra lab ab", hide = true)]
+    #[command(name = "lab ab", hide = true)]
     LabAb {
         /// B's kernel (default: that of A, which --kernel names).
         #[arg(long, value_name = "KERNEL")]
@@ -420,7 +420,7 @@ pub fn parse<I: IntoIterator<Item = String>>(words: I) -> Result<Cli, Failure> {
         && lab == "lab"
         && matches!(name.as_str(), "matrix" | "history" | "noise" | "ab")
     {
-        words[1] = format!("lab-{}", words.remove(2));
+        words[1] = format!("lab {}", words.remove(2));
     }
     Cli::try_parse_from(words).map_err(|error| {
         if matches!(
