@@ -48,16 +48,20 @@ impl Mmu {
         fitting.map(|_| leaf)
     }
 
-    /// The entries in EPT12 of the block that `at` is in. `None` where there are none, or they have 4 bytes.
-    pub(crate) fn guest_block(&self, env: &Env<'_>, at: SpteRef) -> Option<[u64; BLOCK]> {
+    /// Reads the entries in EPT12 of the block that `at` is in into `words`. `None` where there are none, or they have 4 bytes.
+    pub(crate) fn guest_block<'a>(
+        &self,
+        env: &Env<'_>,
+        at: SpteRef,
+        words: &'a mut [u64; BLOCK],
+    ) -> Option<&'a [u64; BLOCK]> {
         let header = self.arena.header(at.page());
         if header.role.direct() {
             return None;
         }
         let (offset, width) = guest::entry_place(header.role, at.index() & !(BLOCK - 1))?;
         let table = self.slots.find(header.gfn).filter(|_| width == 8)?;
-        let mut words = [0; BLOCK];
-        env.memory.read_block(table.frame, offset, &mut words);
+        env.memory.read_block(table.frame, offset, words);
         Some(words)
     }
 

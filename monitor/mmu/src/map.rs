@@ -226,25 +226,26 @@ impl Mmu {
         let first = leaf.at.index() & !(window - 1);
         let (root, base) = leaf.path();
         let base = base - (leaf.at.index() - first) as u64;
+        let mut words = [0; BLOCK];
         for start in (first..first + window).step_by(BLOCK) {
             let at = SpteRef::new(leaf.at.page(), start);
             let block: Extent = extent(root, base + (start - first) as u64, window.min(BLOCK) as u64);
-            self.map_block(env, leaf, at, block);
+            self.map_block(env, leaf, (at, block), &mut words);
         }
     }
 
     /// Maps `block` of that window, which begins at `at` and is no longer than a block.
-    fn map_block(&mut self, env: &mut Env<'_>, leaf: &Leaf, at: SpteRef, block: Extent) {
-        let words = self.guest_block(env, at);
+    fn map_block(&mut self, env: &mut Env<'_>, leaf: &Leaf, (at, block): (SpteRef, Extent), words: &mut [u64; BLOCK]) {
+        let words = self.guest_block(env, at, words);
         if block.frames == BLOCK as u64
-            && let Some(spte) = self.map_straight(at, words.as_ref())
+            && let Some(spte) = self.map_straight(at, words)
         {
             return self.out.map(env.mapper, &mut self.stats, block, (spte.frame(), Level::K4, spte.access()));
         }
         for (start, index) in (block.start.0..block.start.0 + block.frames).zip(at.index()..) {
             let at = SpteRef::new(at.page(), index);
             if at != leaf.at {
-                let word = words.as_ref().and_then(|words| words.get(index % BLOCK)).copied();
+                let word = words.and_then(|words| words.get(index % BLOCK)).copied();
                 // An entry of 0 is present in no format.
                 if self.arena.spte(at).present() || word == Some(0) || !self.map_neighbour(env, at, word) {
                     continue;

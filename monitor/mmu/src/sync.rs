@@ -91,14 +91,14 @@ impl Mmu {
         self.arena.header_mut(page).stamp = self.stamp;
         let mut left = header.present;
         let small = header.role.level() == Level::K4;
-        let mut words = None;
+        let (mut room, mut words) = ([0; BLOCK], None);
         for index in 0..512 {
             if left == 0 {
                 break;
             }
             let at = SpteRef::new(page, index);
             if small && index % BLOCK == 0 {
-                words = self.guest_block(env, at);
+                words = self.guest_block(env, at, &mut room).copied();
             }
             let spte = self.arena.spte(at);
             if spte.present() {

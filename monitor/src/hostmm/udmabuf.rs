@@ -36,9 +36,10 @@ pub struct Piece<'a> {
 }
 
 /// The device.
-#[derive(Debug)]
 pub struct Udmabuf {
     device: File,
+    /// Room for what it is told.
+    list: Box<List>,
 }
 
 impl Udmabuf {
@@ -50,16 +51,18 @@ impl Udmabuf {
         let device = rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|error| {
             missing("udmabuf", &format!("{DEVICE}: {error} (CONFIG_UDMABUF, or the right to open it)"))
         })?;
-        Ok(Self { device: device.into() })
+        let head = UdmabufHead { flags: FLAGS_CLOEXEC, count: 0 };
+        let list = Box::new(List { head, items: [UdmabufItem::default(); PIECES] });
+        Ok(Self { device: device.into(), list })
     }
 
     /// One file of these pieces, in order; at most [`PIECES`].
     ///
     /// # Errors
     /// The system's: EINVAL for a memfd that is not sealed, or too many pieces.
-    pub fn gather<'a>(&self, pieces: impl Iterator<Item = Piece<'a>>) -> io::Result<OwnedFd> {
-        let head = UdmabufHead { flags: FLAGS_CLOEXEC, count: 0 };
-        let mut list = List { head, items: [UdmabufItem::default(); PIECES] };
+    pub fn gather<'a>(&mut self, pieces: impl Iterator<Item = Piece<'a>>) -> io::Result<OwnedFd> {
+        let list = &mut *self.list;
+        list.head.count = 0;
         for piece in pieces {
             let at = usize::try_from(list.head.count).unwrap_or(PIECES);
             let item = list.items.get_mut(at).ok_or(io::ErrorKind::InvalidInput)?;
@@ -69,7 +72,7 @@ impl Udmabuf {
         }
         // SAFETY: the list holds as many items as it says, and the call reads no more.
         let fd =
-            unsafe { ioctl_with_ptr(&self.device, UDMABUF_CREATE_LIST(), (&raw const list).cast::<UdmabufHead>()) };
+            unsafe { ioctl_with_ptr(&self.device, UDMABUF_CREATE_LIST(), (&raw const *list).cast::<UdmabufHead>()) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -93,7 +96,7 @@ mod tests {
 
     #[test]
     fn pages_are_gathered_where_there_is_a_device() {
-        let device = match Udmabuf::open() {
+        let mut device = match Udmabuf::open() {
             Ok(device) => device,
             Err(error) => return assert!(matches!(error, Error::Capability { .. }), "{error}"),
         };

@@ -2,8 +2,8 @@
 
 use super::memory::InFile;
 use super::source::{Mapped, Tables};
-use super::windows::{Failed, Filling, PIECE, Page, Windows};
-use crate::hostmm::udmabuf::Piece;
+use super::windows::{Failed, PIECE, Page, Windows};
+use crate::hostmm::udmabuf::{Piece, Udmabuf};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -50,6 +50,16 @@ impl Queue {
     }
 }
 
+/// What became of a queue that a udmabuf was to map.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Gathered {
+    All,
+    /// A page of it is none that can be.
+    Not,
+    /// The host refused.
+    Refused,
+}
+
 impl Windows {
     /// Maps what is queued.
     pub(super) fn map_queue(&mut self) {
@@ -58,7 +68,7 @@ impl Windows {
             if let Err(error) = self.map_parts(&queue) {
                 self.fail(Failed::Call(error));
             }
-            if let Some(window) = self.all.get(queue.window).filter(|_| self.filling == Filling::Beforehand) {
+            if let Some(window) = self.all.get(queue.window).filter(|_| self.pre_faults) {
                 self.fresh.push((window.first.plus(queue.start as u64), queue.pages as u64));
             }
         }
@@ -86,26 +96,30 @@ impl Windows {
     /// Read-only pages are not mapped so: KVM makes a write to one an exit for MMIO, where the fault sources need a failed `KVM_RUN`. And not while KVM
     /// logs, since [`Tables::ToldApart`] is not to be had.
     fn gather(&mut self, queue: &Queue) -> io::Result<bool> {
-        let Some(udmabuf) = self.udmabuf.take() else { return Ok(false) };
+        let Some(mut udmabuf) = self.udmabuf.take() else { return Ok(false) };
+        let gathered = self.gather_by(&mut udmabuf, queue);
+        // A host that refuses it once is not asked again.
+        if !matches!(gathered, Ok(Gathered::Refused)) {
+            self.udmabuf = Some(udmabuf);
+        }
+        gathered.map(|gathered| gathered == Gathered::All)
+    }
+
+    fn gather_by(&mut self, udmabuf: &mut Udmabuf, queue: &Queue) -> io::Result<Gathered> {
         let memory = Arc::clone(&self.memory);
-        let single = queue.parts.iter().flat_map(|&(frame, pages)| (0..pages as u64).map(move |page| frame.plus(page)));
-        let frames: Vec<Frame> = single.collect();
-        let mut at = queue.start;
+        let (mut at, mut frames) = (queue.start, Vec::with_capacity(queue.pages));
+        frames.extend(queue.parts.iter().flat_map(|&(frame, pages)| (frame.0..frame.0 + pages as u64).map(Frame)));
+        if !frames.iter().all(|&frame| memory.in_file(frame).is_some_and(|part| part.small)) {
+            return Ok(Gathered::Not);
+        }
         for frames in frames.chunks(PIECE) {
-            let pieces: Option<Vec<InFile>> = frames.iter().map(|&frame| memory.in_file(frame)).collect();
-            let Some(pieces) = pieces.filter(|pieces| pieces.iter().all(|piece| piece.small)) else {
-                self.udmabuf = Some(udmabuf);
-                return Ok(false);
-            };
-            let pieces =
-                pieces.iter().map(|part| Piece { file: part.file.as_fd(), offset: part.offset, bytes: PAGE_SIZE });
-            // A host that refuses it once is not asked again.
-            let Ok(file) = udmabuf.gather(pieces) else { return Ok(false) };
+            let parts = frames.iter().filter_map(|&frame| memory.in_file(frame));
+            let pieces = parts.map(|part| Piece { file: part.file.as_fd(), offset: part.offset, bytes: PAGE_SIZE });
+            let Ok(file) = udmabuf.gather(pieces) else { return Ok(Gathered::Refused) };
             self.with_room(|windows| windows.map_gathered(queue.window, at, frames, &file))?;
             at += frames.len();
         }
-        self.udmabuf = Some(udmabuf);
-        Ok(true)
+        Ok(Gathered::All)
     }
 
     /// Maps `file`, which is `frames`, at page `at` of window `index`.

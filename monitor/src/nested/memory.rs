@@ -5,7 +5,7 @@ use crate::kvm::memory::HostMemory;
 use crate::kvm::{Backing, Error, Vm};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use umbra_mmu::{Exchange, Frame, L1Memory, Slot};
 use umbra_shared::{Gfn, Level, PAGE_SIZE};
 
@@ -26,6 +26,8 @@ pub struct L1Pages {
     frames: u64,
     /// Page index of the first tracked page.
     first_tracked: Frame,
+    /// Whether the host was seen to have memory for all tracked pages.
+    resident: AtomicBool,
 }
 
 /// Where a page of L1's memory lies in its file.
@@ -65,7 +67,7 @@ impl L1Pages {
             parts.push(Part { base, first: Frame(next), pages, memory: Arc::clone(memory) });
             next = (next + pages).next_multiple_of(Level::M2.frames());
         }
-        Ok(Self { parts, frames: next, first_tracked })
+        Ok(Self { parts, frames: next, first_tracked, resident: AtomicBool::new(false) })
     }
 
     /// Page indices, gaps included.
@@ -125,6 +127,23 @@ impl L1Pages {
     pub fn first_word(&self, frame: Frame) -> Option<&AtomicU64> {
         let (part, page) = self.part(frame)?;
         part.memory.word(page, 0)
+    }
+
+    /// Whether the host has memory for all tracked pages: the files have no holes. Once it has, it is not asked again.
+    #[must_use]
+    pub fn is_resident(&self) -> bool {
+        /// What `st_blocks` counts (`stat(2)`).
+        const BLOCK: u64 = 512;
+        let whole = |part: &Part| {
+            let blocks =
+                part.memory.file().and_then(|file| rustix::fs::fstat(file).ok()).map_or(0, |status| status.st_blocks);
+            u64::try_from(blocks).unwrap_or(0) * BLOCK >= part.pages * PAGE_SIZE
+        };
+        self.resident.load(Ordering::Relaxed) || {
+            let resident = self.parts.iter().skip(1).all(whole);
+            self.resident.store(resident, Ordering::Relaxed);
+            resident
+        }
     }
 
     /// Where the monitor itself has the page at `frame`.

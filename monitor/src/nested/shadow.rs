@@ -3,7 +3,7 @@
 use super::log::{Clearing, Log};
 use super::memory::{L1Pages, View};
 use super::source::{Fault, Place, Source};
-use super::windows::{Failed, Filling, Page, Windows};
+use super::windows::{Failed, Page, Windows};
 use super::{Means, Mechanism, Options};
 use crate::kvm::Error;
 use crate::pages::PageSet;
@@ -170,9 +170,6 @@ impl Shadow {
         };
         let Some(address) = address else { return Ok(None) };
         let handled = self.resolve(address, fault.request());
-        if matches!(handled, Ok(Handled::Resume)) {
-            self.map_ahead(address)?;
-        }
         self.windows.source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
         handled.map(Some)
     }
@@ -182,6 +179,9 @@ impl Shadow {
         let Some(loaded) = self.loaded else { return Err(Error::Memory("L2 runs without EPT12".into())) };
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         let outcome = self.mmu.fault(&mut env, loaded.root, address, request).map_err(|error| lost(&error))?;
+        if let Outcome::Mapped { .. } = outcome {
+            self.map_ahead(address)?;
+        }
         self.check_windows()?.map_or_else(
             || {
                 let write = u64::from(request.kind == Kind::Write) << 1;
@@ -199,24 +199,19 @@ impl Shadow {
     }
 
     /// Maps the rest of the stretch of huge pages that `address` is in, up to the first that EPT12 has not or that is mapped already. To map one costs
-    /// far less than a fault. Not while something tracks: what is mapped before it is touched is of no use then.
+    /// far less than a fault. Only memory that the host has, lest it be taken for nothing; and not while something tracks, where pages that are mapped
+    /// before they are touched are of no use.
     fn map_ahead(&mut self, address: u64) -> Result<(), Error> {
-        if self.far <= 1 || self.tracking {
+        if self.far <= 1 || self.tracking || !self.view.0.is_resident() {
             return Ok(());
         }
         let next = address / Level::M2.bytes() + 1;
-        let filling = std::mem::replace(&mut self.windows.filling, Filling::AtTouch);
-        let mapped = (next..next.next_multiple_of(self.far)).try_for_each(|leaf| {
-            match self.prefetch(leaf * Level::M2.bytes()) {
-                Ok(true) => Ok(()),
-                Ok(false) => Err(None),
-                Err(error) => Err(Some(error)),
+        for leaf in next..next.next_multiple_of(self.far) {
+            if !self.prefetch(leaf * Level::M2.bytes())? {
+                break;
             }
-        });
-        let settled = self.check_windows();
-        self.windows.filling = filling;
-        settled?;
-        mapped.or_else(|ended| ended.map_or(Ok(()), Err))
+        }
+        Ok(())
     }
 
     /// Maps what L2 will touch, as far as EPT12 has it and no flag of EPT12's must be set for that. What it does not do, a fault will. It is in the

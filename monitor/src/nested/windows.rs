@@ -150,17 +150,6 @@ pub struct Counts {
     pub evicted_pages: u64,
 }
 
-/// Who fills the page tables, the host's and KVM's, for pages that are mapped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Filling {
-    /// `KVM_PRE_FAULT_MEMORY`, for what is [`Windows::fresh`].
-    Beforehand,
-    /// The mapping itself, the host's; KVM's are filled at each touch.
-    Host,
-    /// Nobody, until L2 touches a page: it may never, and would get memory for nothing.
-    AtTouch,
-}
-
 /// Why a mapping could not be made effective.
 #[derive(Debug)]
 pub enum Failed {
@@ -185,8 +174,8 @@ pub struct Windows {
     pub(super) queue: Queue,
     /// Maps scattered leaves together; `None` where the host has none.
     pub(super) udmabuf: Option<Udmabuf>,
-    /// Who fills the page tables for what is mapped now.
-    pub filling: Filling,
+    /// Whether KVM can be told to map beforehand what is [`Self::fresh`].
+    pub(super) pre_faults: bool,
     /// KVM's log of L2's VM.
     pub log: Option<Log>,
     /// L2's own page tables: frames that are mapped before L2 runs, and whether all of them are.
@@ -212,7 +201,7 @@ impl Windows {
             pieces,
             queue: Queue::default(),
             udmabuf: Udmabuf::open().ok(),
-            filling: if vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0 { Filling::Beforehand } else { Filling::Host },
+            pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
             vm,
             memory,
             source,
@@ -237,7 +226,9 @@ impl Windows {
         for (window, slot) in wanted.iter().zip(0..) {
             let place = Reserved::new(window.frames, window.first.0)?;
             self.source.adopt(place.stretch())?;
-            let pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
+            let mut pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
+            // The host gives it memory here, not at L2's first touch.
+            pages.iter_mut().step_by(1024).for_each(|page| *std::hint::black_box(page) = Page::CLOSED);
             let window = Window { first: window.first, pages, slot, logged: false, tracked: false, place };
             // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
             unsafe { self.vm.set_user_memory_region(window.region(0)) }
@@ -385,10 +376,10 @@ impl Windows {
                 end = end.min(at + PIECE - piece % PIECE);
             }
             let alone = self.pieces && piece / PIECE % 2 == 1;
-            let tables = match self.filling {
-                _ if self.log.is_some() => Tables::ToldApart,
-                Filling::Host => Tables::Filled,
-                Filling::Beforehand | Filling::AtTouch => Tables::Left,
+            let tables = match (self.log.is_some(), self.pre_faults) {
+                (true, _) => Tables::ToldApart,
+                (false, true) => Tables::Left,
+                (false, false) => Tables::Filled,
             };
             source.map(window.stretch(&(at..end)), part, Mapped { writable, alone, tables })?;
             self.counts.maps += 1;
@@ -509,11 +500,10 @@ impl Windows {
             _ if page.frame() == Some(target) => Some(true),
             _ => Some(false),
         };
-        let runs = match self.untouched(extent) {
-            Some((index, pages)) => vec![(index, pages, false)],
-            None => self.runs(extent, kind, frame),
-        };
-        for (index, run, mapped) in runs {
+        if let Some((index, run)) = self.untouched(extent) {
+            return self.enqueue(index, &run, frame, writable).map_err(|error| call(&error));
+        }
+        for (index, run, mapped) in self.runs(extent, kind, frame) {
             if mapped {
                 self.map_queue();
                 self.protect_run(index, run, writable)?;
@@ -522,19 +512,26 @@ impl Windows {
             let Some(window) = self.all.get(index) else { continue };
             let start = window.first.plus(run.start as u64);
             let first = frame.plus(start.0.wrapping_sub(extent.start.0));
-            if !window.tracked && first.plus(run.len() as u64) > self.memory.first_tracked() {
-                self.begin_tracked(index).map_err(|error| call(&error))?;
-            }
-            if let Some(log) = &mut self.log {
-                // What was closed here was written by another page's name.
-                log.remapping(&self.vm, &self.all, index, &run).map_err(|error| call(&error))?;
-            }
-            if !self.queue.continues(index, run.start, writable) {
-                self.map_queue();
-                self.queue.begin(index, run.start, writable);
-            }
-            self.queue.push(first, run.len());
+            self.enqueue(index, &run, first, writable).map_err(|error| call(&error))?;
         }
+        Ok(())
+    }
+
+    /// Queues closed pages `run` of window `index`, which are to map `frame` and those after it.
+    fn enqueue(&mut self, index: usize, run: &Range<usize>, frame: Frame, writable: bool) -> Result<(), Error> {
+        let tracked = frame.plus(run.len() as u64) > self.memory.first_tracked();
+        if tracked && self.all.get(index).is_some_and(|window| !window.tracked) {
+            self.begin_tracked(index)?;
+        }
+        if let Some(log) = &mut self.log {
+            // What was closed here was written by another page's name.
+            log.remapping(&self.vm, &self.all, index, run)?;
+        }
+        if !self.queue.continues(index, run.start, writable) {
+            self.map_queue();
+            self.queue.begin(index, run.start, writable);
+        }
+        self.queue.push(frame, run.len());
         Ok(())
     }
 

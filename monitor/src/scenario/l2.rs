@@ -63,6 +63,15 @@ fn named<T: Copy>(name: &str, text: &str, choices: &[(&str, T)]) -> Result<T, Fa
     })
 }
 
+/// When L2 touches its pages for the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstTouch {
+    /// Before anything is logged.
+    Before,
+    /// In the first round.
+    Logged,
+}
+
 /// What L2 is, and the ways to run it.
 #[derive(Clone, Debug)]
 pub struct L2Options {
@@ -76,6 +85,8 @@ pub struct L2Options {
     flags: Option<Flags>,
     fill_batch: u64,
     remaps: u64,
+    /// When L2 touches its pages for the first time.
+    pub first_touch: FirstTouch,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
     /// Whether mechanisms were asked for by name.
@@ -146,9 +157,19 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
+        let first_touch = given.first_touch.as_deref().unwrap_or("before");
+        config.insert("first-touch".to_owned(), first_touch.into());
+        let first_touch =
+            named("first-touch", first_touch, &[("before", FirstTouch::Before), ("logged", FirstTouch::Logged)])?;
+        if first_touch == FirstTouch::Logged && (fill_batch > 0 || args.write_percent < 100) {
+            return Err(Failure::Input(
+                "--first-touch logged: L1 fills its table before, and every page is written (no --fill-batch, no --write-percent): KVM counts a page that it first maps for a read as written"
+                    .to_owned(),
+            ));
+        }
         let means_by_name = !given.mechanism.is_empty();
         let extent = table.extent;
-        Ok(Self { ways, map, format, flags, fill_batch, remaps, means, means_by_name, source, extent })
+        Ok(Self { ways, map, format, flags, fill_batch, remaps, first_touch, means, means_by_name, source, extent })
     }
 
     /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
