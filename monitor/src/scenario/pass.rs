@@ -260,12 +260,11 @@ impl<'a> Run<'a> {
                 return Err(Failure::Check(format!("{}: the guest did not get into its round", self.case.name)));
             }
         }
-        let mut before = Witness::beside_vcpus(timer.clock()).look();
-        before.begin();
+        let before = Witness::beside_vcpus(timer.clock()).look();
         let begin = timer.now();
         self.tracker.stop(machine)?;
         let length = timer.now() - begin;
-        let clean = before.nobody_else_ran();
+        let clean = before.nobody_else_ran(length);
         machine.stop_free_run()?;
         machine.finish_all(Command::FreeRun)?;
         let next = machine.rounds_done(0)?;
