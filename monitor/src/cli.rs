@@ -229,6 +229,9 @@ pub struct NestedArgs {
     /// Random edits of L1's table that `edits` makes, in epochs of one to eight (500); cases of `hostile` (2000).
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     pub edits: Option<u64>,
+    /// When L2 touches its pages for the first time: before (logging), or logged, in the first round (before).
+    #[arg(long)]
+    pub first_touch: Option<String>,
     /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub mechanism: Vec<String>,
@@ -247,7 +250,8 @@ impl NestedArgs {
         let fault_source = self.fault_source.clone().map(|text| ("fault-source", text.into()));
         let remaps = self.remaps.map(|number| ("remaps", number.into()));
         let edits = self.edits.map(|number| ("edits", number.into()));
-        [nesting, accessed_dirty, fill_batch, remaps, edits, mechanism, fault_source]
+        let first_touch = self.first_touch.clone().map(|text| ("first-touch", text.into()));
+        [nesting, accessed_dirty, fill_batch, remaps, edits, first_touch, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))
@@ -282,7 +286,7 @@ pub struct ShadowArgs {
     /// How the aliases lie: contiguous, scattered, shared-tables (contiguous).
     #[arg(long)]
     pub alias_kind: Option<String>,
-    /// Pages that one fault may map, a power of two up to 512 (1; in nested 64, and 512 on huge pages).
+    /// Pages that one fault may map, a power of two up to 512 (1; in nested up to 4096: 64, and 4096 on huge pages).
     #[arg(long)]
     pub extent: Option<u32>,
     /// Copies of huge leaves, 2 MiB each, that the strategy twin may hold at once; further leaves are split (64).

@@ -1,8 +1,10 @@
-//! The calls of userfaultfd and pagemap: Linux, include/uapi/linux/userfaultfd.h and include/uapi/linux/fs.h.
+//! The calls of userfaultfd, pagemap and udmabuf: Linux, include/uapi/linux/userfaultfd.h, fs.h and udmabuf.h.
 
-use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iowr_nr};
+use vmm_sys_util::{ioctl_io_nr, ioctl_ior_nr, ioctl_iow_nr, ioctl_iowr_nr};
 
 const UFFDIO: u32 = 0xaa;
+/// 'u'.
+const UDMABUF: u32 = 0x75;
 
 /// `struct uffdio_api`.
 #[repr(C)]
@@ -60,6 +62,24 @@ pub struct ScanArgument {
     pub return_mask: u64,
 }
 
+/// `struct udmabuf_create_list`, up to its list.
+#[repr(C)]
+pub struct UdmabufHead {
+    pub flags: u32,
+    pub count: u32,
+}
+
+/// `struct udmabuf_create_item`.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub struct UdmabufItem {
+    pub file: u32,
+    pub padding: u32,
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+ioctl_iow_nr!(UDMABUF_CREATE_LIST, UDMABUF, 0x43, UdmabufHead);
 ioctl_iowr_nr!(UFFDIO_API, UFFDIO, 0x3f, Api);
 ioctl_iowr_nr!(UFFDIO_REGISTER, UFFDIO, 0x00, Register);
 ioctl_ior_nr!(UFFDIO_UNREGISTER, UFFDIO, 0x01, Range);

@@ -194,8 +194,11 @@ impl HostMemory {
                 unsafe { mm::mmap_anonymous(address, self.bytes, rw, flags) }.map(|_| None)
             }
             Backing::Shmem | Backing::ShmemHuge | Backing::ShmemSmall => {
-                let file = rustix::fs::memfd_create("umbra", rustix::fs::MemfdFlags::CLOEXEC)?;
+                let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+                let file = rustix::fs::memfd_create("umbra", flags)?;
                 rustix::fs::ftruncate(&file, self.bytes as u64)?;
+                // udmabuf takes pages of nothing that could lose them.
+                rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::SHRINK)?;
                 let flags = MapFlags::SHARED | MapFlags::FIXED;
                 // SAFETY: replaces our own reservation, exactly.
                 unsafe { mm::mmap(address, self.bytes, rw, flags, &file, 0) }?;

@@ -1,7 +1,7 @@
 //! Whether what the kernel has mapped into the windows is what EPT02 says: read from /proc/self/maps, which nobody here writes.
 
 use super::Shadow;
-use super::source::Closed;
+use super::source::{Closed, begins_with};
 use super::windows::{Page, Window};
 use std::fs;
 use std::os::fd::AsFd;
@@ -41,7 +41,7 @@ fn mappings(start: u64, end: u64) -> Result<Vec<Mapping>, String> {
 
 impl Shadow {
     /// Compares, page by page: a window maps nothing that EPT02 does not grant, nothing but L1's memory is mapped, and the kernel has mapped
-    /// what the window says.
+    /// what the window says. L2 must be at rest.
     ///
     /// # Errors
     /// The first page that differs, in words.
@@ -113,6 +113,13 @@ impl Shadow {
         let closed = self.windows.source().closed();
         let right = match page.frame() {
             None => closed != Closed::Hole && mapping.name.contains(Closed::NAME),
+            Some(frame) if page.gathered() => {
+                // Which page of L1's a page of a udmabuf is, nobody tells.
+                let word = self.memory_map().first_word(frame);
+                mapping.rights == "rw-s"
+                    && mapping.name.starts_with("/dmabuf:")
+                    && word.is_some_and(|word| begins_with(window.place().start.plus(number), word))
+            }
             Some(frame) => {
                 // Where userfaultfd write-protects, all mappings have all rights; a page whose fault is being settled has none.
                 let rights = match closed {

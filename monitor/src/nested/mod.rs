@@ -16,6 +16,7 @@
 //! ```
 
 mod audit;
+mod gather;
 pub mod log;
 pub mod means;
 pub mod memory;
@@ -36,9 +37,6 @@ use memory::L1Pages;
 use source::Kind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-
-/// `KVM_CAP_PRE_FAULT_MEMORY` (include/uapi/linux/kvm.h).
-const CAP_PRE_FAULT_MEMORY: u32 = 236;
 
 /// How an L2 is run.
 #[derive(Clone, Copy, Debug)]
@@ -62,7 +60,6 @@ pub struct Host {
     vm: Arc<VmFd>,
     memory: Arc<L1Pages>,
     shadow: Mutex<Shadow>,
-    pre_faults: bool,
     /// An L2 that is kicked next is given back to its L1.
     expelled: AtomicBool,
 }
@@ -78,8 +75,7 @@ impl Host {
         options.means.mechanism.prepare(&l2, options.source)?;
         let source = options.source.open()?;
         let shadow = Shadow::new(Arc::clone(&l2), Arc::clone(&memory), source, options)?;
-        let pre_faults = kvm::vm::offered(&l2, CAP_PRE_FAULT_MEMORY) > 0;
-        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow), pre_faults, expelled: AtomicBool::new(false) }))
+        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow), expelled: AtomicBool::new(false) }))
     }
 
     /// Makes vCPU `index` of L2, which runs on the thread of L1's.

@@ -20,6 +20,9 @@ use umbra_shared::{L2Gfn, Level, nested};
 /// Pages that an invalidation maps again at most: the cost of a doorbell is bounded.
 const AHEAD: usize = 512;
 
+/// Pages that one leaf table maps.
+const ONE_TABLE: u32 = 512;
+
 /// The root that L2 runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Loaded {
@@ -46,6 +49,9 @@ pub struct Shadow {
     view: View,
     means: Means,
     loaded: Option<Loaded>,
+    /// Stretches of 2 MiB that one fault may map.
+    far: u64,
+    tracking: bool,
     /// vCPUs that are inside L2.
     running: usize,
     /// What the last harvest by the MMU found.
@@ -64,7 +70,7 @@ impl Shadow {
         let means = options.means;
         let strategy = if means.is_logged() { None } else { strategy(means.strategy) };
         let config = Config {
-            extent: options.extent,
+            extent: options.extent.min(ONE_TABLE),
             first_tracked: memory.first_tracked(),
             split: Split::Shatter,
             max_twins: options.twins,
@@ -81,7 +87,8 @@ impl Shadow {
         let found = umbra_mmu::PageSet::new(memory.frames());
         let windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
         let view = View(memory);
-        Ok(Self { mmu, windows, view, means, loaded: None, running: 0, found, faults: 0 })
+        let far = u64::from(options.extent / ONE_TABLE).max(1);
+        Ok(Self { mmu, windows, view, means, loaded: None, far, tracking: false, running: 0, found, faults: 0 })
     }
 
     /// The root that L2 runs on.
@@ -170,9 +177,7 @@ impl Shadow {
             Place::Hva(at) => self.windows.gfn_at(at).map(L2Gfn::address),
         };
         let Some(address) = address else { return Ok(None) };
-        let kind = if fault.write { Kind::Write } else { Kind::Read };
-        let request = Request { table_walk: fault.table_walk, ..Request::of(kind) };
-        let handled = self.resolve(address, request);
+        let handled = self.resolve(address, fault.request());
         self.windows.source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
         handled.map(Some)
     }
@@ -182,6 +187,9 @@ impl Shadow {
         let Some(loaded) = self.loaded else { return Err(Error::Memory("L2 runs without EPT12".into())) };
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         let outcome = self.mmu.fault(&mut env, loaded.root, address, request).map_err(|error| lost(&error))?;
+        if let Outcome::Mapped { .. } = outcome {
+            self.map_ahead(address)?;
+        }
         self.check_windows()?;
         let write = u64::from(request.kind == Kind::Write) << 1;
         Ok(match outcome {
@@ -212,9 +220,42 @@ impl Shadow {
         Ok(matches!(outcome, Outcome::Mapped { .. } | Outcome::Retry) && can_grant(&self.mmu))
     }
 
+    /// Maps the rest of the stretch of huge pages that `address` is in, up to the first that EPT12 has not or that is mapped already. To map one costs
+    /// far less than a fault. Only memory that the host has, lest it be taken for nothing; and not while something tracks, where pages that are mapped
+    /// before they are touched are of no use.
+    fn map_ahead(&mut self, address: u64) -> Result<(), Error> {
+        if self.far <= 1 || self.tracking || !self.view.0.is_resident() {
+            return Ok(());
+        }
+        let next = address / Level::M2.bytes() + 1;
+        for leaf in next..next.next_multiple_of(self.far) {
+            if !self.prefetch(leaf * Level::M2.bytes())? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps what L2 will touch, as far as EPT12 has it and no flag of EPT12's must be set for that. What it does not do, a fault will. It is in the
+    /// windows after [`Self::check_windows`].
+    fn prefetch(&mut self, address: u64) -> Result<bool, Error> {
+        let Some(loaded) = self.loaded else { return Ok(false) };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.mmu.prefetch(&mut env, loaded.root, address).map_err(|error| lost(&error))
+    }
+
+    /// L1 was asked about `address`, and comes back.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn answered(&mut self, address: u64) -> Result<(), Error> {
+        self.prefetch(address)?;
+        self.check_windows()
+    }
+
     /// What the mapper could not do.
     fn check_windows(&mut self) -> Result<(), Error> {
-        match self.windows.take_failure() {
+        match self.windows.settle() {
             None => Ok(()),
             Some(error) => Err(Error::call("mapping L1's memory into a window of L2", error)),
         }
@@ -225,17 +266,14 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub(super) fn invalidate(&mut self) -> Result<(), Error> {
-        // To follow an entry that is not used yet would set its accessed flag.
-        let ahead = self.loaded.is_some_and(|loaded| !loaded.role.format.has_accessed_dirty());
-        self.windows.invalidated = Vec::with_capacity(if ahead { AHEAD } else { 0 });
+        self.windows.invalidated = Vec::with_capacity(AHEAD);
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.invalidate(&mut env, Invalidation::All);
         self.check_windows()?;
         for gfn in std::mem::take(&mut self.windows.invalidated) {
-            // What EPT12 does not permit any more L2 has to ask for.
-            self.resolve(gfn.address(), Request::READ)?;
+            self.prefetch(gfn.address())?;
         }
-        Ok(())
+        self.check_windows()
     }
 
     /// Begins to track.
@@ -243,6 +281,7 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn start(&mut self) -> Result<(), Error> {
+        self.tracking = true;
         if !self.means.is_logged() {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
@@ -285,6 +324,7 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn stop(&mut self) -> Result<(), Error> {
+        self.tracking = false;
         if self.means.is_logged() {
             return self.windows.stop_log().map(|_| ());
         }
@@ -327,6 +367,7 @@ impl Shadow {
             ("ept12_synced", mmu.synced),
             ("window_maps", windows.maps),
             ("window_mapped_pages", windows.mapped_pages),
+            ("window_gathered_pages", windows.gathered_pages),
             ("window_protects", windows.protects),
             ("window_closes", windows.closes),
             ("window_evicted_pages", windows.evicted_pages),

@@ -32,10 +32,14 @@ pub struct L2Vcpu {
     enlisted: bool,
     /// Entries that failed one after the other.
     failed: u32,
-    /// `KVM_RUN` has yet to complete what L2 did outside of all windows.
-    pending: bool,
+    /// Where L2 did something outside of all windows that `KVM_RUN` has yet to complete.
+    pending: Option<u64>,
     /// Opened when it is needed, on this vCPU's thread.
     trace: Option<FaultTrace>,
+    /// Whether that records.
+    armed: bool,
+    /// The address that L1 was asked about last.
+    asked: Option<u64>,
 }
 
 /// Why `KVM_RUN` of L2's VM returned.
@@ -66,7 +70,18 @@ enum Next {
 
 impl L2Vcpu {
     pub(super) const fn new(host: Arc<Host>, index: usize, fd: VcpuFd) -> Self {
-        Self { host, index, fd, inside: false, enlisted: false, failed: 0, pending: false, trace: None }
+        Self {
+            host,
+            index,
+            fd,
+            inside: false,
+            enlisted: false,
+            failed: 0,
+            pending: None,
+            trace: None,
+            armed: false,
+            asked: None,
+        }
     }
 
     /// A word of L1's control page.
@@ -108,6 +123,10 @@ impl L2Vcpu {
             shadow.windows.source().enlist(&self.fd)?;
             self.enlisted = true;
         }
+        if let (Some(address), None) = (self.asked.take(), &entry.start) {
+            // Most likely L1 has made it possible meanwhile; L2 does it again first of all.
+            shadow.answered(address)?;
+        }
         drop(shadow);
         (self.inside, self.failed) = (true, 0);
         Ok(())
@@ -116,7 +135,7 @@ impl L2Vcpu {
     /// Lets KVM complete an access outside of all windows, after which other registers can be loaded (Documentation/virt/kvm/api.rst, 5, "The `kvm_run`
     /// structure": pending operations are completed by an entry with `immediate_exit`).
     fn complete(&mut self) -> Result<(), Error> {
-        if std::mem::take(&mut self.pending) {
+        if self.pending.take().is_some() {
             self.fd.set_kvm_immediate_exit(1);
             let done = self.fd.run().map(|_| ());
             self.fd.set_kvm_immediate_exit(0);
@@ -131,8 +150,11 @@ impl L2Vcpu {
     /// Runs L2 until L1 or the controller has to do something.
     fn run_l2(&mut self, kicked: &AtomicBool) -> Result<Option<Exit>, Error> {
         while self.inside {
-            self.pre_fault()?;
+            self.prepare()?;
             let left = self.run_once();
+            if !matches!(left, Left::Fault | Left::Interrupted) {
+                self.disarm()?;
+            }
             match self.next(left)? {
                 Next::L2 => {}
                 Next::L1(exit, address, qualification) => self.leave(exit, address, qualification)?,
@@ -185,7 +207,7 @@ impl L2Vcpu {
             Left::Interrupted => return self.interrupted(),
             Left::Fault => return self.fault(),
             Left::Beyond { gpa, write } => {
-                self.pending = true;
+                self.pending = Some(gpa);
                 return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1));
             }
             Left::Rang(number) => match Doorbell::from_number(number) {
@@ -234,25 +256,49 @@ impl L2Vcpu {
         self.next(Left::Broken(silence.to_owned()))
     }
 
-    /// Tries again, with KVM's tracepoint armed.
+    /// Where it was, by KVM's tracepoint: as the entry that failed has recorded it, or the one that tries again with the tracepoint armed. That
+    /// stays armed until L2 comes out for another reason. Who faults once mostly faults again, and to try again costs ten times what a fault pays
+    /// for being recorded.
     fn traced(&mut self) -> Result<Next, Error> {
-        let failed = |error| Error::call("tracing a fault of L2", error);
+        let recorded = self.trace.as_ref().filter(|_| self.armed).and_then(FaultTrace::last);
+        let traced = if let Some(traced) = recorded {
+            traced
+        } else {
+            self.arm()?;
+            let left = self.run_once();
+            match (left, self.trace.as_ref().and_then(FaultTrace::last)) {
+                (Left::Fault, Some(traced)) => traced,
+                (Left::Fault, None) => return self.unknown(),
+                // Another vCPU has settled the same fault meanwhile.
+                (left, _) => {
+                    self.disarm()?;
+                    return self.next(left);
+                }
+            }
+        };
+        let Traced { address, write, table_walk } = traced;
+        self.handle(&Fault { place: Place::Gpa(address), write, table_walk })
+    }
+
+    fn arm(&mut self) -> Result<(), Error> {
         let trace = match self.trace.take() {
             Some(trace) => trace,
             None => FaultTrace::open()?,
         };
-        trace.arm().map_err(failed)?;
-        let left = self.run_once();
-        let traced = trace.disarm().map_err(failed)?;
+        let armed = trace.arm();
         self.trace = Some(trace);
-        match (left, traced) {
-            (Left::Fault, Some(Traced { address, write, table_walk })) => {
-                self.handle(&Fault { place: Place::Gpa(address), write, table_walk })
-            }
-            (Left::Fault, None) => self.unknown(),
-            // Another vCPU has settled the same fault meanwhile.
-            (left, _) => self.next(left),
+        armed.map_err(|error| Error::call("tracing a fault of L2", error))?;
+        self.armed = true;
+        Ok(())
+    }
+
+    fn disarm(&mut self) -> Result<(), Error> {
+        if std::mem::take(&mut self.armed)
+            && let Some(trace) = &self.trace
+        {
+            trace.disarm().map_err(|error| Error::call("tracing a fault of L2", error))?;
         }
+        Ok(())
     }
 
     fn handle(&mut self, fault: &Fault) -> Result<Next, Error> {
@@ -260,23 +306,30 @@ impl L2Vcpu {
         self.failed = 0;
         match handled {
             Some(Handled::Resume) => Ok(Next::L2),
-            Some(Handled::ToL1(exit, address, qualification)) => Ok(Next::L1(exit, address, qualification)),
+            Some(Handled::ToL1(exit, address, qualification)) => {
+                self.asked = Some(address);
+                Ok(Next::L1(exit, address, qualification))
+            }
             None => self.next(Left::Broken(format!("L2 touched {:?}, which is in no window", fault.place))),
         }
     }
 
-    /// Lets KVM map what was mapped lately, rather than have L2 fault on each page. Not while it logs: all would count as written.
-    fn pre_fault(&self) -> Result<(), Error> {
+    /// Makes ready for an entry. KVM maps what was mapped lately, rather than that L2 faults on each page. Not while KVM logs: all would count
+    /// as written. Then L2's faults are many, and none is to pay for being recorded.
+    fn prepare(&mut self) -> Result<(), Error> {
         let mut shadow = self.host.shadow()?;
-        if !self.host.pre_faults || shadow.windows.log.is_some() {
-            shadow.windows.fresh.clear();
-            return Ok(());
+        let fresh = std::mem::take(&mut shadow.windows.fresh);
+        if shadow.windows.log.is_some() {
+            drop(shadow);
+            return self.disarm();
         }
         // Under the lock, so that nobody closes what KVM is about to map: over a poisoned page the call would not end.
-        let fresh = std::mem::take(&mut shadow.windows.fresh);
-        for extent in fresh {
+        for (start, frames) in fresh {
             // It is a hint: what it does not do, a fault will.
-            let _ = ioctls::pre_fault_memory(&self.fd, extent.start.address(), extent.frames * PAGE_SIZE);
+            let _ = ioctls::pre_fault_memory(&self.fd, start.address(), frames * PAGE_SIZE);
+        }
+        if let Some(trace) = self.trace.as_ref().filter(|_| self.armed) {
+            trace.forget();
         }
         Ok(())
     }

@@ -238,6 +238,7 @@ pub(super) const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
     ("enter", "enter", Rounds::None, Share::One),
     ("fill", "fill", Rounds::None, Share::PatternPages),
     ("first touch", "first-touch", Rounds::None, Share::PatternPages),
+    ("second touch", "second-touch", Rounds::None, Share::PatternPages),
     ("baseline", "baseline", Rounds::None, Share::Accesses),
     ("enable", "enable", Rounds::None, Share::Pages),
     ("dirty 1", "dirty", Rounds::First, Share::Accesses),
@@ -405,7 +406,7 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
         text.push_str("baseline, retouch, settled: a round before logging, right after it, and the one after that.\n");
     }
     if record.scenario == "nested" {
-        text.push_str("enter: one entry into L2 and the hypercall that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
+        text.push_str("enter: one entry into L2 and the hypercall that ends it, by the guest's clock. fill (L1's table), first and second touch: per page of L2.\n");
         if number(record, "remaps") > 0 {
             text.push_str(
                 "edit: L1's exchanges in a round, from its first store to the end of what it says about them.\n",

@@ -69,6 +69,15 @@ fn named<T: Copy>(name: &str, text: &str, choices: &[(&str, T)]) -> Result<T, Fa
     })
 }
 
+/// When L2 touches its pages for the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstTouch {
+    /// Before anything is logged.
+    Before,
+    /// In the first round.
+    Logged,
+}
+
 /// What L2 is, and the ways to run it.
 #[derive(Clone, Debug)]
 pub struct L2Options {
@@ -84,6 +93,8 @@ pub struct L2Options {
     remaps: u64,
     /// Random edits of the table, or cases of a malicious L1; 0 where there are none.
     pub edits: u64,
+    /// When L2 touches its pages for the first time.
+    pub first_touch: FirstTouch,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
     /// Whether mechanisms were asked for by name.
@@ -126,8 +137,8 @@ impl L2Options {
                 "--remaps {remaps}: which page an L2 page is then must be known, so no --alias-kind shared-tables, and no --alias with several --vcpus"
             )));
         }
-        if let Some(extent) = table.extent.filter(|extent| !extent.is_power_of_two() || *extent > 512) {
-            return Err(Failure::Input(format!("--extent {extent}: it is a power of two up to 512")));
+        if let Some(extent) = table.extent.filter(|extent| !extent.is_power_of_two() || *extent > 4096) {
+            return Err(Failure::Input(format!("--extent {extent}: it is a power of two up to 4096")));
         }
         if alias_kind == AliasKind::Scattered && guest_page > level {
             return Err(Failure::Input(format!(
@@ -165,9 +176,33 @@ impl L2Options {
             check_edits(args, level, alias_kind)?;
             config.insert("edits".to_owned(), edits.into());
         }
+        let first_touch = given.first_touch.as_deref().unwrap_or("before");
+        config.insert("first-touch".to_owned(), first_touch.into());
+        let first_touch =
+            named("first-touch", first_touch, &[("before", FirstTouch::Before), ("logged", FirstTouch::Logged)])?;
+        if first_touch == FirstTouch::Logged && (fill_batch > 0 || args.write_percent < 100) {
+            return Err(Failure::Input(
+                "--first-touch logged: L1 fills its table before, and every page is written (no --fill-batch, no --write-percent): KVM counts a page that it first maps for a read as written"
+                    .to_owned(),
+            ));
+        }
         let means_by_name = !given.mechanism.is_empty();
         let (extent, twins) = (table.extent, table.twins);
-        Ok(Self { ways, map, format, flags, fill_batch, remaps, edits, means, means_by_name, source, extent, twins })
+        Ok(Self {
+            ways,
+            map,
+            format,
+            flags,
+            fill_batch,
+            remaps,
+            edits,
+            first_touch,
+            means,
+            means_by_name,
+            source,
+            extent,
+            twins,
+        })
     }
 
     /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
@@ -201,10 +236,10 @@ impl L2Options {
         Nested { way, map: self.map, format, flags, fill_batch: self.fill_batch, remaps: self.remaps }
     }
 
-    /// How the monitor runs L2 by `means`, with faults told by `source`. On huge pages one fault maps a whole one.
+    /// How the monitor runs L2 by `means`, with faults told by `source`. On huge pages one fault maps up to eight.
     #[must_use]
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
-        let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
+        let extent = self.extent.unwrap_or(if backing.is_huge() { 4096 } else { 64 });
         let pieces = !backing.is_huge() || self.remaps + self.edits > 0 && self.map.leaf() == Level::K4;
         let twins = self.twins.unwrap_or(DEFAULT_TWINS);
         nested::Options { means, source, extent, twins, pieces }

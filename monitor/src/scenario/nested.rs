@@ -1,12 +1,13 @@
 //! What a guest's guest costs: the same pattern over the same pages, executed by L1 itself (`plain`), by an L2 on KVM's own nesting (`svm`,
 //! `vmx`) and by one on Umbra's shadow MMU (`umbra`).
 //! A row for each way and tracker. The rounds are those of `dirty-log`; before them come the monitor's populating of L1's memory (so that a first
-//! touch is KVM's work alone), an entry into L2 and back, L1's filling of its table, and L2's first touch of every page.
+//! touch is KVM's work alone), an entry into L2 and back, L1's filling of its table, and L2's first and second touch of every page (or, with
+//! `--first-touch logged`, the first round is the first touch).
 //!
 //! The trackers track L1's pages, as a VMM does that migrates a guest hypervisor.
 
 use super::Setup;
-use super::l2::{L2Options, Nesting};
+use super::l2::{FirstTouch, L2Options, Nesting};
 use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
@@ -140,7 +141,7 @@ fn row(setup: &Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) 
 
 fn begin_plain(run: &mut Run) -> Result<(), Failure> {
     run.populate();
-    run.command("first-touch", Command::Populate, 0)
+    touch(run, "first-touch")
 }
 
 fn begin_nested(run: &mut Run) -> Result<(), Failure> {
@@ -148,8 +149,18 @@ fn begin_nested(run: &mut Run) -> Result<(), Failure> {
     run.command_by_guest("enter", Command::Enter, ENTRIES)?;
     if run.nested().is_some_and(|nested| nested.fill_batch > 0) {
         // L2's first touch of a page is a violation, for which L1 fills its table.
-        return run.command("fill", Command::Populate, 0);
+        return touch(run, "fill");
     }
     run.command_by_guest("fill", Command::Fill, 0)?;
-    run.command("first-touch", Command::Populate, 0)
+    touch(run, "first-touch")
+}
+
+/// Every page is written for the first time in the phase `first`, and once more when all of them are warm; or all that is left to the first round.
+fn touch(run: &mut Run, first: &str) -> Result<(), Failure> {
+    if run.l2().is_some_and(|l2| l2.first_touch == FirstTouch::Logged) {
+        run.leave_untouched();
+        return Ok(());
+    }
+    run.command(first, Command::Populate, 0)?;
+    run.command("second-touch", Command::Populate, 0)
 }

@@ -89,14 +89,13 @@ impl Machine {
     /// [`Error::Broken`] and [`Error::Silent`].
     pub fn command_of(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<Window, Error> {
         std::thread::sleep(clock::settle(self.clock));
-        let mut before = Witness::beside_vcpus(self.clock).look();
+        let before = Witness::beside_vcpus(self.clock).look();
         clock::behind_a_tick(self.clock);
-        before.begin();
         self.begin_of(vcpus.clone(), command, argument)?;
         let mut window = self.finish(vcpus, name(command))?;
         window.clean = match self.clock {
             // A vCPU thread that was never switched away had the CPU for itself; else the other tasks' time decides.
-            Clock::Instructions => window.clean || before.nobody_else_ran(),
+            Clock::Instructions => window.clean || before.nobody_else_ran(window.length()),
             Clock::Nanoseconds => window.clean,
         };
         Ok(window)

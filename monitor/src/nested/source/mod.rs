@@ -9,6 +9,8 @@ pub mod poison;
 pub mod tracepoint;
 pub mod userfault;
 
+pub(super) use pages::begins_with;
+
 use super::memory::InFile;
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::Error;
@@ -16,6 +18,7 @@ use kvm_ioctls::VcpuFd;
 use std::fmt;
 use std::io;
 use std::str::FromStr;
+use umbra_mmu::Request;
 
 /// The sources there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,6 +132,15 @@ pub struct Fault {
     pub table_walk: bool,
 }
 
+impl Fault {
+    /// What the shadow MMU is asked.
+    #[must_use]
+    pub const fn request(&self) -> Request {
+        let kind = if self.write { umbra_mmu::Kind::Write } else { umbra_mmu::Kind::Read };
+        Request { table_walk: self.table_walk, ..Request::of(kind) }
+    }
+}
+
 /// A page of L2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
@@ -151,16 +163,28 @@ pub enum Told {
     Nothing,
 }
 
-/// How pages are mapped. The host's page tables are filled at once.
+/// How pages are mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapped {
     /// L2 may write them.
     pub writable: bool,
-    /// L2's first write to each is told from a read before it. KVM asks the host for a page with the right to write even if L2 reads, and counts
-    /// the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
-    pub told_apart: bool,
     /// The mapping must not become one with its neighbours (see `windows::PIECE`).
     pub alone: bool,
+    /// What becomes of the host's page tables.
+    pub tables: Tables,
+}
+
+/// What becomes of the host's page tables for pages that are mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// They are left to KVM. Where `KVM_PRE_FAULT_MEMORY` follows, that costs less than to fill them here: Linux maps 16 pages around each that KVM
+    /// finds missing.
+    Left,
+    /// They are filled at once.
+    Filled,
+    /// The same, and L2's first write to each page is told from a read before it. KVM asks the host for a page with the right to write even if L2
+    /// reads, and counts the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
+    ToldApart,
 }
 
 /// What a closed page is.

@@ -70,7 +70,7 @@ impl Source for Poison {
 
     fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
         let register = |stretch| self.userfault.register(stretch).map_err(io::Error::other);
-        pages::map_part(stretch, file, how.writable, if how.told_apart { Some(&register) } else { None })?;
+        pages::map_part(stretch, file, (how.writable, how.tables), register)?;
         if how.alone { pages::set_apart(stretch) } else { Ok(()) }
     }
 

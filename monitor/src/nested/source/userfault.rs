@@ -187,7 +187,7 @@ impl Source for Userfaults {
         let (window, first) = state.window(stretch)?;
         let register = |stretch| self.shared.userfault.register(stretch).map_err(io::Error::other);
         // What is read-only here is so by the userfaultfd: its mapping has all rights.
-        pages::map_part(stretch, file, true, if how.told_apart { Some(&register) } else { None })?;
+        pages::map_part(stretch, file, (true, how.tables), register)?;
         if how.alone {
             pages::set_apart(stretch)?;
         }
