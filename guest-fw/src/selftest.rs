@@ -32,10 +32,11 @@ const TABLE_BYTES: u64 = layout::table_bytes(PAGES, Level::K4);
 const NOT_PRESENT_USER_READ: u64 = 4;
 const UNMAPPED: u64 = layout::TRACKED_BASE + PAGES * PAGE_SIZE;
 
-const KINDS: [Kind; 6] = [
+const KINDS: [Kind; 7] = [
     Kind::Empty,
     Kind::Sequential,
     Kind::Stride(64),
+    Kind::Same(2),
     Kind::Random,
     Kind::HotSpot { pages: 10, share: 90 },
     Kind::Clusters(16),
@@ -167,7 +168,7 @@ fn check_pattern(setup: &Setup, worker: &mut Worker, leaf: Level) {
         let executed = worker.execute(command, 0);
         let writes = (0..pattern.accesses()).map(|index| pattern.access(round, index)).filter(|access| access.write);
         for access in writes {
-            expected[access.page as usize] = Pattern::stamp(round, access.page);
+            expected[access.page as usize] = Pattern::stamp(pattern.written_as(round), access.page);
         }
         check(
             executed.writes == pattern.writes(),

@@ -44,7 +44,7 @@ pub enum Command {
         fail_over: Option<f64>,
     },
     /// Every run that a spec names, two boots at a time; a run that was interrupted goes on where it was.
-    #[command(name = "lab-matrix", bin_name = "umbra lab matrix", hide = true)]
+    #[command(name = "lab matrix", hide = true)]
     LabMatrix {
         /// The spec (images/specs has examples).
         #[arg(long)]
@@ -57,7 +57,7 @@ pub enum Command {
         out: Option<PathBuf>,
     },
     /// One scenario on several kernels, side by side in one table.
-    #[command(name = "lab-history", bin_name = "umbra lab history", hide = true)]
+    #[command(name = "lab history", hide = true)]
     LabHistory {
         /// Kernels, separated by commas (default: the whole shelf).
         #[arg(long, value_delimiter = ',')]
@@ -70,7 +70,7 @@ pub enum Command {
         lab: LabArgs,
     },
     /// One scenario in images that are merely shifted: what a difference must exceed to be one.
-    #[command(name = "lab-noise", bin_name = "umbra lab noise", hide = true)]
+    #[command(name = "lab noise", hide = true)]
     LabNoise {
         /// How many images.
         #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(2..=64))]
@@ -83,7 +83,7 @@ pub enum Command {
         lab: LabArgs,
     },
     /// One scenario on two kernels, or with two settings of one kernel's parameters, compared.
-    #[command(name = "lab-ab", bin_name = "umbra lab ab", hide = true)]
+    #[command(name = "lab ab", hide = true)]
     LabAb {
         /// B's kernel (default: that of A, which --kernel names).
         #[arg(long, value_name = "KERNEL")]
@@ -239,10 +239,16 @@ pub struct NestedArgs {
     /// Pairs of leaves that L1 exchanges in each round, between L2's writes and the harvest (0).
     #[arg(long)]
     pub remaps: Option<u64>,
+    /// Random edits of L1's table that `edits` makes, in epochs of one to eight (500); cases of `hostile` (2000).
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub edits: Option<u64>,
+    /// When L2 touches its pages for the first time: before (logging), or logged, in the first round (before).
+    #[arg(long)]
+    pub first_touch: Option<String>,
     /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub mechanism: Vec<String>,
-    /// How umbra learns where L2 faulted: tracepoint, userfaultfd, auto (auto).
+    /// How umbra learns where L2 faulted: tracepoint, poison, userfaultfd, auto (auto).
     #[arg(long)]
     pub fault_source: Option<String>,
 }
@@ -256,7 +262,9 @@ impl NestedArgs {
         let mechanism = (!self.mechanism.is_empty()).then(|| ("mechanism", self.mechanism.join(",").into()));
         let fault_source = self.fault_source.clone().map(|text| ("fault-source", text.into()));
         let remaps = self.remaps.map(|number| ("remaps", number.into()));
-        [nesting, accessed_dirty, fill_batch, remaps, mechanism, fault_source]
+        let edits = self.edits.map(|number| ("edits", number.into()));
+        let first_touch = self.first_touch.clone().map(|text| ("first-touch", text.into()));
+        [nesting, accessed_dirty, fill_batch, remaps, edits, first_touch, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))
@@ -291,9 +299,12 @@ pub struct ShadowArgs {
     /// How the aliases lie: contiguous, scattered, shared-tables (contiguous).
     #[arg(long)]
     pub alias_kind: Option<String>,
-    /// Pages that one fault may map, a power of two up to 512 (1; in nested 64, and 512 on huge pages).
+    /// Pages that one fault may map, a power of two up to 512 (1; in nested up to 4096: 64, and 4096 on huge pages).
     #[arg(long)]
     pub extent: Option<u32>,
+    /// Copies of huge leaves, 2 MiB each, that the strategy twin may hold at once; further leaves are split (64).
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub twins: Option<u32>,
     /// Split-cache sizes in objects, MINIMUM/CAPACITY (1/40 tables, 64/104 descriptors; given, both are that).
     #[arg(long)]
     pub cache: Option<String>,
@@ -312,7 +323,8 @@ impl ShadowArgs {
             ("cache", &self.cache),
         ];
         let texts = texts.into_iter().filter_map(|(name, text)| Some((name, text.clone()?.into())));
-        let numbers = [("alias", self.alias), ("extent", self.extent.map(u64::from))];
+        let numbers =
+            [("alias", self.alias), ("extent", self.extent.map(u64::from)), ("twins", self.twins.map(u64::from))];
         let numbers = numbers.into_iter().filter_map(|(name, number)| Some((name, number?.into())));
         let strategy = (!self.strategy.is_empty()).then(|| ("strategy", self.strategy.join(",").into()));
         texts.chain(numbers).chain(strategy).map(|(name, value)| (name.to_owned(), value)).collect()
@@ -436,7 +448,7 @@ pub fn parse<I: IntoIterator<Item = String>>(words: I) -> Result<Cli, Failure> {
         && lab == "lab"
         && matches!(name.as_str(), "matrix" | "history" | "noise" | "ab")
     {
-        words[1] = format!("lab-{}", words.remove(2));
+        words[1] = format!("lab {}", words.remove(2));
     }
     Cli::try_parse_from(words).map_err(|error| {
         if matches!(

@@ -150,6 +150,18 @@ impl Contents {
         }
     }
 
+    /// Pages that the round's writes leave as they are.
+    #[must_use]
+    pub fn unchanged(&self, round: u64, touched: &Round) -> PageSet {
+        let mut unchanged = PageSet::new(self.words.len() as u64);
+        for ((page, word), last) in (0..).zip(&self.words).zip(&touched.last) {
+            if last.is_some_and(|last| *word == Pattern::stamp(round, last)) {
+                unchanged.insert(page);
+            }
+        }
+        unchanged
+    }
+
     /// Whether `page` may begin with `word`. Nothing is right beyond the last page.
     #[must_use]
     pub fn holds(&self, page: u64, word: Option<u64>) -> bool {
@@ -217,6 +229,15 @@ impl Verdict {
         };
         Self { pages, missed, extra }
     }
+
+    /// The same for a tracker that compares bytes: it need not report pages of which `unchanged` says that their writes left them as they were.
+    #[must_use]
+    pub fn comparing(mut self, unchanged: &PageSet) -> Self {
+        let missed = self.missed.without(unchanged);
+        self.pages.unchanged = self.missed.count() - missed.count();
+        self.pages.missed = missed.count();
+        Self { missed, ..self }
+    }
 }
 
 #[cfg(test)]
@@ -262,6 +283,26 @@ mod tests {
         explained.insert(extra);
         let verdict = Verdict::of(&written, &reported, &explained);
         assert_eq!((verdict.pages.extra, verdict.pages.explained), (0, 1));
+    }
+
+    #[test]
+    fn only_what_was_written_over_with_the_same_bytes_may_go_unseen() {
+        let now = Translation::new(Map::identity(200));
+        let round = Round::of(&pattern(200, 25), &now, 1);
+        let mut contents = Contents::zeroes(&Map::identity(200), 1);
+        assert_eq!(contents.unchanged(1, &round).count(), 0);
+        contents.write(1, &round);
+        let unchanged = contents.unchanged(1, &round);
+        assert_eq!(unchanged, round.l1.written);
+        assert_eq!(contents.unchanged(2, &round).count(), 0);
+        let none = PageSet::new(200);
+        let pages = Verdict::of(&round.l1.written, &none, &none).comparing(&unchanged).pages;
+        assert_eq!((pages.written, pages.unchanged, pages.missed), (50, 50, 0));
+        // Reported all the same: by a tracker that happens to see it.
+        let pages = Verdict::of(&round.l1.written, &round.l1.written, &none).comparing(&unchanged).pages;
+        assert_eq!((pages.unchanged, pages.missed, pages.extra), (0, 0, 0));
+        let pages = Verdict::of(&round.l1.written, &none, &none).comparing(&none).pages;
+        assert_eq!((pages.unchanged, pages.missed), (0, 50));
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct ControlPage {
     pub start: u64,
     /// L2's state when it begins: 64-bit mode at ring 3.
     pub state: State,
+    /// Not 0: L1 is told when L2 ends ([`Exit::Ended`]), as SVM's SHUTDOWN intercept has it. 0: the monitor stops the machine and says why.
+    pub intercept: u64,
     /// What L2 is to do; the monitor does not look at it.
     pub work: u64,
     /// The [`Role`] that L2 is in. L1 says where it begins; L2 changes it and rings [`Doorbell::ChangeRole`](crate::protocol::Doorbell::ChangeRole).
@@ -45,7 +47,8 @@ pub struct ControlPage {
     pub exit: u64,
     /// With [`Exit::Violation`]: the L2 physical address.
     pub address: u64,
-    /// With [`Exit::Violation`]: bit 1 if the access was a write.
+    /// With [`Exit::Violation`] what a processor says of the access: the exit qualification (EPT) or EXITINFO1 (other formats). With other exits,
+    /// and outside of all windows, bit 1 alone: set if the access was a write.
     pub qualification: u64,
 }
 
@@ -89,6 +92,9 @@ pub enum Exit {
     ExecuteRights = 5,
     /// The control page makes no sense; L2 did not run.
     Refused = 6,
+    /// L2 cannot go on: an exception that it did not expect, a triple fault, a halt, or an instruction that KVM cannot emulate. With
+    /// [`ControlPage::intercept`] alone.
+    Ended = 7,
 }
 
 impl Exit {
@@ -102,6 +108,7 @@ impl Exit {
             4 => Some(Self::Misconfigured),
             5 => Some(Self::ExecuteRights),
             6 => Some(Self::Refused),
+            7 => Some(Self::Ended),
             _ => None,
         }
     }

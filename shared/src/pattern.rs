@@ -33,10 +33,13 @@ pub enum Kind {
     },
     /// Runs of that many neighbours, the runs in random order.
     Clusters(u64),
+    /// As sequential, and that many rounds, one after the other, write the same bytes: most writes leave a page as it was.
+    Same(u64),
 }
 
 /// The names of the kinds, as the command line spells them.
-pub const NAMES: &[&str] = &["empty", "sequential", "stride:N", "random", "hotspot:PAGES%/SHARE%", "clusters:N"];
+pub const NAMES: &[&str] =
+    &["empty", "sequential", "stride:N", "random", "hotspot:PAGES%/SHARE%", "clusters:N", "same:ROUNDS"];
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -47,6 +50,7 @@ impl fmt::Display for Kind {
             Self::Random => write!(f, "random"),
             Self::HotSpot { pages, share } => write!(f, "hotspot:{pages}/{share}"),
             Self::Clusters(length) => write!(f, "clusters:{length}"),
+            Self::Same(rounds) => write!(f, "same:{rounds}"),
         }
     }
 }
@@ -68,6 +72,7 @@ impl FromStr for Kind {
             ("random", None) => Ok(Self::Random),
             ("stride", Some(step)) => Ok(Self::Stride(positive(step)?)),
             ("clusters", Some(length)) => Ok(Self::Clusters(positive(length)?)),
+            ("same", Some(rounds)) => Ok(Self::Same(positive(rounds)?)),
             ("hotspot", Some(both)) => {
                 let (pages, share) = both.split_once('/').ok_or(UnknownKind)?;
                 let (pages, share) = (number(pages)?, number(share)?);
@@ -186,7 +191,7 @@ impl Pattern {
         let position = (index + round.wrapping_mul(37) % all) % all;
         let write = picked(position, self.write_percent);
         let page = match self.kind {
-            Kind::Empty | Kind::Sequential => index % self.pages,
+            Kind::Empty | Kind::Sequential | Kind::Same(_) => index % self.pages,
             Kind::Stride(step) => stride(index % self.pages, self.pages, step),
             Kind::Random => permute(index % self.pages, self.pages, self.key(round, 0)),
             Kind::Clusters(length) => self.cluster(round, index % self.pages, length),
@@ -195,8 +200,17 @@ impl Pattern {
         Access { page, write }
     }
 
-    /// The word that a write of `round` leaves at the start of `page`: never that of another round or page, never zero, so a
-    /// write always changes the page's bytes (`unchanged` is 0 with every pattern here).
+    /// The round whose [`Pattern::stamp`] the writes of `round` leave: itself, but with [`Kind::Same`], where several rounds share one.
+    #[must_use]
+    pub const fn written_as(&self, round: u64) -> u64 {
+        match self.kind {
+            Kind::Same(rounds) => round - round % rounds,
+            _ => round,
+        }
+    }
+
+    /// The word that a write of `round` leaves at the start of `page`: never that of another round or page, never zero. So a write always
+    /// changes the page's bytes, and `unchanged` is 0, but where [`Pattern::written_as`] says otherwise.
     #[must_use]
     pub const fn stamp(round: u64, page: u64) -> u64 {
         ((round + 1) << 32) | page
@@ -241,6 +255,7 @@ impl Pattern {
             Kind::Random => (3, 0, 0),
             Kind::HotSpot { pages, share } => (4, pages, share),
             Kind::Clusters(length) => (5, length, 0),
+            Kind::Same(rounds) => (6, rounds, 0),
         };
         [kind, a, b, self.seed, self.pages, self.write_percent, self.accesses_per_page, 0]
     }
@@ -256,6 +271,7 @@ impl Pattern {
             3 => Kind::Random,
             4 => Kind::HotSpot { pages: a, share: b },
             5 if a > 0 => Kind::Clusters(a),
+            6 if a > 0 => Kind::Same(a),
             _ => return None,
         };
         Some(Self { kind, seed, pages, write_percent, accesses_per_page })
@@ -285,6 +301,7 @@ mod tests {
             Just(Kind::Empty),
             Just(Kind::Sequential),
             (1_u64..600).prop_map(Kind::Stride),
+            (1_u64..9).prop_map(Kind::Same),
             Just(Kind::Random),
             (1_u64..100, 0_u64..101).prop_map(|(pages, share)| Kind::HotSpot { pages, share }),
             (1_u64..600).prop_map(Kind::Clusters),
@@ -378,6 +395,14 @@ mod tests {
         for kind in [Kind::Sequential, Kind::Random, Kind::Stride(64), Kind::Clusters(16)] {
             assert_ne!(of(kind, 1), of(kind, 2), "{kind}");
         }
+    }
+
+    #[test]
+    fn rounds_that_write_the_same_share_a_stamp() {
+        let pattern = |kind| Pattern { kind, seed: 1, pages: 8, write_percent: 100, accesses_per_page: 1 };
+        let stamps = |kind| (0..6).map(|round| pattern(kind).written_as(round)).collect::<Vec<_>>();
+        assert_eq!(stamps(Kind::Same(3)), [0, 0, 0, 3, 3, 3]);
+        assert_eq!(stamps(Kind::Sequential), [0, 1, 2, 3, 4, 5]);
     }
 
     #[test]

@@ -156,14 +156,22 @@ pub enum Command {
     Provoke = 12,
     /// L1 alone: exchange leaves of its table as round `argument` demands, and say so where that is due.
     Edit = 13,
+    /// L1 alone: play the edits of epoch `argument` ([`crate::edits`]) on its table. No L2 runs.
+    Play = 14,
+    /// L1 says what is due after the last [`Command::Play`], and lets its L2 make the probes of that epoch, or of the last [`Command::Attack`].
+    Probe = 15,
+    /// L1 alone: make its table and control page what they were at first, all of L2's pages mapped.
+    Renew = 16,
+    /// L1 alone, a malicious one: case `argument` of [`crate::hostile`].
+    Attack = 17,
     /// An L2 of the monitor's alone: announce that it is in role `argument` ([`crate::role::Role`]). Ticks as for `Toggle`.
-    Role = 14,
+    Role = 18,
     /// Leave long mode, write all tracked pages with the stamp of the round in the upper half of `argument`, change the bit of the
     /// [`crate::toggle::Toggle`] in its lower half there and back, write the pages again, and come back. [`Doorbell::Ready`] is rung after each of the
     /// first three, and what is commanded then is ignored. [`Mailbox::ticks`] is what the change took. One slot, below 4 GiB.
-    Unpaged = 15,
+    Unpaged = 19,
     /// Nothing: what was begun goes on.
-    GoOn = 16,
+    GoOn = 20,
 }
 
 impl Command {
@@ -184,9 +192,13 @@ impl Command {
             11 => Some(Self::PacedRun),
             12 => Some(Self::Provoke),
             13 => Some(Self::Edit),
-            14 => Some(Self::Role),
-            15 => Some(Self::Unpaged),
-            16 => Some(Self::GoOn),
+            14 => Some(Self::Play),
+            15 => Some(Self::Probe),
+            16 => Some(Self::Renew),
+            17 => Some(Self::Attack),
+            18 => Some(Self::Role),
+            19 => Some(Self::Unpaged),
+            20 => Some(Self::GoOn),
             _ => None,
         }
     }

@@ -1,6 +1,7 @@
 //! Runs on this machine's /dev/kvm. Where there is none, every test checks that `umbra` says so.
 
 use rustix::process::{Pid, Signal};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 use umbra::report::Record;
 use umbra_tests::{command, finish, kvm_here, record, refused, umbra};
@@ -28,6 +29,41 @@ fn every_tracker_reports_what_was_written() {
             assert!(row.stall.as_ref().is_some_and(|stall| stall.count == 3 * 4096 && stall.p50 <= stall.max));
         }
     }
+}
+
+/// Needs root, to become somebody who is not: in a mount namespace of its own, /dev/kvm is one that everybody may open.
+const AS_NOBODY: &str = r#"mknod -m 666 "$1/kvm" c 10 232 && mount --bind "$1/kvm" /dev/kvm || exit 99; shift
+exec setpriv --reuid=65534 --regid=65534 --clear-groups --bounding-set=-all --no-new-privs "$@""#;
+
+/// /dev/kvm is all that L2 needs: no tracefs, no userfaultfd of the kernel's faults, no thread.
+#[test]
+fn an_unprivileged_user_runs_l2() {
+    if !kvm_here() {
+        return refused(&["run", "nested", "--nesting", "umbra"], 3, &["/dev/kvm"]);
+    }
+    let directory = tempfile::Builder::new().permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).tempdir();
+    let directory = directory.expect("a temporary directory");
+    let (place, umbra) = (directory.path().to_string_lossy(), directory.path().join("umbra"));
+    std::fs::copy(umbra_tests::binary(), &umbra).expect("a copy that everybody may start");
+    let words = ["-m", "--propagation", "private", "sh", "-c", AS_NOBODY, "sh", &place];
+    let l2 =
+        "run nested --nesting umbra --memory 2M --alias 2 --rounds 2 --vcpus 2 --pattern random --write-percent 40";
+    let mut command = std::process::Command::new("unshare");
+    command.args(words).arg(&umbra).args(l2.split(' '));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let run = finish(command.spawn().expect("unshare(1) of util-linux"), Duration::from_secs(120));
+    if run.code == Some(99) || run.stderr.contains("unshare") {
+        // Not root: then every other test here is an unprivileged user's.
+        return assert_ne!(rustix::process::getuid().as_raw(), 0, "{}", run.stderr);
+    }
+    if umbra::nested::source::Kind::Poison.open().is_err() {
+        assert_eq!(run.code, Some(3), "{}", run.stderr);
+        return assert!(run.stderr.contains("UFFD_FEATURE_POISON"), "{}", run.stderr);
+    }
+    assert_eq!(run.code, Some(0), "{}\n{}", run.stderr, run.stdout);
+    assert!(run.stdout.contains("umbra:log@kvm-clear"), "{}", run.stdout);
+    // What this user may not have is named.
+    assert!(run.stdout.contains("umbra:twin@uffd-wp: not here: userfaultfd is missing here"), "{}", run.stdout);
 }
 
 #[test]

@@ -116,9 +116,16 @@ impl Worker {
                 Executed { writes: 0, ticks: modes::toggle(toggle(argument), all) }
             }
             // What only a hypervisor does.
-            Command::Enter | Command::Fill | Command::Edit | Command::Provoke | Command::Role | Command::GoOn => {
-                Executed::default()
-            }
+            Command::Enter
+            | Command::Fill
+            | Command::Edit
+            | Command::Provoke
+            | Command::Play
+            | Command::Probe
+            | Command::Renew
+            | Command::Attack
+            | Command::Role
+            | Command::GoOn => Executed::default(),
             Command::Unpaged => self.touch_unpaged(argument),
         }
     }
@@ -152,7 +159,7 @@ impl Worker {
 
     fn make_plan(&mut self, round: u64) {
         self.plan.fill(&self.pattern, round, self.pattern.share(self.vcpu, self.vcpus));
-        self.round = round;
+        self.round = self.pattern.written_as(round);
         if self.conduct == Conduct::OneWriteShort {
             self.plan.cut_last_write();
         }
@@ -166,7 +173,7 @@ impl Worker {
         let mut round = first;
         while mailbox.stop.load(Relaxed) == 0 {
             self.make_plan(round);
-            let executed = self.tracked.paced(&self.plan, round, self.histogram, || {
+            let executed = self.tracked.paced(&self.plan, self.round, self.histogram, || {
                 // All accesses before this one are made.
                 mailbox.accesses_done.store(done, Release);
                 let due = due(&mut last, pace, mailbox);
@@ -244,6 +251,10 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
             let Some(role) = Role::from_word(argument) else { panic!("there is no role {argument:#x}") };
             Executed { writes: 0, ticks: hypervisor.run(&mut || E::announce(role)) }
         }
+        Command::Play => hypervisor.play(setup, nested, argument),
+        Command::Probe => hypervisor.probe(),
+        Command::Renew => hypervisor.renew(setup, nested),
+        Command::Attack => hypervisor.attack(setup, nested, argument),
         Command::Provoke => {
             let Some(case) = CASES.get(argument as usize) else { panic!("there is no case {argument}") };
             hypervisor.provoke(case);

@@ -17,9 +17,9 @@ const BLOCK_ENTRIES: u16 = 64;
 
 impl Mmu {
     /// Maps the block of small leaves that begins at `at`, if it leads straight on, all of it is permitted alike, and nothing else is mapped
-    /// there. Gives its first leaf. Whatever is not that simple is left to be mapped one by one.
-    pub(crate) fn map_straight(&mut self, env: &mut Env<'_>, at: SpteRef) -> Option<Spte> {
-        let (first, permitted) = self.straight(env, at)?;
+    /// there. Gives its first leaf. Whatever is not that simple is left to be mapped one by one. `words` are its entries in EPT12, if it has any.
+    pub(crate) fn map_straight(&mut self, at: SpteRef, words: Option<&[u64; BLOCK]>) -> Option<Spte> {
+        let (first, permitted) = self.straight(at, words)?;
         let writable = permitted.allows(Access::WRITE);
         let open = writable && self.admits_block(at, first)?;
         let rights = if open { permitted } else { permitted.without(Access::WRITE) };
@@ -48,24 +48,34 @@ impl Mmu {
         fitting.map(|_| leaf)
     }
 
-    /// Where the block at `at` leads and what is permitted there, if its entries in EPT12 differ by nothing but consecutive frames.
-    fn straight(&self, env: &Env<'_>, at: SpteRef) -> Option<(Frame, Access)> {
+    /// Reads the entries in EPT12 of the block that `at` is in into `words`. `None` where there are none, or they have 4 bytes.
+    pub(crate) fn guest_block<'a>(
+        &self,
+        env: &Env<'_>,
+        at: SpteRef,
+        words: &'a mut [u64; BLOCK],
+    ) -> Option<&'a [u64; BLOCK]> {
+        let header = self.arena.header(at.page());
+        if header.role.direct() {
+            return None;
+        }
+        let (offset, width) = guest::entry_place(header.role, at.index() & !(BLOCK - 1))?;
+        let table = self.slots.find(header.gfn).filter(|_| width == 8)?;
+        env.memory.read_block(table.frame, offset, words);
+        Some(words)
+    }
+
+    /// Where the block at `at` leads and what is permitted there, if its entries in EPT12 (`words`) differ by nothing but consecutive frames.
+    fn straight(&self, at: SpteRef, words: Option<&[u64; BLOCK]>) -> Option<(Frame, Access)> {
         let header = *self.arena.header(at.page());
         let role = header.role;
         let (gfn, access) = if role.direct() {
             (header.gfn.plus(at.index() as u64), role.access())
         } else {
-            let (offset, width) = guest::entry_place(role, at.index())?;
-            let table = self.slots.find(header.gfn)?;
-            if width != 8 || self.defect(Defect::PrefetchIgnoresAccessed) {
-                return None;
-            }
-            let mut words = [0; BLOCK];
-            env.memory.read_block(table.frame, offset, &mut words);
-            let entry = words[0];
-            let decoded = guest::decode(role.format(), self.config.caps, Level::K4, GuestEntry(entry));
+            let words = words.filter(|_| !self.defect(Defect::PrefetchIgnoresAccessed))?;
+            let decoded = guest::decode(role.format(), self.config.caps, Level::K4, GuestEntry(words[0]));
             let Decoded::Leaf { gfn, access, accessed: true, dirty } = decoded else { return None };
-            if gfn.0 & (BLOCK as u64 - 1) != 0 || !leads_straight_on(&words) {
+            if gfn.0 & (BLOCK as u64 - 1) != 0 || !leads_straight_on(words) {
                 return None;
             }
             (gfn, role.access().and(if dirty { access } else { access.without(Access::WRITE) }))
@@ -108,6 +118,9 @@ fn leads_straight_on(words: &[u64; BLOCK]) -> bool {
 
 /// How many entries of the block are there already, if those are what would be mapped, and no other page is listed.
 fn count_fitting(sptes: &[Spte], heads: &[Head], leaf: Spte, at: SpteRef) -> Option<u16> {
+    if Spte::are_empty(sptes) && Head::are_empty(heads) {
+        return Some(0);
+    }
     let (mut present, mut differs) = (0_u16, false);
     for ((spte, head), offset) in sptes.iter().zip(heads).zip(0_u32..) {
         let mapped = spte.present();

@@ -125,6 +125,9 @@ impl Default for Caches {
     }
 }
 
+/// Copies that `twin` may hold: 128 MiB of them.
+pub const DEFAULT_TWINS: u32 = 64;
+
 /// Everything about an MMU that does not change.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -181,7 +184,7 @@ impl Config {
             max_pages: 1 << 22,
             longest_list: 16384,
             max_l2_regions: 1 << 16,
-            max_twins: 64,
+            max_twins: DEFAULT_TWINS,
             seed: 0x5eed,
         }
     }

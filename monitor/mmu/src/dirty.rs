@@ -34,6 +34,22 @@ impl PageSet {
         }
     }
 
+    /// Adds those of the 64 pages around `frame` that `word` has a bit for.
+    #[inline]
+    pub fn insert_word(&mut self, frame: Frame, word: u64) {
+        if let Some(pages) = self.word_mut(frame) {
+            *pages |= word;
+        }
+    }
+
+    /// Removes those of the 64 pages around `frame` that `word` has a bit for.
+    #[inline]
+    pub fn remove_word(&mut self, frame: Frame, word: u64) {
+        if let Some(pages) = self.word_mut(frame) {
+            *pages &= !word;
+        }
+    }
+
     fn word_mut(&mut self, frame: Frame) -> Option<&mut u64> {
         self.words.get_mut(usize::try_from(frame.0 >> 6).unwrap_or(usize::MAX))
     }

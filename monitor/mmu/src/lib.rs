@@ -53,7 +53,7 @@ pub mod track;
 pub mod walker;
 
 pub use access::{Access, Kind, Request};
-pub use config::{CacheSize, Caches, Collapse, Config, MmuError, NoMemory, RootPolicy, Split};
+pub use config::{CacheSize, Caches, Collapse, Config, DEFAULT_TWINS, MmuError, NoMemory, RootPolicy, Split};
 pub use defects::{Defect, Defects};
 pub use dirty::{L2Set, PageSet};
 pub use fault::Outcome;

@@ -8,7 +8,7 @@ use crate::config::{NoMemory, Split};
 use crate::defects::Defect;
 use crate::fault::Outcome;
 use crate::format::Format;
-use crate::guest::{self, Decoded, Walk};
+use crate::guest::{self, Decoded, GuestEntry, Walk};
 use crate::memory::{Env, Extent};
 use crate::mmu::Mmu;
 use crate::outbox::extent;
@@ -224,43 +224,53 @@ impl Mmu {
     fn map_window(&mut self, env: &mut Env<'_>, leaf: &Leaf) {
         let window = self.config.extent as usize;
         let first = leaf.at.index() & !(window - 1);
-        let page = leaf.at.page();
         let (root, base) = leaf.path();
         let base = base - (leaf.at.index() - first) as u64;
-        let mut straight = first..first;
-        for index in first..first + window {
-            let at = SpteRef::new(page, index);
-            if index & (BLOCK - 1) == 0
-                && window >= BLOCK
-                && let Some(spte) = self.map_straight(env, at)
-            {
-                straight = index..index + BLOCK;
-                let extent: Extent = extent(root, base + (index - first) as u64, BLOCK as u64);
-                self.out.map(env.mapper, &mut self.stats, extent, (spte.frame(), Level::K4, spte.access()));
-            }
-            if straight.contains(&index) {
-                continue;
-            }
-            if at != leaf.at && (self.arena.spte(at).present() || !self.map_neighbour(env, at)) {
-                continue;
-            }
-            let spte = self.arena.spte(at);
-            let extent: Extent = extent(root, base + (index - first) as u64, 1);
-            self.out.map(env.mapper, &mut self.stats, extent, (spte.frame(), Level::K4, spte.access()));
+        let mut words = [0; BLOCK];
+        for start in (first..first + window).step_by(BLOCK) {
+            let at = SpteRef::new(leaf.at.page(), start);
+            let block: Extent = extent(root, base + (start - first) as u64, window.min(BLOCK) as u64);
+            self.map_block(env, leaf, (at, block), &mut words);
         }
     }
 
-    /// Maps what EPT12 has at `at` if that needs no change of EPT12: its accessed flag must be set, and writes wait for
-    /// its dirty flag.
-    fn map_neighbour(&mut self, env: &mut Env<'_>, at: SpteRef) -> bool {
+    /// Maps `block` of that window, which begins at `at` and is no longer than a block.
+    fn map_block(&mut self, env: &mut Env<'_>, leaf: &Leaf, (at, block): (SpteRef, Extent), words: &mut [u64; BLOCK]) {
+        let words = self.guest_block(env, at, words);
+        if block.frames == BLOCK as u64
+            && let Some(spte) = self.map_straight(at, words)
+        {
+            return self.out.map(env.mapper, &mut self.stats, block, (spte.frame(), Level::K4, spte.access()));
+        }
+        for (start, index) in (block.start.0..block.start.0 + block.frames).zip(at.index()..) {
+            let at = SpteRef::new(at.page(), index);
+            if at != leaf.at {
+                let word = words.and_then(|words| words.get(index % BLOCK)).copied();
+                // An entry of 0 is present in no format.
+                if self.arena.spte(at).present() || word == Some(0) || !self.map_neighbour(env, at, word) {
+                    continue;
+                }
+            }
+            let (spte, page) = (self.arena.spte(at), extent(block.root, start, 1));
+            self.out.map(env.mapper, &mut self.stats, page, (spte.frame(), Level::K4, spte.access()));
+        }
+    }
+
+    /// Maps what EPT12 has at `at` (`word`, if that was read already) if that needs no change of EPT12: its accessed flag must be set, and
+    /// writes wait for its dirty flag.
+    fn map_neighbour(&mut self, env: &mut Env<'_>, at: SpteRef, word: Option<u64>) -> bool {
         let header = *self.arena.header(at.page());
         let role = header.role;
         let (gfn, access) = if role.direct() {
             (header.gfn.plus(at.index() as u64), role.access())
         } else {
-            let Some((offset, width)) = guest::entry_place(role, at.index()) else { return false };
-            let Some(table) = self.slots.find(header.gfn) else { return false };
-            let entry = guest::read_entry(env.memory, table.frame, offset, width);
+            let entry = if let Some(word) = word {
+                GuestEntry(word)
+            } else {
+                let Some((offset, width)) = guest::entry_place(role, at.index()) else { return false };
+                let Some(table) = self.slots.find(header.gfn) else { return false };
+                guest::read_entry(env.memory, table.frame, offset, width)
+            };
             let ignore = self.defect(Defect::PrefetchIgnoresAccessed);
             match guest::decode(role.format(), self.config.caps, Level::K4, entry) {
                 Decoded::Leaf { gfn, access, accessed, dirty } if accessed || ignore => {

@@ -3,6 +3,7 @@
 use umbra_shared::{Gfn, L2Gfn, Level};
 
 use crate::access::Access;
+use crate::config::NoMemory;
 use crate::role::below;
 use crate::roots::RootId;
 use crate::spte::Frame;
@@ -35,6 +36,45 @@ pub trait L1Memory {
 
     /// Copies a page; `false`, with the buffer untouched, when the page is all zeroes and needs no copy.
     fn copy_page(&self, frame: Frame, page: &mut [u64; 512]) -> bool;
+
+    /// Copies the 512 pages from `first` on to `pages`, in order and without those that are all zeroes and need no copy.
+    /// The result has a bit for each page that was copied. What `pages` holds before is of no interest but its room.
+    ///
+    /// # Errors
+    /// No memory for the copy.
+    fn copy_leaf(&self, first: Frame, pages: &mut Vec<[u64; 512]>) -> Result<[u64; 8], NoMemory> {
+        pages.clear();
+        pages.try_reserve_exact(512).map_err(|_| NoMemory)?;
+        let (mut copied, mut buffer) = ([0; 8], [0; 512]);
+        for (word, block) in copied.iter_mut().zip((0..).step_by(64)) {
+            for bit in 0..64 {
+                if self.copy_page(first.plus(block + bit), &mut buffer) {
+                    pages.push(buffer);
+                    *word |= 1 << bit;
+                }
+            }
+        }
+        Ok(copied)
+    }
+
+    /// A bit for each of the 512 pages from `first` on that differs from its copy, as [`L1Memory::copy_leaf`] made it.
+    fn changed_since(&self, first: Frame, copied: &[u64; 8], pages: &[[u64; 512]]) -> [u64; 8] {
+        let (mut pages, mut buffer) = (pages.iter(), [0; 512]);
+        let mut changed = [0; 8];
+        for ((word, copied), block) in changed.iter_mut().zip(copied).zip((0..).step_by(64)) {
+            for bit in 0..64 {
+                let was = if copied >> bit & 1 != 0 { pages.next() } else { None };
+                let now = self.copy_page(first.plus(block + bit), &mut buffer).then_some(&buffer);
+                let differs = match (was, now) {
+                    (None, None) => false,
+                    (Some(was), Some(now)) => was != now,
+                    (Some(only), None) | (None, Some(only)) => only.iter().any(|&word| word != 0),
+                };
+                *word |= u64::from(differs) << bit;
+            }
+        }
+        changed
+    }
 }
 
 /// A range of L2 frames under a root.

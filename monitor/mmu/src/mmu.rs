@@ -14,7 +14,7 @@ use crate::role::{ModeBits, Role, RootRole, level_of};
 use crate::roots::{RootId, Roots};
 use crate::spte::{Spte, SpteRef};
 use crate::stats::{Memory, Stats};
-use crate::track::Tracking;
+use crate::track::{Tracking, twin};
 
 /// A shadow MMU for one L2 guest (all its vCPUs and address spaces).
 ///
@@ -32,6 +32,9 @@ pub struct Mmu {
     pub(crate) out: Outbox,
     pub(crate) stats: Stats,
     pub(crate) track: Option<Box<Tracking>>,
+    /// Memory for copies of huge leaves that none is in, and how much of that is kept.
+    pub(crate) spare: Vec<twin::Room>,
+    pub(crate) prepared_twins: usize,
     pub(crate) stamp: u32,
     pub(crate) visit: u32,
     pub(crate) hand: u32,
@@ -86,6 +89,8 @@ impl Mmu {
             out: Outbox::new(),
             stats: Stats::default(),
             track: None,
+            spare: Vec::new(),
+            prepared_twins: 0,
             stamp: 0,
             visit: 0,
             hand: 0,
@@ -154,7 +159,9 @@ impl Mmu {
             table_bytes: self.arena.bytes(),
             rmap_bytes: self.rmaps.bytes() + self.lists.bytes(),
             cache_bytes: self.arena.cached().1 + self.lists.cached().1,
-            track_bytes: self.track.as_ref().map_or(0, |track| track.bytes() + size_of::<Tracking>() as u64),
+            track_bytes: self.track.as_ref().map_or(0, |track| track.bytes() + size_of::<Tracking>() as u64)
+                + (self.spare.capacity() * size_of::<twin::Room>()) as u64
+                + self.spare.iter().map(twin::room_bytes).sum::<u64>(),
             other_bytes: self.roots.bytes() + self.slots.bytes() + self.out.bytes(),
         }
     }
@@ -171,7 +178,7 @@ impl Mmu {
         let held_back = u64::from(caches.pages.capacity) * 4200
             + u64::from(caches.descs.capacity) * (u64::from(caches.desc_bytes) + 4) * 2;
         let l2 = u64::from(self.config.max_l2_regions) * 200;
-        let twins = u64::from(self.config.max_twins) * (512 * 4104 + 64);
+        let twins = u64::from(self.config.max_twins) * (512 * 4096 + 192);
         pages * per_page + rmaps + held_back + l2 + twins + self.config.memory_frames / 2 + (1 << 20)
     }
 

@@ -119,7 +119,7 @@ impl Model {
         Slots::new(&slots, frames)?;
         let mut mmu = Mmu::new(mmu_config, &slots).map_err(|error| error.to_string())?;
         // Only a strategy that compares contents needs contents.
-        let content_from = if config.mmu.strategy.name() == "twin" { 0 } else { first_table };
+        let content_from = if config.mmu.strategy.compares() { 0 } else { first_table };
         let multiplier = config.multiplier();
         let mut walker = Walker::new(PlainMemory::new(frames, content_from), 9);
         let mut tables = Tables::new(config.format, first_table, frames);

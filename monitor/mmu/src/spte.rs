@@ -74,6 +74,12 @@ impl Spte {
         }
     }
 
+    /// Whether all of `entries` are empty.
+    #[must_use]
+    pub fn are_empty(entries: &[Self]) -> bool {
+        entries.iter().fold(0, |all, entry| all | entry.0) == 0
+    }
+
     /// Whether `entries` are readable leaves of consecutive frames, the first of them `first`'s.
     #[must_use]
     pub fn are_straight(entries: &[Self], first: Self) -> bool {

@@ -6,12 +6,13 @@
 //! equals. So every shadow page may lag behind its table (KVM's *unsync*) until an invalidation applies to it, or until
 //! a new path is linked to it: then each present entry is compared with the guest's, cut, or dropped.
 
-use umbra_shared::{L2Gfn, Level};
+use umbra_shared::{Gfn, L2Gfn, Level};
 
 use crate::access::Access;
+use crate::block::BLOCK;
 use crate::defects::Defect;
 use crate::format::Format;
-use crate::guest::{self, Decoded};
+use crate::guest::{self, Decoded, GuestEntry};
 use crate::memory::Env;
 use crate::mmu::Mmu;
 use crate::roots::RootId;
@@ -89,18 +90,38 @@ impl Mmu {
         }
         self.arena.header_mut(page).stamp = self.stamp;
         let mut left = header.present;
+        let small = header.role.level() == Level::K4;
+        let (mut room, mut words) = ([0; BLOCK], None);
         for index in 0..512 {
             if left == 0 {
                 break;
             }
             let at = SpteRef::new(page, index);
-            if self.arena.spte(at).present() {
+            if small && index % BLOCK == 0 {
+                words = self.guest_block(env, at, &mut room).copied();
+            }
+            let spte = self.arena.spte(at);
+            if spte.present() {
                 left -= 1;
+                let word = words.as_ref().and_then(|words| words.get(index % BLOCK));
+                if word.is_some_and(|word| self.leads_to(header.role.format(), spte, GuestEntry(*word))) {
+                    self.stats.synced += 1;
+                    continue;
+                }
                 if let Some(child) = self.sync_entry(env, at) {
                     self.sync_page(env, child);
                 }
             }
         }
+    }
+
+    /// Whether `entry` is an ordinary small leaf that leads where the shadow leaf `spte` does, and permits everything: most of those that are compared.
+    fn leads_to(&self, format: Format, spte: Spte, entry: GuestEntry) -> bool {
+        let all = guest::plain_leaf(format, self.config.caps, entry).is_some_and(|flags| flags.accessed && flags.dirty);
+        all && self
+            .slots
+            .find(Gfn(entry.0 >> 12 & 0xff_ffff_ffff))
+            .is_some_and(|backing| backing.writable && backing.frame == spte.frame())
     }
 
     /// Synchronises the entries on the way to `l2` under root page `page`, as a violation demands: the processor

@@ -52,7 +52,7 @@ fn model(pages: u64, leaf: Level, aliases: u64, mmu: Config) -> Model {
 fn memory_is_known_to_the_byte_and_bounded_per_page() {
     for tracked in STRATEGIES {
         for (leaf, aliases) in [(Level::K4, 1), (Level::K4, 5), (Level::M2, 3)] {
-            let split = if tracked.name() == "twin" { Split::Shatter } else { Split::EagerClear };
+            let split = if tracked.compares() { Split::Shatter } else { Split::EagerClear };
             let mmu = Config { split, ..Config::new(1, tracked) };
             let mut model = model(4096, leaf, aliases, mmu);
             model.populate(&mut NoHooks).unwrap();

@@ -1,4 +1,4 @@
-//! What Linux itself says about the monitor's memory, outside KVM: userfaultfd, pagemap, mincore.
+//! What Linux itself says and does about the monitor's memory, outside KVM: userfaultfd, pagemap, mincore, udmabuf.
 //!
 //! Everything here acts on this process's own memory by address and length. A stretch that is not mapped, or not mapped for what is asked,
 //! is refused by the kernel; nothing here reads or writes the memory's bytes.
@@ -6,6 +6,7 @@
 mod ioctls;
 pub mod pagemap;
 pub mod residency;
+pub mod udmabuf;
 pub mod userfault;
 
 use crate::kvm::Error;

@@ -8,8 +8,8 @@
 //! *Missing*: whoever touches a page that is not there sleeps as well, until he is woken.
 
 use super::ioctls::{
-    Api, Range, Register, UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE, UFFDIO_WRITEPROTECT,
-    USERFAULTFD_IOC_NEW, WriteProtect,
+    Api, Poison, Range, Register, UFFDIO_API, UFFDIO_POISON, UFFDIO_REGISTER, UFFDIO_UNREGISTER, UFFDIO_WAKE,
+    UFFDIO_WRITEPROTECT, USERFAULTFD_IOC_NEW, WriteProtect,
 };
 use super::{Hva, Stretch, missing};
 use crate::kvm::Error;
@@ -28,6 +28,7 @@ const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 const FEATURE_THREAD_ID: u64 = 1 << 8;
 const FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
 const FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
+const FEATURE_POISON: u64 = 1 << 14;
 const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const REGISTER_MODE_WP: u64 = 1 << 1;
@@ -45,7 +46,12 @@ pub enum Mode {
     Asynchronous,
     /// By an event, as accesses to missing pages are, and each event names the thread.
     Everything,
+    /// By pagemap, afterwards, where the kernel has that; and accesses to poisoned pages are errors of memory.
+    Poison,
 }
+
+/// `UFFD_USER_MODE_ONLY`: faults of kernel code are refused rather than told.
+const USER_MODE_ONLY: UserfaultfdFlags = UserfaultfdFlags::from_bits_retain(1);
 
 impl Mode {
     /// Features without which the mode is of no use: each with its name, and since when it is there.
@@ -63,8 +69,17 @@ impl Mode {
                 (FEATURE_MISSING_SHMEM, "UFFD_FEATURE_MISSING_SHMEM", "it needs Linux 4.11 or later"),
                 (FEATURE_WP_HUGETLBFS_SHMEM, "UFFD_FEATURE_WP_HUGETLBFS_SHMEM", "it needs Linux 5.19 or later"),
             ],
+            Self::Poison => &[
+                (FEATURE_POISON, "UFFD_FEATURE_POISON", "the fault source poison needs Linux 6.6 or later"),
+                (FEATURE_MISSING_SHMEM, "UFFD_FEATURE_MISSING_SHMEM", "it needs Linux 4.11 or later"),
+            ],
             Self::Asynchronous => &[(FEATURE_WP_ASYNC, "UFFD_FEATURE_WP_ASYNC", "pagemap needs Linux 6.7 or later")],
         }
+    }
+
+    /// Whether the kernel answers all faults by itself, so that nobody has to be told of those of kernel code.
+    const fn is_answered_by_kernel(self) -> bool {
+        matches!(self, Self::Asynchronous | Self::Poison)
     }
 }
 
@@ -105,14 +120,19 @@ fn check(result: libc::c_int) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A descriptor that also takes the faults of kernel code, KVM's among them: for root, or for whom /dev/userfaultfd (Linux 6.1) is open.
-fn descriptor() -> Result<OwnedFd, Error> {
-    // SAFETY: the flags are valid, and the descriptor is new.
-    match unsafe { rustix::mm::userfaultfd(UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) } {
-        Ok(fd) => return Ok(fd),
-        Err(Errno::NOSYS) => return Err(missing("userfaultfd", "the kernel has none (CONFIG_USERFAULTFD)")),
-        Err(Errno::PERM) => {}
-        Err(error) => return Err(Error::call("userfaultfd", error)),
+/// A descriptor that also takes the faults of kernel code, KVM's among them: for root, or for whom /dev/userfaultfd (Linux 6.1) is open. Where the
+/// kernel answers all faults by itself, one that takes none of them will do, which everybody may have (Linux 5.11).
+fn descriptor(mode: Mode) -> Result<OwnedFd, Error> {
+    let all = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    let tries = if mode.is_answered_by_kernel() { &[all, all | USER_MODE_ONLY][..] } else { &[all][..] };
+    for &flags in tries {
+        // SAFETY: the flags are valid, and the descriptor is new.
+        match unsafe { rustix::mm::userfaultfd(flags) } {
+            Ok(fd) => return Ok(fd),
+            Err(Errno::NOSYS) => return Err(missing("userfaultfd", "the kernel has none (CONFIG_USERFAULTFD)")),
+            Err(Errno::PERM) => {}
+            Err(error) => return Err(Error::call("userfaultfd", error)),
+        }
     }
     let refused = "vm.unprivileged_userfaultfd is 0, and this user is not root and may not open /dev/userfaultfd";
     let device = rustix::fs::open("/dev/userfaultfd", OFlags::RDWR | OFlags::CLOEXEC, FileMode::empty())
@@ -141,15 +161,18 @@ impl Userfault {
     /// [`Error::Capability`] for what is missing; else the system's.
     pub fn open(mode: Mode) -> Result<Self, Error> {
         let failed = |error| Error::call("UFFDIO_API", error);
-        let offered = handshake(&descriptor()?, 0).map_err(failed)?;
+        let offered = handshake(&descriptor(mode)?, 0).map_err(failed)?;
         let mut wanted = (FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED) & offered;
+        if mode == Mode::Poison {
+            wanted |= FEATURE_WP_ASYNC & offered;
+        }
         for &(feature, name, since) in mode.needs() {
             if offered & feature == 0 {
                 return Err(missing(name, since));
             }
             wanted |= feature;
         }
-        let fd = descriptor()?;
+        let fd = descriptor(mode)?;
         handshake(&fd, wanted).map_err(failed)?;
         Ok(Self { fd })
     }
@@ -209,6 +232,30 @@ impl Userfault {
                 // Mappings are being changed at this moment, the manual page says: try again.
                 Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {}
                 other => return other.map_err(|error| Error::call("UFFDIO_WRITEPROTECT", error)),
+            }
+        }
+    }
+
+    /// Poisons pages that are not there: each access to them is an error of memory until something else is mapped over them. The stretch must be
+    /// registered, and lie in one mapping.
+    ///
+    /// # Errors
+    /// The system's: EEXIST for a page that is there, or poisoned already.
+    pub fn poison(&self, stretch: Stretch) -> Result<(), Error> {
+        let mut poison = Poison { range: range(stretch), mode: 0, updated: 0 };
+        loop {
+            // SAFETY: the structure has the layout that the call reads and writes; it changes what accesses to pages do that nobody uses yet.
+            match check(unsafe { ioctl_with_mut_ref(&self.fd, UFFDIO_POISON(), &mut poison) }) {
+                // Mappings are being changed at this moment: it did a part.
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => {
+                    let done = u64::try_from(poison.updated).unwrap_or(0).min(poison.range.len);
+                    poison.range.start += done;
+                    poison.range.len -= done;
+                    if poison.range.len == 0 {
+                        return Ok(());
+                    }
+                }
+                other => return other.map_err(|error| Error::call("UFFDIO_POISON", error)),
             }
         }
     }

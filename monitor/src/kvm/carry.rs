@@ -25,13 +25,17 @@ pub fn carry(from: &mut VcpuFd, to: &VcpuFd) -> Result<(), Error> {
     Ok(())
 }
 
-/// An OUT is behind the guest only when it is entered again (Documentation/virt/kvm/api.rst, 5, "`KVM_EXIT_IO`"): it is, and leaves at once.
-fn finish_exit(vcpu: &mut VcpuFd) -> Result<(), Error> {
+/// Lets KVM complete what the last exit was about, after which other registers can be loaded (Documentation/virt/kvm/api.rst, 5, "The `kvm_run`
+/// structure": pending operations are completed by an entry with `immediate_exit`).
+///
+/// # Errors
+/// The system's.
+pub fn finish_exit(vcpu: &mut VcpuFd) -> Result<(), Error> {
     vcpu.set_kvm_immediate_exit(1);
     let left = vcpu.run().map(|_| ());
     vcpu.set_kvm_immediate_exit(0);
     match left {
-        Err(error) if error.errno() == libc::EINTR => Ok(()),
+        Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Ok(()),
         Err(error) => Err(failed("KVM_RUN, to finish an exit")(error)),
         Ok(()) => Err(Error::Memory("a vCPU that should have left at once ran".into())),
     }

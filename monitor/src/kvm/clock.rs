@@ -104,13 +104,12 @@ impl Timer {
     /// steps would fall into the window. The witness looks outside the window.
     pub fn window<T>(&self, witness: Witness, work: impl FnOnce() -> T) -> (T, Window) {
         std::thread::sleep(settle(self.clock));
-        let mut before = witness.look();
+        let before = witness.look();
         behind_a_tick(self.clock);
-        before.begin();
         let begin = self.now();
         let result = work();
         let end = self.now();
-        (result, Window { begin, end, clean: before.nobody_else_ran() })
+        (result, Window { begin, end, clean: before.nobody_else_ran(end.saturating_sub(begin)) })
     }
 }
 

@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 const DIRECTORY: &str = "/sys/kernel/tracing/events/kvm/kvm_page_fault";
 /// Bytes of the ring behind its control page: a power of two of pages.
 const RING: usize = 4096;
+/// More than one record takes.
+const RECORD: usize = 256;
 /// `PERF_RECORD_SAMPLE`.
 const RECORD_SAMPLE: u32 = 9;
 /// Offsets in `struct perf_event_mmap_page`.
@@ -130,19 +132,32 @@ impl FaultTrace {
     /// # Errors
     /// The system's.
     pub fn arm(&self) -> io::Result<()> {
-        let head = self.word(DATA_HEAD).load(Ordering::Acquire);
-        self.word(DATA_TAIL).store(head, Ordering::Release);
+        self.forget();
         ioctls::enable_event(&self.event, true)
     }
 
-    /// Ends it, and gives the last fault that was recorded.
+    /// Ends it.
     ///
     /// # Errors
     /// The system's.
-    pub fn disarm(&self) -> io::Result<Option<Traced>> {
-        ioctls::enable_event(&self.event, false)?;
+    pub fn disarm(&self) -> io::Result<()> {
+        ioctls::enable_event(&self.event, false)
+    }
+
+    /// Forgets what was recorded. No call of the kernel's.
+    pub fn forget(&self) {
+        let head = self.word(DATA_HEAD).load(Ordering::Acquire);
+        self.word(DATA_TAIL).store(head, Ordering::Release);
+    }
+
+    /// The last fault that was recorded since [`Self::forget`]. `None` if there was none, or if the ring may have had no room for it.
+    #[must_use]
+    pub fn last(&self) -> Option<Traced> {
         let head = self.word(DATA_HEAD).load(Ordering::Acquire);
         let mut at = self.word(DATA_TAIL).load(Ordering::Relaxed);
+        if head - at > (RING - RECORD) as u64 {
+            return None;
+        }
         let mut last = None;
         while at < head {
             // struct perf_event_header: type, misc, size.
@@ -160,8 +175,7 @@ impl FaultTrace {
             }
             at += size;
         }
-        self.word(DATA_TAIL).store(head, Ordering::Release);
-        Ok(last)
+        last
     }
 }
 

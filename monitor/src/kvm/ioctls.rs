@@ -48,6 +48,27 @@ pub fn pre_fault_memory(vcpu: &impl AsRawFd, gpa: u64, size: u64) -> io::Result<
     Ok(())
 }
 
+/// `struct kvm_signal_mask`, with the kernel's set of signals behind it.
+#[repr(C)]
+struct SignalMask {
+    length: u32,
+    signals: [u32; 2],
+}
+
+ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, KVMIO, 0x8b, u32);
+
+/// `KVM_SET_SIGNAL_MASK` (api.rst, 4.27): the signals that are blocked while the vCPU runs, signal 1 in bit 0.
+///
+/// # Errors
+/// The system's.
+#[allow(clippy::cast_possible_truncation)] // The two halves.
+pub fn set_signal_mask(vcpu: &impl AsRawFd, blocked: u64) -> io::Result<()> {
+    let mask = SignalMask { length: 8, signals: [blocked as u32, (blocked >> 32) as u32] };
+    // SAFETY: the call reads the length, and as many bytes behind it.
+    check(unsafe { ioctl_with_ptr(vcpu, KVM_SET_SIGNAL_MASK(), &raw const mask) })?;
+    Ok(())
+}
+
 /// 64-bit words of a bitmap that KVM may write for a slot of `pages`.
 #[allow(clippy::cast_possible_truncation)] // usize has 64 bits on the one target there is.
 pub const fn bitmap_words(pages: u64) -> usize {

@@ -1,6 +1,7 @@
 //! Host memory behind the guest's slots.
 
 use super::Error;
+use super::copies::{By, PageWords};
 use crate::hostmm::Hva;
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
@@ -193,8 +194,11 @@ impl HostMemory {
                 unsafe { mm::mmap_anonymous(address, self.bytes, rw, flags) }.map(|_| None)
             }
             Backing::Shmem | Backing::ShmemHuge | Backing::ShmemSmall => {
-                let file = rustix::fs::memfd_create("umbra", rustix::fs::MemfdFlags::CLOEXEC)?;
+                let flags = rustix::fs::MemfdFlags::CLOEXEC | rustix::fs::MemfdFlags::ALLOW_SEALING;
+                let file = rustix::fs::memfd_create("umbra", flags)?;
                 rustix::fs::ftruncate(&file, self.bytes as u64)?;
+                // udmabuf takes pages of nothing that could lose them.
+                rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::SHRINK)?;
                 let flags = MapFlags::SHARED | MapFlags::FIXED;
                 // SAFETY: replaces our own reservation, exactly.
                 unsafe { mm::mmap(address, self.bytes, rw, flags, &file, 0) }?;
@@ -296,6 +300,40 @@ impl HostMemory {
         let Some(words) = self.words(index, 0, page.len()) else { return false };
         page.iter_mut().zip(words).for_each(|(word, from)| *word = from.load(Ordering::Relaxed));
         true
+    }
+
+    /// The address of page `index`, behind which `pages` pages are mapped. `None` beyond the end.
+    fn whole_pages(&self, index: u64, pages: usize) -> Option<*const u64> {
+        let last = index.checked_add(u64::try_from(pages).ok()?.checked_sub(1)?)?;
+        self.word_in(last, PAGE_SIZE - 8)?;
+        self.word_at(index).map(<*mut u64>::cast_const)
+    }
+
+    /// Copies pages from `index` on, as many as `into` has room for, while the guest may write them. Returns false, and changes nothing, if they
+    /// do not all lie in the memory.
+    #[must_use]
+    pub fn copy_pages(&self, index: u64, into: &mut [PageWords], by: By) -> bool {
+        let Some(first) = self.whole_pages(index, into.len()) else { return false };
+        for (page, into) in into.iter_mut().enumerate() {
+            // SAFETY: this page is one of those that lie in the mapping, which begins at a page's boundary; see `By::here`.
+            unsafe { by.copy(first.add(page * into.len()), into) };
+        }
+        true
+    }
+
+    /// A bit for each page from `index` on that differs from its copy, at most 512 of them. `None` if they do not all lie in the memory.
+    #[must_use]
+    pub fn changed_since(&self, index: u64, copies: &[PageWords], by: By) -> Option<[u64; 8]> {
+        let first = self.whole_pages(index, copies.len())?;
+        let mut changed = [0; 8];
+        for (page, copy) in copies.iter().enumerate() {
+            // SAFETY: as in `copy_pages`.
+            let differs = unsafe { by.differs(first.add(page * copy.len()), copy) };
+            if let Some(word) = changed.get_mut(page / 64) {
+                *word |= u64::from(differs) << (page % 64);
+            }
+        }
+        Some(changed)
     }
 
     /// The first word of page `index`, which the guest may be writing at this moment. `None` beyond the end.

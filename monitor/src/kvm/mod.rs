@@ -3,6 +3,7 @@
 pub mod capabilities;
 pub mod carry;
 pub mod clock;
+pub mod copies;
 pub mod events;
 pub mod exits;
 pub mod fault_trace;

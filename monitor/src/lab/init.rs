@@ -5,6 +5,7 @@ use super::console::about_module;
 use super::idle;
 use super::module::Param;
 use super::plan::{self, Plan};
+use super::quiet;
 use super::wire::{self, Message, Told};
 use crate::failure::Failure;
 use crate::ground::Ground;
@@ -156,8 +157,7 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     }
     let params = plan.params.iter().map(in_effect).collect();
     port.send(&Message::Ready(params)).map_err(check(PORT))?;
-    quiet_khugepaged()?;
-    quiet_housekeeping();
+    quiet::ask()?;
     // Memfds get huge pages where they are asked for; most distributions leave that off.
     std::fs::write(SHMEM_HUGE_PAGES, "advise").map_err(check(SHMEM_HUGE_PAGES))?;
     step(port, "waiting until the machine is idle")?;
@@ -211,30 +211,6 @@ fn kernel_log() -> Vec<String> {
         lines.extend(text.lines().next().and_then(|line| line.split_once(';')).map(|(_, text)| text.to_owned()));
     }
     lines
-}
-
-/// khugepaged scans when the first process with room for a huge page appears, drains every CPU's page lists for it, and does so again
-/// every ten seconds: in the middle of whatever is measured then. So that first process is PID 1, before the wait for an idle machine, and the
-/// next scan is far away. Huge pages at a fault, which `thp` is about, are not its work.
-fn quiet_khugepaged() -> Result<(), Failure> {
-    const INTERVAL: &str = "/sys/kernel/mm/transparent_hugepage/khugepaged/scan_sleep_millisecs";
-    if !Path::new(INTERVAL).exists() {
-        return Ok(());
-    }
-    std::fs::write(INTERVAL, u32::MAX.to_string()).map_err(check(INTERVAL))?;
-    let room = vec![1_u8; 2 * usize::try_from(plan::HUGE).unwrap_or(0)];
-    // Kept, since an empty list is what wakes it.
-    std::hint::black_box(Box::leak(room.into_boxed_slice()));
-    Ok(())
-}
-
-/// What else the kernel does every second or half second, whether there is something to do or not: adding up counters of memory, and thinking about
-/// compaction.
-fn quiet_housekeeping() {
-    for (setting, value) in [("stat_interval", "86400"), ("compaction_proactiveness", "0")] {
-        // A kernel without the setting does not do the work.
-        let _ = std::fs::write(Path::new("/proc/sys/vm").join(setting), value);
-    }
 }
 
 fn reserve(pages: u64) -> Result<(), Failure> {

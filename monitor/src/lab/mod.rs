@@ -25,6 +25,7 @@ pub mod module;
 pub mod own;
 pub mod plan;
 mod qemu;
+mod quiet;
 pub mod shelf;
 pub mod watch;
 pub mod wire;

@@ -5,6 +5,7 @@ use crate::kvm::{self, Error};
 use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use kvm_ioctls::VmFd;
 use std::fmt;
+use umbra_mmu::track::{Strategy, strategy};
 
 /// What makes a strategy effective.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,22 +41,32 @@ impl Mechanism {
     /// [`Error::Capability`] where KVM lacks it.
     pub fn prepare(self, vm: &VmFd, source: Kind) -> Result<(), Error> {
         const NAME: &str = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2";
-        let needs = |kind: Kind, consequence: &str| {
-            if source == kind {
-                return Ok(());
-            }
-            Err(Error::Capability {
-                capability: kind.capability(),
-                consequence: format!("{consequence} (here: {source})"),
-            })
-        };
+        if !self.sources().contains(&source) {
+            let [needed, ..] = self.sources() else { return Ok(()) };
+            return Err(Error::Capability {
+                capability: needed.capability(),
+                consequence: format!("{} needs it to learn where L2 wrote (here: {source})", self.name()),
+            });
+        }
+        if self == Self::KvmClear {
+            return kvm::vm::enable(
+                vm,
+                KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                NAME,
+                1,
+                "kvm-clear needs Linux 5.2 or later",
+            );
+        }
+        Ok(())
+    }
+
+    /// The fault sources that it works with, the cheapest first. `mprotect` has to be told where L2 wrote; `uffd-wp` is its own way to learn it.
+    #[must_use]
+    pub const fn sources(self) -> &'static [Kind] {
         match self {
-            Self::KvmClear => {
-                kvm::vm::enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, NAME, 1, "kvm-clear needs Linux 5.2 or later")
-            }
-            Self::Mprotect => needs(Kind::Tracepoint, "mprotect needs it to learn where L2 wrote"),
-            Self::UffdWp => needs(Kind::Userfault, "uffd-wp is its own way to learn where L2 wrote"),
-            Self::KvmBitmap => Ok(()),
+            Self::Mprotect => &[Kind::Tracepoint],
+            Self::UffdWp => &[Kind::Userfault],
+            Self::KvmBitmap | Self::KvmClear => &Kind::ALL,
         }
     }
 }
@@ -70,10 +81,11 @@ pub struct Means {
 }
 
 /// What fits together.
-const FITTING: [(&str, &[Mechanism]); 3] = [
+const FITTING: [(&str, &[Mechanism]); 4] = [
     ("write-protect", &[Mechanism::Mprotect, Mechanism::UffdWp]),
     ("lazy-huge", &[Mechanism::Mprotect, Mechanism::UffdWp]),
     ("log", &[Mechanism::KvmBitmap, Mechanism::KvmClear]),
+    ("twin", &[Mechanism::Mprotect, Mechanism::UffdWp]),
 ];
 
 impl Means {
@@ -82,6 +94,12 @@ impl Means {
         FITTING
             .iter()
             .flat_map(|&(strategy, mechanisms)| mechanisms.iter().map(move |&mechanism| Self { strategy, mechanism }))
+    }
+
+    /// Whether writes are found by comparing bytes, so that a write of the bytes that were there may go unseen.
+    #[must_use]
+    pub fn compares(self) -> bool {
+        strategy(self.strategy).is_some_and(Strategy::compares)
     }
 
     /// Whether KVM's log of L2's VM does the work; else the shadow MMU does.

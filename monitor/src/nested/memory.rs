@@ -1,13 +1,17 @@
 //! L1's memory as the shadow MMU sees it: the memory of all its slots, one after the other, by page index.
 
 use crate::hostmm::Hva;
+use crate::kvm::copies::{By, PageWords};
 use crate::kvm::memory::HostMemory;
-use crate::kvm::{Error, Vm};
+use crate::kvm::{Backing, Error, Vm};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use umbra_mmu::{Exchange, Frame, L1Memory, Slot};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use umbra_mmu::{Exchange, Frame, L1Memory, NoMemory, Slot};
 use umbra_shared::{Gfn, Level, PAGE_SIZE};
+
+/// Pages of a leaf of 2 MiB.
+const LEAF: usize = 512;
 
 /// A slot's memory.
 #[derive(Debug)]
@@ -26,6 +30,8 @@ pub struct L1Pages {
     frames: u64,
     /// Page index of the first tracked page.
     first_tracked: Frame,
+    /// Whether the host was seen to have memory for all tracked pages.
+    resident: AtomicBool,
 }
 
 /// Where a page of L1's memory lies in its file.
@@ -37,6 +43,8 @@ pub struct InFile<'a> {
     pub offset: u64,
     /// Pages from it to the end of the part.
     pub pages: u64,
+    /// Whether all its pages are small ones.
+    pub small: bool,
 }
 
 impl L1Pages {
@@ -63,7 +71,7 @@ impl L1Pages {
             parts.push(Part { base, first: Frame(next), pages, memory: Arc::clone(memory) });
             next = (next + pages).next_multiple_of(Level::M2.frames());
         }
-        Ok(Self { parts, frames: next, first_tracked })
+        Ok(Self { parts, frames: next, first_tracked, resident: AtomicBool::new(false) })
     }
 
     /// Page indices, gaps included.
@@ -106,15 +114,40 @@ impl L1Pages {
     #[must_use]
     pub fn in_file(&self, frame: Frame) -> Option<InFile<'_>> {
         let (part, page) = self.part(frame)?;
-        Some(InFile { file: part.memory.file()?, offset: page * PAGE_SIZE, pages: part.pages - page })
+        let small = part.memory.backing() == Backing::ShmemSmall;
+        Some(InFile { file: part.memory.file()?, offset: page * PAGE_SIZE, pages: part.pages - page, small })
     }
 
     /// The word at L1 physical address `address`, a multiple of 8. `None` outside of memory.
     #[must_use]
-    pub fn word(&self, address: u64) -> Option<&std::sync::atomic::AtomicU64> {
+    pub fn word(&self, address: u64) -> Option<&AtomicU64> {
         let gfn = Gfn::containing(address);
         let part = self.parts.iter().find(|part| gfn.0.wrapping_sub(part.base.0) < part.pages)?;
         part.memory.word(gfn.0 - part.base.0, address % PAGE_SIZE)
+    }
+
+    /// The first word of the page at `frame`.
+    #[must_use]
+    pub fn first_word(&self, frame: Frame) -> Option<&AtomicU64> {
+        let (part, page) = self.part(frame)?;
+        part.memory.word(page, 0)
+    }
+
+    /// Whether the host has memory for all tracked pages: the files have no holes. Once it has, it is not asked again.
+    #[must_use]
+    pub fn is_resident(&self) -> bool {
+        /// What `st_blocks` counts (`stat(2)`).
+        const BLOCK: u64 = 512;
+        let whole = |part: &Part| {
+            let blocks =
+                part.memory.file().and_then(|file| rustix::fs::fstat(file).ok()).map_or(0, |status| status.st_blocks);
+            u64::try_from(blocks).unwrap_or(0) * BLOCK >= part.pages * PAGE_SIZE
+        };
+        self.resident.load(Ordering::Relaxed) || {
+            let resident = self.parts.iter().skip(1).all(whole);
+            self.resident.store(resident, Ordering::Relaxed);
+            resident
+        }
     }
 
     /// Where the monitor itself has the page at `frame`.
@@ -159,5 +192,19 @@ impl L1Memory for View {
     fn copy_page(&self, frame: Frame, page: &mut [u64; 512]) -> bool {
         let Some((part, index)) = self.0.part(frame) else { return false };
         part.memory.copy_page(index, page)
+    }
+
+    fn copy_leaf(&self, first: Frame, pages: &mut Vec<PageWords>) -> Result<[u64; 8], NoMemory> {
+        pages.try_reserve_exact(LEAF.saturating_sub(pages.len())).map_err(|_| NoMemory)?;
+        pages.resize(LEAF, [0; 512]);
+        let part = self.0.part(first);
+        let copied = part.is_some_and(|(part, page)| part.memory.copy_pages(page, pages, By::here()));
+        // A leaf lies in one slot. Else all of it differs from a copy that is none.
+        Ok([if copied { u64::MAX } else { 0 }; 8])
+    }
+
+    fn changed_since(&self, first: Frame, copied: &[u64; 8], pages: &[PageWords]) -> [u64; 8] {
+        let part = self.0.part(first).filter(|_| copied.iter().all(|word| *word == u64::MAX));
+        part.and_then(|(part, page)| part.memory.changed_since(page, pages, By::here())).unwrap_or([u64::MAX; 8])
     }
 }

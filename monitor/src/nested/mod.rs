@@ -16,6 +16,7 @@
 //! ```
 
 mod audit;
+mod gather;
 pub mod log;
 pub mod means;
 pub mod memory;
@@ -37,11 +38,9 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
 use memory::L1Pages;
 use source::Kind;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use umbra_mmu::RootPolicy;
-
-/// `KVM_CAP_PRE_FAULT_MEMORY` (include/uapi/linux/kvm.h).
-const CAP_PRE_FAULT_MEMORY: u32 = 236;
 
 /// How an L2 is run.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +51,8 @@ pub struct Options {
     pub source: Kind,
     /// Pages that one fault may map.
     pub extent: u32,
+    /// Copies of huge leaves that `twin` may hold.
+    pub twins: u32,
     /// Single pages will change: no mapping is to cover 2 MiB.
     pub pieces: bool,
     /// What becomes of roots that L2 is not on.
@@ -66,7 +67,8 @@ pub struct Options {
 pub struct Host {
     memory: Arc<L1Pages>,
     shadow: Mutex<Shadow>,
-    pre_faults: bool,
+    /// An L2 that is kicked next is given back to its L1.
+    expelled: AtomicBool,
 }
 
 impl Host {
@@ -77,8 +79,7 @@ impl Host {
     pub fn new(vm: &Vm, options: &Options) -> Result<Arc<Self>, Error> {
         let memory = Arc::new(L1Pages::of(vm)?);
         let shadow = Shadow::new(Arc::clone(&memory), options)?;
-        let pre_faults = kvm::vm::offered(shadow.places.here().vm(), CAP_PRE_FAULT_MEMORY) > 0;
-        Ok(Arc::new(Self { memory, shadow: Mutex::new(shadow), pre_faults }))
+        Ok(Arc::new(Self { memory, shadow: Mutex::new(shadow), expelled: AtomicBool::new(false) }))
     }
 
     /// Makes vCPU `index` of L2, which runs on the thread of L1's.
@@ -99,6 +100,11 @@ impl Host {
         let fd = place.vm().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
         Ok(fd)
+    }
+
+    /// An L2 whose vCPU is kicked from now on ends for its L1 ([`umbra_shared::control::Exit::Ended`]), once.
+    pub fn expel(&self) {
+        self.expelled.store(true, Ordering::Release);
     }
 
     /// L1's memory.

@@ -5,7 +5,7 @@ use super::Mechanism;
 use super::log::{Clearing, Log};
 use super::memory::L1Pages;
 use super::source;
-use super::windows::{Counts, Failed, Windows};
+use super::windows::{Counts, Windows};
 use crate::kvm::{self, Error};
 use std::io;
 use std::sync::Arc;
@@ -167,9 +167,23 @@ impl Places {
         self.all.iter().fold(Counts::default(), |sum, place| sum.plus(place.counts))
     }
 
-    /// What went wrong since this was last asked.
-    pub fn take_failure(&mut self) -> Option<Failed> {
-        self.all.iter_mut().find_map(Windows::take_failure)
+    /// Maps what was posted and not mapped yet. Gives what went wrong first since this was last asked.
+    pub fn settle(&mut self) -> Option<io::Error> {
+        let mut failed = None;
+        for place in 0..self.all.len() {
+            let Some(error) = self.all[place].settle() else { continue };
+            // The process may have too many mappings, and this place none left to close: the others have them. A fault comes again.
+            let short = error.raw_os_error() == Some(libc::ENOMEM);
+            if !(short && self.close_others(place)) {
+                failed = failed.or(Some(error));
+            }
+        }
+        failed
+    }
+
+    fn close_others(&mut self, place: usize) -> bool {
+        let others = self.all.iter_mut().enumerate().filter(|(number, _)| *number != place);
+        others.fold(false, |any, (_, other)| other.close_all() || any)
     }
 
     fn of(&mut self, root: RootId) -> Option<&mut Windows> {
@@ -179,15 +193,7 @@ impl Places {
 
 impl Mapper for Places {
     fn map(&mut self, extent: Extent, frame: Frame, level: Level, access: Access) {
-        let Some(place) = self.of(extent.root) else { return };
-        place.map(extent, frame, level, access);
-        if !place.is_short_of_mappings() {
-            return;
-        }
-        // The process has too many, and this place had none left to close: the others have them. They are mapped again by faults.
-        self.all.iter_mut().filter(|place| place.root() != Some(extent.root)).for_each(Windows::close_all);
         if let Some(place) = self.of(extent.root) {
-            place.take_failure();
             place.map(extent, frame, level, access);
         }
     }
@@ -207,9 +213,4 @@ impl Mapper for Places {
     fn flush(&mut self, _: Flush) {
         // Each call above has made KVM forget the pages before it returned, by its MMU notifier.
     }
-}
-
-/// Whether that is what a process gets that has too many mappings.
-pub(super) fn is_short(error: &io::Error) -> bool {
-    error.raw_os_error() == Some(libc::ENOMEM)
 }

@@ -5,7 +5,7 @@ use super::memory::{L1Pages, View};
 use super::places::{Places, Recipe};
 use super::roots_log::RootsLog;
 use super::source::{Fault, Place};
-use super::windows::{Failed, Page};
+use super::windows::{Page, Windows};
 use super::{Means, Mechanism, Options};
 use crate::kvm::Error;
 use crate::pages::PageSet;
@@ -18,10 +18,13 @@ use umbra_mmu::{
 };
 use umbra_shared::control::{Entry, Exit};
 use umbra_shared::role::Role;
-use umbra_shared::{L2Gfn, nested};
+use umbra_shared::{L2Gfn, Level, nested};
 
 /// Pages that an invalidation maps again at most: the cost of a doorbell is bounded.
 const AHEAD: usize = 512;
+
+/// Pages that one leaf table maps.
+const ONE_TABLE: u32 = 512;
 
 /// The root that L2 runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +54,9 @@ pub struct Shadow {
     view: View,
     means: Means,
     loaded: Option<Loaded>,
+    /// Stretches of 2 MiB that one fault may map.
+    far: u64,
+    tracking: bool,
     /// vCPUs that are inside L2.
     running: usize,
     /// What the last harvest by the MMU found.
@@ -64,19 +70,33 @@ impl Shadow {
         let means = options.means;
         let strategy = if means.is_logged() { None } else { strategy(means.strategy) };
         let config = Config {
-            extent: options.extent,
+            extent: options.extent.min(ONE_TABLE),
             first_tracked: memory.first_tracked(),
             split: Split::Shatter,
+            max_twins: options.twins,
             roots: options.roots,
             ..Config::new(memory.frames(), strategy.unwrap_or(&WriteProtect))
         };
-        let mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
+        let mut mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
+        if means.compares() {
+            let leaves = (memory.frames() - memory.first_tracked().0).div_ceil(Level::M2.frames());
+            let copies = u32::try_from(leaves).unwrap_or(u32::MAX).min(options.twins);
+            mmu.prepare_twins(copies).map_err(|_| {
+                Error::Memory(format!("--twins {}: no memory for {copies} copies of 2 MiB", options.twins))
+            })?;
+        }
         let found = umbra_mmu::PageSet::new(memory.frames());
         let (mechanism, source, pieces) = (means.mechanism, options.source, options.pieces);
         let places = Places::new(Recipe { memory: Arc::clone(&memory), mechanism, source, pieces })?;
         let view = View(memory);
+        let far = u64::from(options.extent / ONE_TABLE).max(1);
         let log = options.log_roots.then(RootsLog::default);
-        Ok(Self { mmu, places, log, view, means, loaded: None, running: 0, found, faults: 0 })
+        Ok(Self { mmu, places, log, view, means, loaded: None, far, tracking: false, running: 0, found, faults: 0 })
+    }
+
+    /// The root that L2 runs on.
+    pub(crate) fn root(&self) -> Option<RootId> {
+        self.loaded.map(|loaded| loaded.root)
     }
 
     /// L1's memory.
@@ -124,24 +144,23 @@ impl Shadow {
         Ok(true)
     }
 
-    /// Loads the root of `table` in `role`, then lets go of the one before: where both are one, it stays. False if there can be no such root.
+    /// Makes another root the one that L2 runs on, then lets go of the one before: where both are one, it stays. False if it cannot be loaded: the old
+    /// one stays, and what the windows map is still what it grants.
     fn load(&mut self, table: u64, role: RootRole) -> Result<bool, Error> {
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         let Ok(root) = self.mmu.load_root(&mut env, role, table) else { return Ok(false) };
         if let Some(log) = &mut self.log {
             log.loads(root, role, &self.places);
         }
-        if let Some(old) = self.loaded.take() {
+        if let Some(old) = self.loaded.replace(Loaded { root, table, role }) {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
             self.mmu.drop_root(&mut env, old.root).map_err(|error| lost(&error))?;
         }
-        let (mmu, places) = (&self.mmu, &mut self.places);
-        let alive = |root| mmu.load_count(root).is_ok();
+        let alive = |root| self.mmu.load_count(root).is_ok();
         if let Some(log) = &mut self.log {
             log.ends(alive);
         }
-        places.switch(root, alive)?;
-        self.loaded = Some(Loaded { root, table, role });
+        self.places.switch(root, alive)?;
         self.check_windows()?;
         Ok(true)
     }
@@ -161,7 +180,7 @@ impl Shadow {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
             self.mmu.memory_changed(&mut env, &map).map_err(|error| lost(&error))?;
         }
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Maps L2's own page tables: some hosts cannot handle a fault of the processor's walk.
@@ -197,9 +216,7 @@ impl Shadow {
             Place::Hva(at) => self.places.here().gfn_at(at).map(L2Gfn::address),
         };
         let Some(address) = address else { return Ok(None) };
-        let kind = if fault.write { Kind::Write } else { Kind::Read };
-        let request = Request { table_walk: fault.table_walk, ..Request::of(kind) };
-        let handled = self.resolve(address, request);
+        let handled = self.resolve(address, fault.request());
         self.places.here().source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
         handled.map(Some)
     }
@@ -209,28 +226,77 @@ impl Shadow {
         let Some(loaded) = self.loaded else { return Err(Error::Memory("L2 runs without EPT12".into())) };
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         let outcome = self.mmu.fault(&mut env, loaded.root, address, request).map_err(|error| lost(&error))?;
-        self.check_windows()?.map_or_else(
-            || {
-                let write = u64::from(request.kind == Kind::Write) << 1;
-                Ok(match outcome {
-                    Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
-                    Outcome::Reflected(Reflection::EptMisconfiguration) => {
-                        Handled::ToL1(Exit::Misconfigured, address, write)
-                    }
-                    Outcome::Reflected(_) => Handled::ToL1(Exit::Violation, address, write),
-                    Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
-                })
-            },
-            |gfn| Ok(Handled::ToL1(Exit::ExecuteRights, gfn.address(), 0)),
-        )
+        if let Outcome::Mapped { .. } = outcome {
+            self.map_ahead(address)?;
+        }
+        self.check_windows()?;
+        let write = u64::from(request.kind == Kind::Write) << 1;
+        Ok(match outcome {
+            Outcome::Mapped { .. } if !self.is_effective(loaded.root, address)? => {
+                Handled::ToL1(Exit::ExecuteRights, address, write)
+            }
+            Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
+            Outcome::Reflected(Reflection::EptMisconfiguration) => Handled::ToL1(Exit::Misconfigured, address, write),
+            Outcome::Reflected(Reflection::EptViolation(bits) | Reflection::NestedPageFault(bits)) => {
+                Handled::ToL1(Exit::Violation, address, bits)
+            }
+            Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
+        })
     }
 
-    /// What the mapper could not do: a leaf whose rights cannot be enforced, or an error.
-    fn check_windows(&mut self) -> Result<Option<L2Gfn>, Error> {
-        match self.places.take_failure() {
-            None => Ok(None),
-            Some(Failed::ExecuteRights(gfn)) => Ok(Some(gfn)),
-            Some(Failed::Call(error)) => Err(Error::call("mapping L1's memory into a window of L2", error)),
+    /// Whether a mapping can grant what EPT02 does at `address`. EPT02 may grant less than EPT12 does by now: execution is asked for, if that is it.
+    fn is_effective(&mut self, root: RootId, address: u64) -> Result<bool, Error> {
+        let can_grant = |mmu: &Mmu| {
+            let granted = mmu.peek(root, L2Gfn::containing(address)).ok().flatten();
+            granted.is_none_or(|(_, _, access)| Windows::can_grant(access))
+        };
+        if can_grant(&self.mmu) {
+            return Ok(true);
+        }
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+        let outcome = self.mmu.fault(&mut env, root, address, Request::EXECUTE).map_err(|error| lost(&error))?;
+        self.check_windows()?;
+        Ok(matches!(outcome, Outcome::Mapped { .. } | Outcome::Retry) && can_grant(&self.mmu))
+    }
+
+    /// Maps the rest of the stretch of huge pages that `address` is in, up to the first that EPT12 has not or that is mapped already. To map one costs
+    /// far less than a fault. Only memory that the host has, lest it be taken for nothing; and not while something tracks, where pages that are mapped
+    /// before they are touched are of no use.
+    fn map_ahead(&mut self, address: u64) -> Result<(), Error> {
+        if self.far <= 1 || self.tracking || !self.view.0.is_resident() {
+            return Ok(());
+        }
+        let next = address / Level::M2.bytes() + 1;
+        for leaf in next..next.next_multiple_of(self.far) {
+            if !self.prefetch(leaf * Level::M2.bytes())? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Maps what L2 will touch, as far as EPT12 has it and no flag of EPT12's must be set for that. What it does not do, a fault will. It is in the
+    /// windows after [`Self::check_windows`].
+    fn prefetch(&mut self, address: u64) -> Result<bool, Error> {
+        let Some(loaded) = self.loaded else { return Ok(false) };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+        self.mmu.prefetch(&mut env, loaded.root, address).map_err(|error| lost(&error))
+    }
+
+    /// L1 was asked about `address`, and comes back.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn answered(&mut self, address: u64) -> Result<(), Error> {
+        self.prefetch(address)?;
+        self.check_windows()
+    }
+
+    /// What the mapper could not do.
+    fn check_windows(&mut self) -> Result<(), Error> {
+        match self.places.settle() {
+            None => Ok(()),
+            Some(error) => Err(Error::call("mapping L1's memory into a window of L2", error)),
         }
     }
 
@@ -239,17 +305,14 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub(super) fn invalidate(&mut self) -> Result<(), Error> {
-        // To follow an entry that is not used yet would set its accessed flag.
-        let ahead = self.loaded.is_some_and(|loaded| !loaded.role.format.has_accessed_dirty());
-        self.places.here_mut().invalidated = Vec::with_capacity(if ahead { AHEAD } else { 0 });
+        self.places.here_mut().invalidated = Vec::with_capacity(AHEAD);
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.invalidate(&mut env, Invalidation::All);
         self.check_windows()?;
         for gfn in std::mem::take(&mut self.places.here_mut().invalidated) {
-            // What EPT12 does not permit any more L2 has to ask for.
-            self.resolve(gfn.address(), Request::READ)?;
+            self.prefetch(gfn.address())?;
         }
-        Ok(())
+        self.check_windows()
     }
 
     /// Begins to track.
@@ -257,10 +320,11 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn start(&mut self) -> Result<(), Error> {
+        self.tracking = true;
         if !self.means.is_logged() {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
-            return self.check_windows().map(|_| ());
+            return self.check_windows();
         }
         let clearing = if self.means.mechanism == Mechanism::KvmClear { Clearing::Manual } else { Clearing::ByGet };
         self.places.start_log(clearing)
@@ -276,7 +340,7 @@ impl Shadow {
         }
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Makes what was found report again.
@@ -290,7 +354,7 @@ impl Shadow {
         let first = self.view.0.first_tracked();
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.clear(&mut env, first, u64::MAX).map_err(|error| lost(&error))?;
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Ends tracking.
@@ -298,12 +362,13 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn stop(&mut self) -> Result<(), Error> {
+        self.tracking = false;
         if self.means.is_logged() {
             return self.places.stop_log();
         }
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Whether clearing is a step of its own.
@@ -341,10 +406,15 @@ impl Shadow {
             ("ept12_synced", mmu.synced),
             ("window_maps", windows.maps),
             ("window_mapped_pages", windows.mapped_pages),
+            ("window_gathered_pages", windows.gathered_pages),
             ("window_protects", windows.protects),
             ("window_closes", windows.closes),
             ("window_evicted_pages", windows.evicted_pages),
         ];
+        if self.means.compares() {
+            counters.push(("twins", mmu.twins));
+            counters.push(("twin_bytes", self.mmu.twin_bytes()));
+        }
         if self.places.here().log.is_some() {
             counters.push(("log_transfers", self.places.logs().map(|log| log.transfers).sum()));
         }

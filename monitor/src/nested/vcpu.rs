@@ -3,12 +3,12 @@
 use super::Host;
 use super::shadow::Handled;
 use super::source::{Fault, Place, Told};
-use crate::kvm::carry::carry;
+use crate::kvm::carry::{carry, finish_exit};
 use crate::kvm::fault_trace::{FaultTrace, Traced};
 use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::vcpu::{Below, Exit};
 use crate::kvm::{Error, ioctls, vm};
-use kvm_bindings::{CpuId, kvm_regs};
+use kvm_bindings::{CpuId, kvm_regs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -22,8 +22,6 @@ use zerocopy::FromBytes;
 /// A fault that comes back so often, and nobody else's was handled meanwhile, will always come back.
 const PATIENCE: u32 = 10_000;
 
-const UNKNOWN: &str = "KVM_RUN of L2 failed (EFAULT), and the fault source knows no address";
-
 /// A vCPU of L2.
 pub struct L2Vcpu {
     host: Arc<Host>,
@@ -35,10 +33,18 @@ pub struct L2Vcpu {
     at: usize,
     /// L1 waits for it.
     inside: bool,
+    /// Places whose fault source knows its thread.
+    enlisted: usize,
     /// Entries that failed one after the other.
     failed: u32,
+    /// Where L2 did something outside of all windows that `KVM_RUN` has yet to complete.
+    pending: Option<u64>,
     /// Opened when it is needed, on this vCPU's thread.
     trace: Option<FaultTrace>,
+    /// Whether that records.
+    armed: bool,
+    /// The address that L1 was asked about last.
+    asked: Option<u64>,
 }
 
 /// Why `KVM_RUN` of L2's VM returned.
@@ -52,6 +58,8 @@ enum Left {
     /// A signal.
     Interrupted,
     /// L2 cannot go on.
+    Ended(String),
+    /// The monitor cannot.
     Broken(String),
 }
 
@@ -68,20 +76,33 @@ enum Next {
 impl L2Vcpu {
     pub(super) fn new(host: Arc<Host>, index: usize, cpuid: &CpuId) -> Result<Self, Error> {
         let fds = vec![host.vcpu_at(0, index, cpuid)?];
-        Ok(Self { host, index, cpuid: cpuid.clone(), fds, at: 0, inside: false, failed: 0, trace: None })
+        Ok(Self {
+            host,
+            index,
+            cpuid: cpuid.clone(),
+            fds,
+            at: 0,
+            inside: false,
+            enlisted: 0,
+            failed: 0,
+            pending: None,
+            trace: None,
+            armed: false,
+            asked: None,
+        })
     }
 
     /// Goes where its root is: L2's state moves to the vCPU of that VM.
     fn follow(&mut self) -> Result<(), Error> {
         let place = self.host.shadow()?.places.number();
-        if place == self.at {
-            return Ok(());
-        }
         while self.fds.len() <= place {
             let fd = self.host.vcpu_at(self.fds.len(), self.index, &self.cpuid)?;
             self.fds.push(fd);
         }
-        // Both are there, and they differ.
+        for (place, fd) in self.host.shadow()?.places.all().iter().zip(&self.fds).skip(self.enlisted) {
+            place.source().enlist(fd)?;
+            self.enlisted += 1;
+        }
         if let Ok([from, to]) = self.fds.get_disjoint_mut([self.at, place]) {
             carry(from, to)?;
         }
@@ -98,7 +119,7 @@ impl L2Vcpu {
             Ok(_) => Some("another vCPU is in L2 as well, and the shadow MMU has one root loaded".to_owned()),
         };
         if let Some(why) = refused {
-            return self.next(Left::Broken(format!("L2 announced role {:#x}: {why}", page.role)));
+            return self.next(Left::Ended(format!("L2 announced role {:#x}: {why}", page.role)));
         }
         self.follow()?;
         Ok(Next::L2)
@@ -129,37 +150,64 @@ impl L2Vcpu {
     fn enter(&mut self) -> Result<(), Error> {
         let Ok(entry) = self.read_control()?.check() else { return self.tell(control::Exit::Refused, 0, 0) };
         if let Some(state) = &entry.start
-            && load(&self.fds[self.at], state).is_err()
+            && (self.complete().is_err() || load(&self.fds[self.at], state).is_err())
         {
             // KVM knows which states a processor cannot be in.
             return self.tell(control::Exit::Refused, 0, 1);
         }
-        if !self.host.shadow()?.enter(&entry)? {
+        let mut shadow = self.host.shadow()?;
+        if !shadow.enter(&entry)? {
+            drop(shadow);
             return self.tell(control::Exit::Refused, 0, 2);
         }
+        if let (Some(address), None) = (self.asked.take(), &entry.start) {
+            // Most likely L1 has made it possible meanwhile; L2 does it again first of all.
+            shadow.answered(address)?;
+        }
+        drop(shadow);
         (self.inside, self.failed) = (true, 0);
         self.follow()
+    }
+
+    /// Lets KVM complete an access outside of all windows, after which other registers can be loaded (Documentation/virt/kvm/api.rst, 5, "The `kvm_run`
+    /// structure": pending operations are completed by an entry with `immediate_exit`).
+    fn complete(&mut self) -> Result<(), Error> {
+        if self.pending.take().is_some() {
+            finish_exit(&mut self.fds[self.at])?;
+        }
+        Ok(())
     }
 
     /// Runs L2 until L1 or the controller has to do something.
     fn run_l2(&mut self, kicked: &AtomicBool) -> Result<Option<Exit>, Error> {
         while self.inside {
-            self.pre_fault()?;
+            self.prepare()?;
             let left = self.run_once();
+            if !matches!(left, Left::Fault | Left::Interrupted) {
+                self.disarm()?;
+            }
             match self.next(left)? {
                 Next::L2 => {}
-                Next::L1(exit, address, qualification) => {
-                    self.inside = false;
-                    self.host.shadow()?.leave();
-                    self.tell(exit, address, qualification)?;
-                }
+                Next::L1(exit, address, qualification) => self.leave(exit, address, qualification)?,
                 Next::Stop(exit) => return Ok(Some(exit)),
             }
             if kicked.swap(false, Ordering::AcqRel) {
-                return Ok(Some(Exit::Kicked { rip: self.rip(), mode: String::new() }));
+                if !self.host.expelled.swap(false, Ordering::AcqRel) {
+                    return Ok(Some(Exit::Kicked { rip: self.rip(), mode: String::new() }));
+                }
+                if self.inside {
+                    self.leave(control::Exit::Ended, 0, 0)?;
+                }
             }
         }
         Ok(None)
+    }
+
+    /// L1 goes on.
+    fn leave(&mut self, exit: control::Exit, address: u64, qualification: u64) -> Result<(), Error> {
+        self.inside = false;
+        self.host.shadow()?.leave();
+        self.tell(exit, address, qualification)
     }
 
     /// One `KVM_RUN`.
@@ -171,13 +219,13 @@ impl L2Vcpu {
                 Left::Beyond { gpa, write: false }
             }
             Ok(VcpuExit::MmioWrite(gpa, _)) => Left::Beyond { gpa, write: true },
-            Ok(VcpuExit::Shutdown) => Left::Broken("L2 triple-faulted (KVM_EXIT_SHUTDOWN)".to_owned()),
-            Ok(VcpuExit::Hlt) => Left::Broken("L2 halted (KVM_EXIT_HLT), and nothing would wake it".to_owned()),
+            Ok(VcpuExit::Shutdown) => Left::Ended("L2 triple-faulted (KVM_EXIT_SHUTDOWN)".to_owned()),
+            Ok(VcpuExit::Hlt) => Left::Ended("L2 halted (KVM_EXIT_HLT), and nothing would wake it".to_owned()),
             Ok(VcpuExit::InternalError) => {
-                Left::Broken("KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned())
+                Left::Ended("KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned())
             }
             Ok(VcpuExit::Intr) => Left::Interrupted,
-            Ok(other) => Left::Broken(format!("unexpected exit {other:?} of L2")),
+            Ok(other) => Left::Ended(format!("unexpected exit {other:?} of L2")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
             Err(error) if error.errno() == libc::EFAULT => Left::Fault,
             Err(error) => Left::Broken(vm::failed("KVM_RUN of L2")(error).to_string()),
@@ -187,18 +235,36 @@ impl L2Vcpu {
     /// What becomes of it.
     fn next(&mut self, left: Left) -> Result<Next, Error> {
         let what = match left {
-            Left::Interrupted => return Ok(Next::L2),
+            Left::Interrupted => return self.interrupted(),
             Left::Fault => return self.fault(),
-            Left::Beyond { gpa, write } => return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1)),
+            Left::Beyond { gpa, write } => {
+                self.pending = Some(gpa);
+                return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1));
+            }
             Left::Rang(number) => match Doorbell::from_number(number) {
                 Some(Doorbell::ChangeRole) => return self.change_role(),
                 Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),
-                Some(doorbell) if doorbell.is_of_any_guest() => return Ok(Next::Stop(Exit::Doorbell(doorbell))),
+                Some(doorbell) if doorbell.is_of_any_guest() => return self.ended(Exit::Doorbell(doorbell)),
                 _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
             },
-            Left::Broken(what) => what,
+            Left::Ended(what) => what,
+            Left::Broken(what) => return Ok(Next::Stop(Exit::Broken { what, rip: self.rip() })),
         };
-        Ok(Next::Stop(Exit::Broken { what, rip: self.rip() }))
+        let rip = self.rip();
+        self.ended(Exit::Broken { what, rip })
+    }
+
+    /// L2 has come to its end: L1 is told if it wants to be, else the machine stops.
+    fn ended(&self, exit: Exit) -> Result<Next, Error> {
+        let intercepted = self.control(offset_of!(ControlPage, intercept))?.load(Ordering::Acquire) != 0;
+        let printed = matches!(exit, Exit::Doorbell(Doorbell::Print));
+        Ok(if intercepted && !printed { Next::L1(control::Exit::Ended, 0, 0) } else { Next::Stop(exit) })
+    }
+
+    /// A signal ended `KVM_RUN`: a fault of L2's that is told so, or somebody wants the thread.
+    fn interrupted(&mut self) -> Result<Next, Error> {
+        let fault = self.host.shadow()?.places.here().source().interrupted();
+        fault.map_or(Ok(Next::L2), |fault| self.handle(&fault))
     }
 
     /// `KVM_RUN` failed: L2 touched a page that it may not, or not yet.
@@ -212,29 +278,59 @@ impl L2Vcpu {
                 std::thread::yield_now();
                 Ok(Next::L2)
             }
-            Told::Again | Told::Nothing => self.next(Left::Broken(UNKNOWN.to_owned())),
+            Told::Again | Told::Nothing => self.unknown(),
         }
     }
 
-    /// Tries again, with KVM's tracepoint armed.
+    /// `KVM_RUN` failed, and the source knows nothing about it.
+    fn unknown(&mut self) -> Result<Next, Error> {
+        let silence = self.host.shadow()?.places.here().source().silence();
+        self.next(Left::Broken(silence.to_owned()))
+    }
+
+    /// Where it was, by KVM's tracepoint: as the entry that failed has recorded it, or the one that tries again with the tracepoint armed. That
+    /// stays armed until L2 comes out for another reason. Who faults once mostly faults again, and to try again costs ten times what a fault pays
+    /// for being recorded.
     fn traced(&mut self) -> Result<Next, Error> {
-        let failed = |error| Error::call("tracing a fault of L2", error);
+        let recorded = self.trace.as_ref().filter(|_| self.armed).and_then(FaultTrace::last);
+        let traced = if let Some(traced) = recorded {
+            traced
+        } else {
+            self.arm()?;
+            let left = self.run_once();
+            match (left, self.trace.as_ref().and_then(FaultTrace::last)) {
+                (Left::Fault, Some(traced)) => traced,
+                (Left::Fault, None) => return self.unknown(),
+                // Another vCPU has settled the same fault meanwhile.
+                (left, _) => {
+                    self.disarm()?;
+                    return self.next(left);
+                }
+            }
+        };
+        let Traced { address, write, table_walk } = traced;
+        self.handle(&Fault { place: Place::Gpa(address), write, table_walk })
+    }
+
+    fn arm(&mut self) -> Result<(), Error> {
         let trace = match self.trace.take() {
             Some(trace) => trace,
             None => FaultTrace::open()?,
         };
-        trace.arm().map_err(failed)?;
-        let left = self.run_once();
-        let traced = trace.disarm().map_err(failed)?;
+        let armed = trace.arm();
         self.trace = Some(trace);
-        match (left, traced) {
-            (Left::Fault, Some(Traced { address, write, table_walk })) => {
-                self.handle(&Fault { place: Place::Gpa(address), write, table_walk })
-            }
-            (Left::Fault, None) => self.next(Left::Broken(UNKNOWN.to_owned())),
-            // Another vCPU has settled the same fault meanwhile.
-            (left, _) => self.next(left),
+        armed.map_err(|error| Error::call("tracing a fault of L2", error))?;
+        self.armed = true;
+        Ok(())
+    }
+
+    fn disarm(&mut self) -> Result<(), Error> {
+        if std::mem::take(&mut self.armed)
+            && let Some(trace) = &self.trace
+        {
+            trace.disarm().map_err(|error| Error::call("tracing a fault of L2", error))?;
         }
+        Ok(())
     }
 
     fn handle(&mut self, fault: &Fault) -> Result<Next, Error> {
@@ -242,23 +338,31 @@ impl L2Vcpu {
         self.failed = 0;
         match handled {
             Some(Handled::Resume) => Ok(Next::L2),
-            Some(Handled::ToL1(exit, address, qualification)) => Ok(Next::L1(exit, address, qualification)),
+            Some(Handled::ToL1(exit, address, qualification)) => {
+                self.asked = Some(address);
+                Ok(Next::L1(exit, address, qualification))
+            }
             None => self.next(Left::Broken(format!("L2 touched {:?}, which is in no window", fault.place))),
         }
     }
 
-    /// Lets KVM map what was mapped lately, rather than have L2 fault on each page. Not while it logs: all would count as written.
-    fn pre_fault(&self) -> Result<(), Error> {
+    /// Makes ready for an entry. KVM maps what was mapped lately, rather than that L2 faults on each page. Not while KVM logs: all would count
+    /// as written. Then L2's faults are many, and none is to pay for being recorded.
+    fn prepare(&mut self) -> Result<(), Error> {
         let mut shadow = self.host.shadow()?;
         let here = shadow.places.here_mut();
         let fresh = std::mem::take(&mut here.fresh);
-        if !self.host.pre_faults || here.log.is_some() {
-            return Ok(());
+        if here.log.is_some() {
+            drop(shadow);
+            return self.disarm();
         }
-        drop(shadow);
-        for extent in fresh {
+        // Under the lock, so that nobody closes what KVM is about to map: over a poisoned page the call would not end.
+        for (start, frames) in fresh {
             // It is a hint: what it does not do, a fault will.
-            let _ = ioctls::pre_fault_memory(&self.fds[self.at], extent.start.address(), extent.frames * PAGE_SIZE);
+            let _ = ioctls::pre_fault_memory(&self.fds[self.at], start.address(), frames * PAGE_SIZE);
+        }
+        if let Some(trace) = self.trace.as_ref().filter(|_| self.armed) {
+            trace.forget();
         }
         Ok(())
     }
@@ -285,8 +389,9 @@ impl Below for L2Vcpu {
     }
 }
 
-/// L2 begins: 64-bit mode at ring 3.
+/// L2 begins: 64-bit mode at ring 3, and nothing is left of an exception that was on its way when it was left.
 fn load(fd: &VcpuFd, state: &State) -> Result<(), Error> {
+    fd.set_vcpu_events(&kvm_vcpu_events::default()).map_err(vm::failed("KVM_SET_VCPU_EVENTS"))?;
     #[allow(clippy::cast_possible_truncation)] // A selector has 16 bits and a limit 32, whatever L1 writes.
     let (selector, table) = (|value: u64| value as u16, |[base, limit]: [u64; 2]| Table { base, limit: limit as u32 });
     let registers = kvm_regs { rip: state.rip, rsp: state.rsp, rflags: state.rflags | 2, ..kvm_regs::default() };

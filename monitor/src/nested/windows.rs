@@ -3,11 +3,12 @@
 //! The invariant is: a page of a window maps the page of L1's memory that [`Page`] names, writable if that says so, or nothing. It never maps more
 //! than EPT02 allows; it may map less (an eviction), and the next fault there maps it again.
 
+use super::gather::Queue;
 use super::log::Log;
 use super::memory::L1Pages;
-use super::places::is_short;
 use super::reserve::Reserved;
-use super::source::{Mapped, Source};
+use super::source::{Mapped, Source, Tables};
+use crate::hostmm::udmabuf::Udmabuf;
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::{Error, vm};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
@@ -18,10 +19,13 @@ use std::sync::Arc;
 use umbra_mmu::{Access, Extent, Flush, Frame, Mapper, RootId};
 use umbra_shared::{L2Gfn, Level, control};
 
+/// `KVM_CAP_PRE_FAULT_MEMORY` (include/uapi/linux/kvm.h).
+const CAP_PRE_FAULT_MEMORY: u32 = 236;
+
 /// Pages of a piece: 1 MiB. A change of one page inside a mapping that covers 2 MiB makes KVM drop all 2 MiB, huge or not (Linux splits a huge
 /// entry that may be there, and tells KVM so: `split_huge_pmd_if_needed` in `mm/huge_memory.c`). So where pages are small, every other piece is set
 /// apart from its neighbours, and no mapping covers 2 MiB.
-const PIECE: usize = 256;
+pub(super) const PIECE: usize = 256;
 
 /// Pages that an eviction closes at a time.
 const EVICTED: usize = 16384;
@@ -32,12 +36,15 @@ pub struct Page(u32);
 
 impl Page {
     const WRITABLE: u32 = 1 << 31;
+    /// Mapped through a udmabuf: [`Queue`].
+    const GATHERED: u32 = 1 << 30;
+    const FRAME: u32 = !(Self::WRITABLE | Self::GATHERED);
     /// Nothing.
     pub const CLOSED: Self = Self(0);
 
-    /// `frame`, which is below 2^31 - 1: 8 TiB.
+    /// `frame`, which is below 2^30 - 1: 4 TiB.
     fn new(frame: Frame, writable: bool) -> Self {
-        let number = u32::try_from(frame.0 + 1).unwrap_or(0) & !Self::WRITABLE;
+        let number = u32::try_from(frame.0 + 1).unwrap_or(0) & Self::FRAME;
         Self(if writable { number | Self::WRITABLE } else { number })
     }
 
@@ -51,7 +58,18 @@ impl Page {
     /// The page of L1's memory.
     #[must_use]
     pub fn frame(self) -> Option<Frame> {
-        (self.0 & !Self::WRITABLE).checked_sub(1).map(|frame| Frame(frame.into()))
+        (self.0 & Self::FRAME).checked_sub(1).map(|frame| Frame(frame.into()))
+    }
+
+    /// `frame`, writable and gathered.
+    pub(super) fn new_gathered(frame: Frame) -> Self {
+        Self(Self::new(frame, true).0 | Self::GATHERED)
+    }
+
+    /// Whether a udmabuf stands between it and the memory's own file.
+    #[must_use]
+    pub const fn gathered(self) -> bool {
+        self.0 & Self::GATHERED != 0
     }
 
     /// Whether L2 may write it.
@@ -84,7 +102,7 @@ impl Window {
         self.place.stretch()
     }
 
-    fn stretch(&self, pages: &Range<usize>) -> Stretch {
+    pub(super) fn stretch(&self, pages: &Range<usize>) -> Stretch {
         self.place.stretch().part(pages.start as u64, pages.len() as u64)
     }
 
@@ -122,6 +140,8 @@ pub struct Counts {
     pub maps: u64,
     /// Pages that they mapped.
     pub mapped_pages: u64,
+    /// Those among them that a udmabuf gathered.
+    pub gathered_pages: u64,
     /// Calls that changed rights.
     pub protects: u64,
     /// Calls that closed pages.
@@ -139,6 +159,7 @@ impl Counts {
         Self {
             maps: self.maps + other.maps,
             mapped_pages: self.mapped_pages + other.mapped_pages,
+            gathered_pages: self.gathered_pages + other.gathered_pages,
             protects: self.protects + other.protects,
             closes: self.closes + other.closes,
             evicted_pages: self.evicted_pages + other.evicted_pages,
@@ -147,26 +168,23 @@ impl Counts {
     }
 }
 
-/// Why a mapping could not be made effective.
-#[derive(Debug)]
-pub enum Failed {
-    /// The leaf permits no execution, or nothing else: see DESIGN's rule on rights.
-    ExecuteRights(L2Gfn),
-    /// A call failed.
-    Call(io::Error),
-}
-
 /// All windows of one VM.
 pub struct Windows {
     vm: Arc<VmFd>,
-    memory: Arc<L1Pages>,
+    pub(super) memory: Arc<L1Pages>,
     /// Before the windows' addresses: its thread may look at them.
-    source: Box<dyn Source>,
-    all: Vec<Window>,
+    pub(super) source: Box<dyn Source>,
+    pub(super) all: Vec<Window>,
     /// The root that they are of; changes of others do not concern them.
     root: Option<RootId>,
     /// No mapping is to cover 2 MiB.
     pieces: bool,
+    /// What is to be mapped, and is not yet.
+    pub(super) queue: Queue,
+    /// Maps scattered leaves together; `None` where the host has none.
+    pub(super) udmabuf: Option<Udmabuf>,
+    /// Whether KVM can be told to map beforehand what is [`Self::fresh`].
+    pub(super) pre_faults: bool,
     /// KVM's log of L2's VM.
     pub log: Option<Log>,
     /// L2's own page tables: frames that are mapped before L2 runs, and whether all of them are.
@@ -176,9 +194,9 @@ pub struct Windows {
     /// While L1 invalidates: the pages that this closed, as far as there is room.
     pub invalidated: Vec<L2Gfn>,
     /// What was mapped since it was last looked at, for KVM to fault in beforehand.
-    pub fresh: Vec<Extent>,
+    pub fresh: Vec<(L2Gfn, u64)>,
     /// What went wrong first.
-    failed: Option<Failed>,
+    failed: Option<io::Error>,
     /// What was done.
     pub counts: Counts,
     hand: usize,
@@ -190,6 +208,9 @@ impl Windows {
     pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, pieces: bool) -> Self {
         Self {
             pieces,
+            queue: Queue::default(),
+            udmabuf: Udmabuf::open().ok(),
+            pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
             vm,
             memory,
             source,
@@ -214,7 +235,9 @@ impl Windows {
         for (window, slot) in wanted.iter().zip(0..) {
             let place = Reserved::new(window.frames, window.first.0)?;
             self.source.adopt(place.stretch())?;
-            let pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
+            let mut pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
+            // The host gives it memory here, not at L2's first touch.
+            pages.iter_mut().step_by(1024).for_each(|page| *std::hint::black_box(page) = Page::CLOSED);
             let window = Window { first: window.first, pages, slot, logged: false, tracked: false, place };
             // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
             unsafe { self.vm.set_user_memory_region(window.region(0)) }
@@ -285,11 +308,13 @@ impl Windows {
         self.root = Some(root);
     }
 
-    /// Closes everything.
-    pub fn close_all(&mut self) {
+    /// Closes everything. Whether anything was mapped.
+    pub fn close_all(&mut self) -> bool {
+        let mapped = self.all.iter().any(|window| window.pages.iter().any(|page| *page != Page::CLOSED));
         if let Some(root) = self.root {
             self.unmap(Extent { root, start: L2Gfn(0), frames: u64::MAX });
         }
+        mapped
     }
 
     /// What [`Self::create`] was asked for.
@@ -308,14 +333,9 @@ impl Windows {
         pages.filter(|page| page.frame().is_some_and(|frame| frame >= first)).count() as u64
     }
 
-    /// Whether a mapping failed because the process has too many of them.
-    #[must_use]
-    pub fn is_short_of_mappings(&self) -> bool {
-        matches!(&self.failed, Some(Failed::Call(error)) if is_short(error))
-    }
-
-    /// What went wrong since this was last asked.
-    pub fn take_failure(&mut self) -> Option<Failed> {
+    /// Maps what was posted and not mapped yet. Gives what went wrong first since this was last asked.
+    pub fn settle(&mut self) -> Option<io::Error> {
+        self.map_queue();
         self.failed.take()
     }
 
@@ -372,12 +392,18 @@ impl Windows {
         self.log.as_mut().map_or(Ok(()), |log| log.clear(&self.vm, &self.all))
     }
 
-    fn fail(&mut self, failed: Failed) {
+    pub(super) fn fail(&mut self, failed: io::Error) {
         self.failed.get_or_insert(failed);
     }
 
     /// Maps pages `pages` of window `index` to `frame` and those after it.
-    fn map_run(&mut self, index: usize, pages: Range<usize>, frame: Frame, writable: bool) -> io::Result<()> {
+    pub(super) fn map_run(
+        &mut self,
+        index: usize,
+        pages: Range<usize>,
+        frame: Frame,
+        writable: bool,
+    ) -> io::Result<()> {
         let (source, memory) = (&*self.source, &*self.memory);
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         let mut at = pages.start;
@@ -390,7 +416,12 @@ impl Windows {
                 end = end.min(at + PIECE - piece % PIECE);
             }
             let alone = self.pieces && piece / PIECE % 2 == 1;
-            source.map(window.stretch(&(at..end)), part, Mapped { writable, told_apart: self.log.is_some(), alone })?;
+            let tables = match (self.log.is_some(), self.pre_faults) {
+                (true, _) => Tables::ToldApart,
+                (false, true) => Tables::Left,
+                (false, false) => Tables::Filled,
+            };
+            source.map(window.stretch(&(at..end)), part, Mapped { writable, alone, tables })?;
             self.counts.maps += 1;
             self.counts.mapped_pages += (end - at) as u64;
             if first >= memory.first_tracked() {
@@ -421,10 +452,10 @@ impl Windows {
     }
 
     /// Does `work`. If the process has too many mappings, closes others and tries again.
-    fn with_room(&mut self, mut work: impl FnMut(&mut Self) -> io::Result<()>) -> io::Result<()> {
+    pub(super) fn with_room(&mut self, mut work: impl FnMut(&mut Self) -> io::Result<()>) -> io::Result<()> {
         loop {
             match work(self) {
-                Err(error) if is_short(&error) => {
+                Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
                     if !self.evict()? {
                         return Err(error);
                     }
@@ -458,7 +489,7 @@ impl Windows {
             // A piece of a mapping cannot be closed when there is no room for one more: then the whole window.
             if let Err(error) = self.close_run(index, pages) {
                 let whole = self.all.get(index).map_or(0, |window| window.pages.len());
-                if !is_short(&error) {
+                if error.raw_os_error() != Some(libc::ENOMEM) {
                     return Err(error);
                 }
                 self.close_run(index, 0..whole)?;
@@ -477,6 +508,18 @@ impl Windows {
         let pages = window.clip(extent);
         let closed = window.pages.get(pages.clone())?.iter().fold(0, |all, page| all | page.0) == 0;
         closed.then_some((index, pages))
+    }
+
+    /// The window that holds all of `extent`, and the pages there, if all of them are mapped and their rights change: the usual case of a `protect`,
+    /// told at once.
+    fn mapped_otherwise(&self, extent: Extent, writable: bool) -> Option<(usize, Range<usize>)> {
+        let index = self.all.iter().position(|window| window.clip(extent).len() as u64 == extent.frames)?;
+        let window = self.all.get(index)?;
+        let pages = window.clip(extent);
+        let old = if writable { 0 } else { Page::WRITABLE };
+        let other = |page: &Page| page.0 & Page::WRITABLE != old || *page == Page::CLOSED;
+        let others = window.pages.get(pages.clone())?.iter().fold(false, |any, page| any | other(page));
+        (!others).then_some((index, pages))
     }
 
     /// Runs of pages of `extent` for which `kind` says the same and something, each with its window.
@@ -501,34 +544,49 @@ impl Windows {
         runs
     }
 
-    fn try_map(&mut self, extent: Extent, frame: Frame, writable: bool) -> Result<(), Failed> {
+    fn try_map(&mut self, extent: Extent, frame: Frame, writable: bool) -> io::Result<()> {
+        // What is queued does not stand in the windows yet.
+        let end = self.all.get(self.queue.window).map(|window| window.first.plus(self.queue.end() as u64));
+        if end != Some(extent.start) {
+            self.map_queue();
+        }
         let kind = |page: Page, target: Frame| match page {
-            _ if page == Page::new(target, writable) => None,
+            _ if page.frame() == Some(target) && page.writable() == writable => None,
             _ if page.frame() == Some(target) => Some(true),
             _ => Some(false),
         };
-        let runs = match self.untouched(extent) {
-            Some((index, pages)) => vec![(index, pages, false)],
-            None => self.runs(extent, kind, frame),
-        };
-        for (index, run, mapped) in runs {
+        if let Some((index, run)) = self.untouched(extent) {
+            return self.enqueue(index, &run, frame, writable).map_err(|error| call(&error));
+        }
+        for (index, run, mapped) in self.runs(extent, kind, frame) {
             if mapped {
+                self.map_queue();
                 self.protect_run(index, run, writable)?;
                 continue;
             }
             let Some(window) = self.all.get(index) else { continue };
             let start = window.first.plus(run.start as u64);
             let first = frame.plus(start.0.wrapping_sub(extent.start.0));
-            if !window.tracked && first.plus(run.len() as u64) > self.memory.first_tracked() {
-                self.begin_tracked(index).map_err(|error| call(&error))?;
-            }
-            if let Some(log) = &mut self.log {
-                // What was closed here was written by another page's name.
-                log.remapping(&self.vm, &self.all, index, &run).map_err(|error| call(&error))?;
-            }
-            self.with_room(|windows| windows.map_run(index, run.clone(), first, writable)).map_err(Failed::Call)?;
-            self.fresh.push(Extent { start, frames: run.len() as u64, ..extent });
+            self.enqueue(index, &run, first, writable).map_err(|error| call(&error))?;
         }
+        Ok(())
+    }
+
+    /// Queues closed pages `run` of window `index`, which are to map `frame` and those after it.
+    fn enqueue(&mut self, index: usize, run: &Range<usize>, frame: Frame, writable: bool) -> Result<(), Error> {
+        let tracked = frame.plus(run.len() as u64) > self.memory.first_tracked();
+        if tracked && self.all.get(index).is_some_and(|window| !window.tracked) {
+            self.begin_tracked(index)?;
+        }
+        if let Some(log) = &mut self.log {
+            // What was closed here was written by another page's name.
+            log.remapping(&self.vm, &self.all, index, run)?;
+        }
+        if !self.queue.continues(index, run.start, writable) {
+            self.map_queue();
+            self.queue.begin(index, run.start, writable);
+        }
+        self.queue.push(frame, run.len());
         Ok(())
     }
 
@@ -540,10 +598,16 @@ impl Windows {
         if self.log.is_some() { self.set_logged(index, true) } else { Ok(()) }
     }
 
-    fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> Result<(), Failed> {
+    fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> io::Result<()> {
+        let pages = self.all.get(index).and_then(|window| window.pages.get(run.clone())).unwrap_or_default();
+        if !writable && pages.iter().any(|page| page.gathered()) {
+            // Closed, rather than mapped again by themselves: who reads one asks for it.
+            return self.with_room(|windows| windows.close_run(index, run.clone()));
+        }
         self.with_room(|windows| {
             let Some(window) = windows.all.get_mut(index) else { return Ok(()) };
-            if window.pages.get(run.clone()).unwrap_or_default().contains(&Page::CLOSED) {
+            let pages = window.pages.get(run.clone()).unwrap_or_default();
+            if pages.contains(&Page::CLOSED) {
                 // An eviction, on the way here: what is closed is opened by its next fault.
                 return Ok(());
             }
@@ -554,16 +618,21 @@ impl Windows {
             }
             Ok(())
         })
-        .map_err(Failed::Call)
     }
 
     fn concerns(&self, root: RootId) -> bool {
         self.root == Some(root)
     }
+
+    /// Whether a mapping can grant just that: KVM looks at the right to write alone, so reading and execution go together.
+    #[must_use]
+    pub fn can_grant(access: Access) -> bool {
+        access.allows(Access::READ.or(Access::EXECUTE))
+    }
 }
 
-fn call(error: &Error) -> Failed {
-    Failed::Call(io::Error::other(error.to_string()))
+fn call(error: &Error) -> io::Error {
+    io::Error::other(error.to_string())
 }
 
 impl Mapper for Windows {
@@ -571,8 +640,9 @@ impl Mapper for Windows {
         if !self.concerns(extent.root) {
             return;
         }
-        if !access.allows(Access::READ.or(Access::EXECUTE)) {
-            return self.fail(Failed::ExecuteRights(extent.start));
+        if !Self::can_grant(access) {
+            // L1 hears of it if L2 touches it.
+            return self.unmap(extent);
         }
         if let Err(failed) = self.try_map(extent, frame, access.allows(Access::WRITE)) {
             self.fail(failed);
@@ -583,13 +653,17 @@ impl Mapper for Windows {
         if !self.concerns(extent.root) {
             return;
         }
-        if !access.allows(Access::READ.or(Access::EXECUTE)) {
-            self.unmap(extent);
-            return self.fail(Failed::ExecuteRights(extent.start));
+        if !Self::can_grant(access) {
+            return self.unmap(extent);
         }
+        self.map_queue();
         let writable = access.allows(Access::WRITE);
         let kind = |page: Page, _| (page != Page::CLOSED && page.writable() != writable).then_some(());
-        for (index, run, ()) in self.runs(extent, kind, Frame(0)) {
+        let runs = match self.mapped_otherwise(extent, writable) {
+            Some((index, pages)) => vec![(index, pages, ())],
+            None => self.runs(extent, kind, Frame(0)),
+        };
+        for (index, run, ()) in runs {
             if let Err(failed) = self.protect_run(index, run, writable) {
                 self.fail(failed);
             }
@@ -600,9 +674,10 @@ impl Mapper for Windows {
         if !self.concerns(extent.root) {
             return;
         }
+        self.map_queue();
         for (index, run, ()) in self.runs(extent, |page, _| (page != Page::CLOSED).then_some(()), Frame(0)) {
             if let Err(error) = self.with_room(|windows| windows.close_run(index, run.clone())) {
-                self.fail(Failed::Call(error));
+                self.fail(error);
             }
         }
     }

@@ -203,7 +203,7 @@ impl Bytes {
 /// One phase of one round.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Phase {
-    /// populate, enable, dirty, get, clear, disable, retouch; in `nested` also enter, fill, first-touch.
+    /// populate, enable, dirty, get, clear, disable, retouch; in `nested` also enter, fill, first-touch, second-touch, edit.
     pub phase: String,
     /// The round, from 1; 0 for phases outside the rounds.
     pub round: u64,

@@ -1,6 +1,6 @@
 //! A Record as a table on the terminal.
 
-use super::record::{Pages, Phase, Record, Row, Rows};
+use super::record::{Pages, Phase, Record, Row, Rows, Stall};
 use super::{rate, roots, snapshot};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use std::collections::BTreeSet;
@@ -238,6 +238,7 @@ pub(super) const COLUMNS: &[(&str, &str, Rounds, Share)] = &[
     ("enter", "enter", Rounds::None, Share::One),
     ("fill", "fill", Rounds::None, Share::PatternPages),
     ("first touch", "first-touch", Rounds::None, Share::PatternPages),
+    ("second touch", "second-touch", Rounds::None, Share::PatternPages),
     ("baseline", "baseline", Rounds::None, Share::Accesses),
     ("enable", "enable", Rounds::None, Share::Pages),
     ("dirty 1", "dirty", Rounds::First, Share::Accesses),
@@ -316,15 +317,30 @@ pub(super) fn right(text: String) -> Cell {
 /// Truth and stalls, a row for each row of the Record, and one more for those that have an L2: the same by L2's pages.
 fn checks(rows: &[&Row]) -> Table {
     let mut table = plain_table();
+    let unchanged = rows.iter().any(|row| row.truth.pages.unchanged > 0);
     let numbers = |truth: &Pages| {
-        [truth.written, truth.reported, truth.explained, truth.missed, truth.extra].map(|n| right(n.to_string()))
+        let same = unchanged.then_some(truth.unchanged);
+        let all = [truth.written, truth.reported, truth.explained, truth.missed, truth.extra];
+        all.into_iter().chain(same).map(|n| right(n.to_string())).collect::<Vec<_>>()
     };
     let stalls = rows.iter().any(|row| row.stall.is_some());
     let unit = rows.iter().find_map(|row| row.stall.as_ref()).map(|stall| format!("\nstalls: {}", stall.unit));
     let mut header = vec![heading_cell(&format!("pages, in all rounds{}", unit.unwrap_or_default()))];
     header.extend(["written", "reported", "explained", "missed", "extra"].map(heading_cell));
+    if unchanged {
+        header.push(heading_cell("unchanged"));
+    }
+    // Under nesting one way's longest stall pays for what its others save.
+    let mean = rows.iter().any(|row| row.truth.l2.is_some());
+    let stall_cells = |stall: &Stall| {
+        let mean = mean.then(|| stall.total / stall.count.max(1));
+        [stall.p50, stall.p99, stall.p999].into_iter().chain(mean).chain([stall.max]).collect::<Vec<_>>()
+    };
+    let stall_columns = if stalls { stall_cells(&Stall::default()).len() } else { 0 };
     if stalls {
-        header.extend(["stall p50", "p99", "p99.9", "max"].map(heading_cell));
+        header.extend(["stall p50", "p99", "p99.9"].map(heading_cell));
+        header.extend(mean.then(|| heading_cell("mean")));
+        header.push(heading_cell("max"));
     }
     let memory = rows.iter().any(|row| row.memory.is_some());
     if memory {
@@ -335,11 +351,8 @@ fn checks(rows: &[&Row]) -> Table {
         let mut cells = vec![Cell::new(&row.name)];
         cells.extend(numbers(&row.truth.pages));
         match &row.stall {
-            Some(stall) => {
-                cells.extend([stall.p50, stall.p99, stall.p999, stall.max].map(|value| right(scaled(value))));
-            }
-            None if stalls => cells.extend(["-"; 4].map(|none| right(none.to_owned()))),
-            None => {}
+            Some(stall) => cells.extend(stall_cells(stall).into_iter().map(|value| right(scaled(value)))),
+            None => cells.extend((0..stall_columns).map(|_| right("-".to_owned()))),
         }
         if let Some(bytes) = &row.memory {
             let bytes = [bytes.table_bytes, bytes.rmap_bytes, bytes.cache_bytes, bytes.track_bytes];
@@ -349,7 +362,7 @@ fn checks(rows: &[&Row]) -> Table {
         if let Some(l2) = &row.truth.l2 {
             let mut cells = vec![Cell::new("  of L2")];
             cells.extend(numbers(&l2.pages));
-            cells.extend(stalls.then(|| [""; 4].map(Cell::new)).into_iter().flatten());
+            cells.extend((0..stall_columns).map(|_| Cell::new("")));
             table.add_row(cells);
         }
     }
@@ -393,7 +406,7 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
         text.push_str("baseline, retouch, settled: a round before logging, right after it, and the one after that.\n");
     }
     if record.scenario == "nested" {
-        text.push_str("enter: one entry into L2 and the hypercall that ends it, by the guest's clock. fill (L1's table) and first touch: per page of L2.\n");
+        text.push_str("enter: one entry into L2 and the hypercall that ends it, by the guest's clock. fill (L1's table), first and second touch: per page of L2.\n");
         if number(record, "remaps") > 0 {
             text.push_str(
                 "edit: L1's exchanges in a round, from its first store to the end of what it says about them.\n",

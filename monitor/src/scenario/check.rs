@@ -65,6 +65,8 @@ pub struct Check {
     /// Whether the row is an L2's, whose pages are checked too.
     has_l2: bool,
     contents: Contents,
+    /// Whether the tracker compares bytes.
+    compares: bool,
     prediction: Prediction,
     /// A fault to inject, and into the report of which round.
     inject: Option<(Fault, u64)>,
@@ -85,6 +87,7 @@ impl Check {
             remaps: case.plan.nested.map_or(0, |nested| nested.remaps),
             has_l2,
             contents: Contents::zeroes(&map, case.plan.vcpus),
+            compares: case.kind.compares(),
             prediction: Prediction::new(case),
             inject,
             truth: Truth { l2: has_l2.then(TruthOfL2::default), ..Truth::default() },
@@ -98,7 +101,7 @@ impl Check {
 
     /// Round `round` was executed, and nobody asked which pages it wrote.
     pub fn executed(&mut self, round: u64) {
-        self.contents.write(round, &Round::of(&self.pattern, &self.map, round));
+        self.contents.write(self.pattern.written_as(round), &Round::of(&self.pattern, &self.map, round));
     }
 
     /// L1 edited its table after L2's writes of round `round`. To be said after the round's report.
@@ -115,14 +118,17 @@ impl Check {
             self.fault(&format!("round {round}: initially all set promises every page, and not all were reported"));
         }
         self.inject(round, &truth.l1.written, &explained, reported);
-        self.contents.write(round, &truth);
+        let stamps = self.pattern.written_as(round);
+        let unchanged =
+            if self.compares { self.contents.unchanged(stamps, &truth) } else { PageSet::new(self.map.l1_pages()) };
+        self.contents.write(stamps, &truth);
         if writes != truth.writes {
             self.fault(&format!(
                 "round {round}: the firmware made {writes} writes where the pattern has {}",
                 truth.writes
             ));
         }
-        let verdict = Verdict::of(&truth.l1.written, reported, &explained);
+        let verdict = Verdict::of(&truth.l1.written, reported, &explained).comparing(&unchanged);
         for page in verdict.missed.iter() {
             let blame = if self.contents.holds(page, machine.vm().first_word(page)) {
                 "the page holds the written value: the tracker lost it"
@@ -143,7 +149,8 @@ impl Check {
             let mut may = truth.l1.written.clone();
             may.add(&explained);
             let verdict =
-                Verdict::of(&truth.l2.written, &truth::l2_of(&self.map, reported), &truth::l2_of(&self.map, &may));
+                Verdict::of(&truth.l2.written, &truth::l2_of(&self.map, reported), &truth::l2_of(&self.map, &may))
+                    .comparing(&truth::l2_of(&self.map, &unchanged));
             l2.pages += verdict.pages;
             l2.rounds.push(entry(verdict.pages));
         }
@@ -170,7 +177,7 @@ impl Check {
                 reported.insert(page);
             }
             // No report's.
-            Some((Fault::BreakSmm | Fault::LoopSmm, _)) | None => {}
+            Some((Fault::BreakSmm | Fault::LoopSmm | Fault::LoseEdit | Fault::StrayPage, _)) | None => {}
         }
     }
 

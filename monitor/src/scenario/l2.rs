@@ -1,5 +1,6 @@
 //! The options of an L2, checked.
 
+use super::setup;
 use crate::cli::{NestedArgs, RunArgs};
 use crate::failure::Failure;
 use crate::kvm::Backing;
@@ -8,13 +9,17 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use umbra_mmu::RootPolicy;
 use umbra_mmu::track::STRATEGIES;
+use umbra_mmu::{DEFAULT_TWINS, RootPolicy};
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, MapError, Nested, Way};
 use umbra_shared::{Level, PAGE_SIZE};
 
 /// Edits of L1's table in a round that anybody waits for.
 const MAX_REMAPS: u64 = 1 << 20;
+
+/// Edits of L1's table, and cases of a malicious L1, without `--edits`.
+const EDITS: u64 = 500;
+const CASES: u64 = 2000;
 
 /// A way to run L2, as `--nesting` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,6 +69,15 @@ fn named<T: Copy>(name: &str, text: &str, choices: &[(&str, T)]) -> Result<T, Fa
     })
 }
 
+/// When L2 touches its pages for the first time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstTouch {
+    /// Before anything is logged.
+    Before,
+    /// In the first round.
+    Logged,
+}
+
 /// What L2 is, and the ways to run it.
 #[derive(Clone, Debug)]
 pub struct L2Options {
@@ -77,6 +91,10 @@ pub struct L2Options {
     flags: Option<Flags>,
     fill_batch: u64,
     remaps: u64,
+    /// Random edits of the table, or cases of a malicious L1; 0 where there are none.
+    pub edits: u64,
+    /// When L2 touches its pages for the first time.
+    pub first_touch: FirstTouch,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
     /// Whether mechanisms were asked for by name.
@@ -85,6 +103,8 @@ pub struct L2Options {
     pub source: Option<source::Kind>,
     /// Pages that one fault may map, if it was asked for.
     extent: Option<u32>,
+    /// Copies of huge leaves, if it was asked for.
+    twins: Option<u32>,
 }
 
 impl L2Options {
@@ -115,8 +135,8 @@ impl L2Options {
                 "--remaps {remaps}: which page an L2 page is then must be known, so no --alias-kind shared-tables, and no --alias with several --vcpus"
             )));
         }
-        if let Some(extent) = table.extent.filter(|extent| !extent.is_power_of_two() || *extent > 512) {
-            return Err(Failure::Input(format!("--extent {extent}: it is a power of two up to 512")));
+        if let Some(extent) = table.extent.filter(|extent| !extent.is_power_of_two() || *extent > 4096) {
+            return Err(Failure::Input(format!("--extent {extent}: it is a power of two up to 4096")));
         }
         if alias_kind == AliasKind::Scattered && guest_page > level {
             return Err(Failure::Input(format!(
@@ -145,9 +165,42 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
+        let edits = match args.scenario.as_str() {
+            setup::EDITS => given.edits.unwrap_or(EDITS),
+            setup::HOSTILE => given.edits.unwrap_or(CASES),
+            _ => 0,
+        };
+        if edits > 0 {
+            check_edits(args, level, alias_kind)?;
+            config.insert("edits".to_owned(), edits.into());
+        }
+        let first_touch = given.first_touch.as_deref().unwrap_or("before");
+        config.insert("first-touch".to_owned(), first_touch.into());
+        let first_touch =
+            named("first-touch", first_touch, &[("before", FirstTouch::Before), ("logged", FirstTouch::Logged)])?;
+        if first_touch == FirstTouch::Logged && (fill_batch > 0 || args.write_percent < 100) {
+            return Err(Failure::Input(
+                "--first-touch logged: L1 fills its table before, and every page is written (no --fill-batch, no --write-percent): KVM counts a page that it first maps for a read as written"
+                    .to_owned(),
+            ));
+        }
         let means_by_name = !given.mechanism.is_empty();
-        let extent = table.extent;
-        Ok(Self { ways, map, format, flags, fill_batch, remaps, means, means_by_name, source, extent })
+        let (extent, twins) = (table.extent, table.twins);
+        Ok(Self {
+            ways,
+            map,
+            format,
+            flags,
+            fill_batch,
+            remaps,
+            edits,
+            first_touch,
+            means,
+            means_by_name,
+            source,
+            extent,
+            twins,
+        })
     }
 
     /// The ways that get a row for each tracker. Without `--nesting` a host has those of its `vendor`; one that has neither's is to say
@@ -181,12 +234,38 @@ impl L2Options {
         Nested { way, map: self.map, format, flags, fill_batch: self.fill_batch, remaps: self.remaps }
     }
 
-    /// How the monitor runs L2 by `means`, with faults told by `source`. On huge pages one fault maps a whole one.
+    /// How the monitor runs L2 by `means`, with faults told by `source`. On huge pages one fault maps up to eight.
     #[must_use]
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
-        let extent = self.extent.unwrap_or(if backing.is_huge() { 512 } else { 64 });
-        let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
-        nested::Options { means, source, extent, pieces, roots: RootPolicy::default(), log_roots: false }
+        let extent = self.extent.unwrap_or(if backing.is_huge() { 4096 } else { 64 });
+        let pieces = !backing.is_huge() || self.remaps + self.edits > 0 && self.map.leaf() == Level::K4;
+        let twins = self.twins.unwrap_or(DEFAULT_TWINS);
+        nested::Options { means, source, extent, twins, pieces, roots: RootPolicy::default(), log_roots: false }
+    }
+}
+
+/// What random edits start from: a slot of whole regions, by small leaves, each copy's in tables of its own.
+fn check_edits(args: &RunArgs, leaf: Level, kind: AliasKind) -> Result<(), Failure> {
+    let wrong = |what: String| {
+        Err(Failure::Input(format!(
+            "{what}: edits begins with a table of 4k leaves for one slot of whole 2M, all of it filled"
+        )))
+    };
+    if leaf != Level::K4 {
+        return wrong("--leaf 2m and 1g".to_owned());
+    }
+    if kind == AliasKind::SharedTables {
+        return wrong("--alias-kind shared-tables".to_owned());
+    }
+    if args.slots > 1 {
+        return wrong(format!("--slots {}", args.slots));
+    }
+    if !args.memory.is_multiple_of(Level::M2.bytes()) {
+        return wrong(format!("--memory {}", args.memory));
+    }
+    match (args.nested.fill_batch, args.nested.remaps) {
+        (None | Some(0), None | Some(0)) => Ok(()),
+        _ => wrong("--fill-batch and --remaps".to_owned()),
     }
 }
 

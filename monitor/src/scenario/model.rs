@@ -17,7 +17,7 @@ use crate::report::record::{Bytes, Counter, Phase, Record, Row, Rows, SCHEMA, St
 use crate::truth::Verdict;
 use umbra_mmu::model::{AliasKind, Hooks, Model, ModelConfig, NoHooks, PageAccess, Phase as Events};
 use umbra_mmu::track::{STRATEGIES, Strategy, strategy};
-use umbra_mmu::{CacheSize, Caches, Collapse, Config, Format, RootPolicy, Split};
+use umbra_mmu::{CacheSize, Caches, Collapse, Config, DEFAULT_TWINS, Format, RootPolicy, Split};
 use umbra_shared::histogram::Histogram;
 use umbra_shared::pattern::{MAX_ACCESSES, Pattern};
 use umbra_shared::{Level, PAGE_SIZE};
@@ -134,6 +134,7 @@ impl Plan {
             roots: roots(shadow.roots.as_deref())?,
             caches: caches(shadow.cache.as_deref())?,
             extent: shadow.extent.unwrap_or(1),
+            max_twins: shadow.twins.unwrap_or(DEFAULT_TWINS),
             ..Config::new(1, strategies[0])
         };
         let formats = [

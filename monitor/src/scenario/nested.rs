@@ -1,24 +1,25 @@
 //! What a guest's guest costs: the same pattern over the same pages, executed by L1 itself (`plain`), by an L2 on KVM's own nesting (`svm`,
 //! `vmx`) and by one on Umbra's shadow MMU (`umbra`).
 //! A row for each way and tracker. The rounds are those of `dirty-log`; before them come the monitor's populating of L1's memory (so that a first
-//! touch is KVM's work alone), an entry into L2 and back, L1's filling of its table, and L2's first touch of every page.
+//! touch is KVM's work alone), an entry into L2 and back, L1's filling of its table, and L2's first and second touch of every page (or, with
+//! `--first-touch logged`, the first round is the first touch).
 //!
 //! The trackers track L1's pages, as a VMM does that migrates a guest hypervisor.
 
 use super::Setup;
-use super::l2::{L2Options, Nesting};
+use super::l2::{FirstTouch, L2Options, Nesting};
 use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
 use crate::host;
 use crate::kvm::{self, capabilities};
-use crate::nested::source;
+use crate::nested::{Means, Options, source};
 use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::{Row, Rows};
 use crate::track::Kind;
 use umbra_shared::Level;
-use umbra_shared::nested::{Flags, Format, Way};
+use umbra_shared::nested::{Flags, Format, Nested, Way};
 use umbra_shared::protocol::Command;
 
 /// The first entry maps what every entry needs; this one is warm.
@@ -34,7 +35,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
             Nesting::Umbra => l2.means.iter().copied().map(Kind::Shadow).collect(),
             _ => setup.trackers().to_vec(),
         };
-        let plan = plan(setup, l2, nesting, progress);
+        let plan = plan(setup, l2, nesting);
         for kind in kinds {
             let name = format!("{nesting}:{kind}");
             let row = match &plan {
@@ -54,7 +55,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
 }
 
 /// The machine of a way to run L2, if the firmware and this host can. Umbra's rows differ in their means.
-fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) -> Result<Plan, Failure> {
+pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Plan, Failure> {
     let way = match nesting {
         Nesting::Plain => Way::Plain,
         Nesting::Svm => Way::Svm,
@@ -62,7 +63,7 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) ->
         Nesting::Umbra => Way::Umbra,
     };
     let nested = l2.nested(way);
-    let mut plan = Plan { nested: Some(nested), ..setup.plan.clone() };
+    let plan = Plan { nested: Some(nested), ..setup.plan.clone() };
     match (nesting, nested.format) {
         (Nesting::Plain, _) if nested.remaps > 0 => {
             return Err(not_here("L1's table", "plain has none that --remaps could edit"));
@@ -89,28 +90,35 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting, progress: &Progress) ->
         (Nesting::Umbra, Format::Npt) if nested.flags == Flags::Unused => {
             return Err(not_here("NPT without A and D", "they are always in use there"));
         }
-        (Nesting::Umbra, _) => {
-            let source = fault_source(l2.source, progress)?;
-            plan.shadow = l2.means.first().map(|&means| l2.options(means, source, plan.backing));
-        }
         _ => {}
     }
     Ok(plan)
 }
 
-/// The fault source that was asked for, or the cheapest that this host has.
-///
-/// # Errors
-/// [`Failure::NotHere`] if it has none, or not that one.
-pub fn fault_source(asked: Option<source::Kind>, progress: &Progress) -> Result<source::Kind, Failure> {
-    if let Some(kind) = asked {
-        kind.open()?;
+/// The fault source that was asked for, or the cheapest that this host has and `means` can do with.
+fn fault_source(l2: &L2Options, means: Means, nested: Nested, progress: &Progress) -> Result<source::Kind, Failure> {
+    // A page is read-only until its dirty flag is set, or because L1 edits its table at random.
+    let read_only = nested.flags == Flags::Clear || l2.edits > 0;
+    if let Some(kind) = l2.source {
+        kind.open_for(read_only)?;
         return Ok(kind);
     }
-    let (kind, missing) = source::cheapest()?;
+    let (kind, missing) = source::first(means.mechanism.sources(), read_only)?;
     let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
-    progress.step(&format!("umbra: fault source {kind}{missing}"));
+    progress.step(&format!("umbra:{means}: fault source {kind}{missing}"));
     Ok(kind)
+}
+
+/// How L2 runs by `means`.
+pub(super) fn shadow(
+    setup: &Setup,
+    plan: &Plan,
+    means: Means,
+    progress: &Progress,
+) -> Result<Option<Options>, Failure> {
+    let (Some(l2), Some(nested)) = (&setup.l2, plan.nested) else { return Ok(None) };
+    let source = fault_source(l2, means, nested, progress)?;
+    Ok(Some(l2.options(means, source, plan.backing)))
 }
 
 fn not_here(capability: &'static str, consequence: &str) -> Failure {
@@ -121,7 +129,7 @@ fn row(setup: &Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) 
     let mut plan = plan.clone();
     let (begin, explained_by): (fn(&mut Run) -> _, _) = match (plan.nested.map(|nested| nested.way), kind) {
         (Some(Way::Umbra), Kind::Shadow(means)) => {
-            plan.shadow = plan.shadow.map(|options| crate::nested::Options { means, ..options });
+            plan.shadow = shadow(setup, &plan, means, progress)?;
             (begin_nested, ExplainedBy::L1)
         }
         (Some(Way::Svm | Way::Vmx), _) => (begin_nested, ExplainedBy::L2),
@@ -133,7 +141,7 @@ fn row(setup: &Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) 
 
 fn begin_plain(run: &mut Run) -> Result<(), Failure> {
     run.populate();
-    run.command("first-touch", Command::Populate, 0)
+    touch(run, "first-touch")
 }
 
 fn begin_nested(run: &mut Run) -> Result<(), Failure> {
@@ -141,8 +149,18 @@ fn begin_nested(run: &mut Run) -> Result<(), Failure> {
     run.command_by_guest("enter", Command::Enter, ENTRIES)?;
     if run.nested().is_some_and(|nested| nested.fill_batch > 0) {
         // L2's first touch of a page is a violation, for which L1 fills its table.
-        return run.command("fill", Command::Populate, 0);
+        return touch(run, "fill");
     }
     run.command_by_guest("fill", Command::Fill, 0)?;
-    run.command("first-touch", Command::Populate, 0)
+    touch(run, "first-touch")
+}
+
+/// Every page is written for the first time in the phase `first`, and once more when all of them are warm; or all that is left to the first round.
+fn touch(run: &mut Run, first: &str) -> Result<(), Failure> {
+    if run.l2().is_some_and(|l2| l2.first_touch == FirstTouch::Logged) {
+        run.leave_untouched();
+        return Ok(());
+    }
+    run.command(first, Command::Populate, 0)?;
+    run.command("second-touch", Command::Populate, 0)
 }

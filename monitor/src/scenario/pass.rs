@@ -6,6 +6,7 @@
 
 use super::Setup;
 use super::check::Check;
+use super::l2::L2Options;
 use crate::failure::Failure;
 use crate::ground::Clock;
 use crate::guest::{Machine, Plan};
@@ -72,7 +73,8 @@ pub struct Case<'a> {
     pub kind: Kind,
     /// Over-reports that the guest's mappings explain.
     pub explained_by: ExplainedBy,
-    /// The phases from the booted machine until every page of the pattern was written once, in ascending order.
+    /// The phases from the booted machine until every page of the pattern was written once, in ascending order; or up to there
+    /// ([`Run::leave_untouched`]).
     pub begin: fn(&mut Run) -> Result<(), Failure>,
     /// How logging ends.
     pub ending: Ending,
@@ -148,6 +150,8 @@ pub struct Run<'a> {
     exits: Option<Exits>,
     check: Check,
     row: Row,
+    /// Whether the guest has touched the pattern's pages.
+    touched: bool,
 }
 
 impl<'a> Run<'a> {
@@ -164,14 +168,16 @@ impl<'a> Run<'a> {
         let tracker = kind.build(&machine, case.setup.chunk)?;
         let check = Check::new(case, pass);
         let row = Row { name: case.name.clone(), ..Row::default() };
-        Ok(Self { case, pass, progress, tracker, machine, exits, check, row })
+        Ok(Self { case, pass, progress, tracker, machine, exits, check, row, touched: true })
     }
 
     /// Runs all phases.
     fn finish(mut self) -> Result<Row, Failure> {
         let booted = self.counters()?;
         (self.case.begin)(&mut self)?;
-        self.check.populated();
+        if self.touched {
+            self.check.populated();
+        }
         let rounds = self.case.setup.rounds;
         if self.case.ending != Ending::Stopped {
             self.lone_round("baseline", rounds + 2)?;
@@ -244,7 +250,7 @@ impl<'a> Run<'a> {
         let behind = (pattern.accesses() / 4..pattern.accesses()).map(|index| pattern.access(first, index));
         if let Some(page) = behind.filter(|access| access.write).map(|access| access.page).next() {
             // Later rounds have larger stamps.
-            let written = || machine.vm().first_word(page) >= Some(Pattern::stamp(first, page));
+            let written = || machine.vm().first_word(page) >= Some(Pattern::stamp(pattern.written_as(first), page));
             if !(0..LOOKS).any(|_| {
                 written() || {
                     std::thread::sleep(LOOK);
@@ -254,12 +260,11 @@ impl<'a> Run<'a> {
                 return Err(Failure::Check(format!("{}: the guest did not get into its round", self.case.name)));
             }
         }
-        let mut before = Witness::beside_vcpus(timer.clock()).look();
-        before.begin();
+        let before = Witness::beside_vcpus(timer.clock()).look();
         let begin = timer.now();
         self.tracker.stop(machine)?;
         let length = timer.now() - begin;
-        let clean = before.nobody_else_ran();
+        let clean = before.nobody_else_ran(length);
         machine.stop_free_run()?;
         machine.finish_all(Command::FreeRun)?;
         let next = machine.rounds_done(0)?;
@@ -272,7 +277,12 @@ impl<'a> Run<'a> {
         self.step("dirty", round);
         self.machine.command(Command::Plan, round)?;
         let window = self.machine.command(self.pass.command(), 0)?;
-        self.phase("dirty", round, window.length(), window.clean);
+        if self.touched {
+            self.phase("dirty", round, window.length(), window.clean);
+        } else {
+            self.phase("first-touch", 0, window.length(), window.clean);
+            self.touched = true;
+        }
         let writes = self.machine.writes()?;
         let edits = self.nested().is_some_and(|nested| nested.remaps > 0);
         if edits {
@@ -291,6 +301,11 @@ impl<'a> Run<'a> {
             self.check.edited(round);
         }
         Ok(())
+    }
+
+    /// The pages of the pattern are untouched when [`Case::begin`] ends: the first round's touch is the first.
+    pub const fn leave_untouched(&mut self) {
+        self.touched = false;
     }
 
     /// A phase that is the guest's: it executes `command`.
@@ -325,6 +340,11 @@ impl<'a> Run<'a> {
     /// What L2 is; `None` where there is none.
     pub const fn nested(&self) -> Option<Nested> {
         self.case.plan.nested
+    }
+
+    /// The options of an L2.
+    pub const fn l2(&self) -> Option<&L2Options> {
+        self.case.setup.l2.as_ref()
     }
 
     /// A phase that is the tracker's.

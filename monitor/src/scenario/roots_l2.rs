@@ -6,7 +6,6 @@
 use super::Setup;
 use super::l2;
 use super::model;
-use super::nested::fault_source;
 use super::pass::Pass;
 use super::roots::{Faults, Run};
 use crate::cli::{NestedArgs, RunArgs};
@@ -17,7 +16,7 @@ use crate::nested::{Host, Life, Means, Mechanism, Options, RootsLog, source};
 use crate::progress::Progress;
 use crate::report::record::{Bytes, RootLife};
 use std::sync::Arc;
-use umbra_mmu::RootPolicy;
+use umbra_mmu::{DEFAULT_TWINS, RootPolicy};
 use umbra_shared::Level;
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, Nested, Way};
 use umbra_shared::pattern::Pattern;
@@ -88,6 +87,18 @@ impl Cure {
         Ok(Some(Self { policy, source: l2::fault_source(&args.nested)? }))
     }
 
+    /// The fault source that was asked for, or the cheapest that this host has.
+    fn fault_source(self, progress: &Progress) -> Result<source::Kind, Failure> {
+        if let Some(kind) = self.source {
+            kind.open_for(false)?;
+            return Ok(kind);
+        }
+        let (kind, missing) = source::first(&source::Kind::ALL, false)?;
+        let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
+        progress.step(&format!("fault source {kind}{missing}"));
+        Ok(kind)
+    }
+
     /// The machine, with an L2 whose pages are those of L1, in order. In the observed pass its roots are logged.
     ///
     /// # Errors
@@ -98,15 +109,13 @@ impl Cure {
             .map_err(|error| Failure::Input(format!("--memory: {error}")))?;
         let nested =
             Nested { way: Way::Umbra, map, format: Format::Ept, flags: Flags::Unused, fill_batch: 0, remaps: 0 };
-        let source = fault_source(self.source, progress)?;
-        let mechanism = match source {
-            source::Kind::Tracepoint => Mechanism::Mprotect,
-            source::Kind::Userfault => Mechanism::UffdWp,
-        };
-        let means = Means { strategy: "write-protect", mechanism };
+        let source = self.fault_source(progress)?;
+        // Nothing tracks here.
+        let means = Means { strategy: "log", mechanism: Mechanism::KvmBitmap };
         let pieces = !setup.plan.backing.is_huge();
         let log_roots = pass == Pass::Observed && setup.role_log;
-        let shadow = Options { means, source, extent: EXTENT, pieces, roots: self.policy, log_roots };
+        let (roots, twins) = (self.policy, DEFAULT_TWINS);
+        let shadow = Options { means, source, extent: EXTENT, twins, pieces, roots, log_roots };
         Ok(Plan { nested: Some(nested), shadow: Some(shadow), ..setup.plan.clone() })
     }
 }

@@ -194,7 +194,9 @@ impl<'a> Soak<'a> {
             let share = pattern.share(vcpu as u64, finished.len() as u64);
             let late: Vec<_> = share
                 .map(|index| pattern.access(last, index))
-                .filter(|access| access.write && self.copied(access.page) < Pattern::stamp(surely, access.page))
+                .filter(|access| {
+                    access.write && self.copied(access.page) < Pattern::stamp(pattern.written_as(surely), access.page)
+                })
                 .map(|access| access.page)
                 .collect();
             for page in late {

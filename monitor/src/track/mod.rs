@@ -203,6 +203,12 @@ impl Kind {
         matches!(self, Self::Bitmap | Self::Clear | Self::ClearInitSet | Self::Ring(_))
     }
 
+    /// Whether it compares bytes, so that a write of the bytes that were there may go unseen.
+    #[must_use]
+    pub fn compares(self) -> bool {
+        matches!(self, Self::Shadow(means) if means.compares())
+    }
+
     /// Whether writes between harvest and clear are lost, so that the guest must stand still meanwhile.
     #[must_use]
     pub const fn needs_standstill(self) -> bool {

@@ -251,7 +251,7 @@ impl World {
         // Now and then L2 writes what is there already.
         self.fresh += 1;
         let value = if c.is_multiple_of(13) { u64::MAX } else { self.fresh };
-        let right = Reference::needed(self.contexts[number].1.format, request);
+        let right = <Reference>::needed(self.contexts[number].1.format, request);
         let ended = if request.table_walk {
             self.walker.access(&mut self.mmu, root, l2, request, right)
         } else {
@@ -328,8 +328,7 @@ impl World {
             if written.by_mmu && self.tracking {
                 self.truth.insert(written.frame);
             }
-            if self.tracking && self.setup.config.strategy.name() == "twin" && !self.before.contains_key(&written.frame)
-            {
+            if self.tracking && self.setup.config.strategy.compares() && !self.before.contains_key(&written.frame) {
                 let mut page = Box::new([0; 512]);
                 self.walker.memory.copy_page(written.frame, &mut page);
                 page[(written.offset >> 3) as usize] = written.old;

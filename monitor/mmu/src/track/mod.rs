@@ -9,7 +9,7 @@ mod dirty_bit;
 mod lazy_huge;
 mod log;
 mod operations;
-mod twin;
+pub(crate) mod twin;
 mod write_protect;
 
 pub use combined::Combined;
@@ -81,6 +81,11 @@ impl Tracking {
                 as u64
             + self.twins.iter().map(twin::Copied::bytes).sum::<u64>()
     }
+
+    /// Whether one more huge leaf may be copied.
+    pub(crate) fn has_room_for_twin(&self) -> bool {
+        self.twins.len() < self.max_twins as usize
+    }
 }
 
 /// A leaf that a write hit, and the path on which it did.
@@ -136,6 +141,11 @@ pub trait Strategy: Debug + Sync {
 
     /// Whether hardware logs L2 frames whose dirty flag it sets.
     fn uses_log(&self) -> bool {
+        false
+    }
+
+    /// Whether writes are found by comparing bytes, so that a write of the bytes that were there may go unseen.
+    fn compares(&self) -> bool {
         false
     }
 

@@ -2,7 +2,7 @@
 
 use umbra_shared::{L2Gfn, Level};
 
-use super::{LOG_ENTRIES, Leaf, Tracking};
+use super::{LOG_ENTRIES, Leaf, Strategy, Tracking};
 use crate::config::{MmuError, Split};
 use crate::defects::Defect;
 use crate::dirty::{PageSet, bits};
@@ -119,9 +119,7 @@ impl Mmu {
                 split_region = base >> 9;
                 self.split_around(env, Frame(base));
             }
-            for bit in bits(word) {
-                self.clear_page(env, Frame(base + bit));
-            }
+            self.clear_word(env, Frame(base), word);
         }
         if let Some(track) = self.track.as_mut()
             && let Some(l2) = &mut track.l2
@@ -133,18 +131,32 @@ impl Mmu {
         Ok(())
     }
 
-    fn clear_page(&mut self, env: &mut Env<'_>, frame: Frame) {
+    /// Clears those of the 64 pages from `first` on that `word` has a bit for. Huge leaves hold all of them, or none.
+    fn clear_word(&mut self, env: &mut Env<'_>, first: Frame, word: u64) {
+        let small = self.rmaps.has_small(first);
         let Some(track) = &mut self.track else { return };
-        track.reported.remove(frame);
-        track.dirty.remove(frame);
         let strategy = track.strategy;
-        for level in [Level::K4, Level::M2, Level::G1] {
-            if level > Level::K4 && self.defect(Defect::HugeNotProtected) {
-                break;
+        track.reported.remove_word(first, word);
+        if small {
+            for bit in bits(word) {
+                self.clear_small(env, first.plus(bit), strategy);
             }
-            if !self.rmaps.head(frame, level).is_empty() {
-                strategy.rearm(self, env, frame, level);
+        } else {
+            track.dirty.remove_word(first, word);
+        }
+        for level in [Level::M2, Level::G1] {
+            if !self.rmaps.head(first, level).is_empty() && !self.defect(Defect::HugeNotProtected) {
+                strategy.rearm(self, env, first, level);
             }
+        }
+    }
+
+    /// Clears a page that may have leaves of 4 KiB. To clear one may mark others, which are to be cleared after it.
+    fn clear_small(&mut self, env: &mut Env<'_>, frame: Frame, strategy: &'static dyn Strategy) {
+        let Some(track) = &mut self.track else { return };
+        track.dirty.remove(frame);
+        if !self.rmaps.head(frame, Level::K4).is_empty() {
+            strategy.rearm(self, env, frame, Level::K4);
         }
     }
 
@@ -154,9 +166,8 @@ impl Mmu {
     /// # Errors
     /// It is off already.
     pub fn stop(&mut self, env: &mut Env<'_>) -> Result<(), MmuError> {
-        if self.track.take().is_none() {
-            return Err(MmuError::NotTracking);
-        }
+        let track = self.track.take().ok_or(MmuError::NotTracking)?;
+        self.keep_room(track.twins);
         for page in 1..self.arena.end() {
             self.arena.header_mut(page).touched = 0;
         }

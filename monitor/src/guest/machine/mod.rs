@@ -87,17 +87,62 @@ impl Machine {
     /// [`Error::Broken`] and [`Error::Silent`].
     pub fn command_of(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<Window, Error> {
         std::thread::sleep(clock::settle(self.clock));
-        let mut before = Witness::beside_vcpus(self.clock).look();
+        let before = Witness::beside_vcpus(self.clock).look();
         clock::behind_a_tick(self.clock);
-        before.begin();
         self.begin_of(vcpus.clone(), command, argument)?;
         let mut window = self.finish(vcpus, name(command))?;
         window.clean = match self.clock {
             // A vCPU thread that was never switched away had the CPU for itself; else the other tasks' time decides.
-            Clock::Instructions => window.clean || before.nobody_else_ran(),
+            Clock::Instructions => window.clean || before.nobody_else_ran(window.length()),
             Clock::Nanoseconds => window.clean,
         };
         Ok(window)
+    }
+
+    /// The same where nothing is timed, so that nothing need settle.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn untimed(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<(), Error> {
+        self.begin_of(vcpus.clone(), command, argument)?;
+        self.finish(vcpus, name(command)).map(|_| ())
+    }
+
+    /// The same for a command in which one vCPU's L2 may never come to an end: after `patience` it is given back to its L1. Says how often.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn untimed_within(
+        &self,
+        vcpu: usize,
+        command: Command,
+        argument: u64,
+        patience: Duration,
+    ) -> Result<u64, Error> {
+        const PAUSE: Duration = Duration::from_millis(20);
+        self.begin_of(vcpu..vcpu + 1, command, argument)?;
+        let (mut expelled, mut waited) = (0, Duration::ZERO);
+        loop {
+            let wait = if expelled == 0 { patience } else { PAUSE };
+            match self.stops.recv_timeout(wait) {
+                Ok(Stop { exit: Exit::Doorbell(Doorbell::Ready), .. }) => {
+                    self.threads[vcpu].withdraw_kick();
+                    return Ok(expelled);
+                }
+                // A kick that came when L2 had just been left.
+                Ok(Stop { exit: Exit::Kicked { .. }, .. }) => self.threads[vcpu].run(),
+                Ok(stop) => return Err(self.broken(stop.vcpu, stop.exit)),
+                Err(_) if waited > self.patience => return Err(self.silent(vcpu, name(command))),
+                Err(_) => {
+                    waited += wait;
+                    expelled += 1;
+                    if let Some(l2) = &self.l2 {
+                        l2.expel();
+                    }
+                    self.threads[vcpu].kick();
+                }
+            }
+        }
     }
 
     /// Gives all vCPUs a command and does not wait. [`Self::finish_all`] waits.
@@ -362,6 +407,10 @@ const fn name(command: Command) -> &'static str {
         Command::Unpaged | Command::GoOn => "touching pages without paging",
         Command::Role => "announcing a role",
         Command::Provoke => "provoking a violation",
+        Command::Play => "random edits of L1's table",
+        Command::Probe => "probing what they came to",
+        Command::Renew => "building L1's table anew",
+        Command::Attack => "an attack of L1's",
     }
 }
 

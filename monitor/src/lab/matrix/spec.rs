@@ -83,6 +83,9 @@ impl Spec {
             let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
             format!("line {line}: {}", error.message().replace('\n', " "))
         })?;
+        if text.axes.is_empty() && text.run.is_empty() {
+            return Err("it names no run; give it [axes] or a [[run]], as images/specs/history.toml does".to_owned());
+        }
         let tables = if text.run.is_empty() { vec![Run::default()] } else { text.run };
         let (mut runs, mut figures) = (Vec::new(), Vec::new());
         for Run { known, axes: own } in tables {
@@ -214,7 +217,7 @@ mod tests {
         assert_eq!(said[4].0, Some("6.12"));
         assert_eq!((said[8].0, said[8].1, spec.runs[8].run.vcpus), (Some("7.2"), &["kvm.tdp_mmu=1".to_owned()][..], 2));
         assert!(spec.runs.iter().all(|run| run.run.memory == 4 << 20 && run.run.scenario == "dirty-log"));
-        assert_eq!(Spec::parse("boot = \"each\"").unwrap().boot, Boot::Each);
+        assert_eq!(Spec::parse("boot = \"each\"\n[axes]\nmemory = \"4M\"").unwrap().boot, Boot::Each);
     }
 
     #[test]
@@ -234,6 +237,8 @@ mod tests {
             ),
             ("boot = \"never\"", "unknown variant `never`"),
             ("[axes", "line 1"),
+            ("", "it names no run"),
+            ("boot = \"each\"\n[axes]", "it names no run"),
         ] {
             let said = Spec::parse(text).unwrap_err();
             assert!(said.contains(part) && !said.contains('\n'), "{text}: {said}");

@@ -3,35 +3,44 @@
 //! KVM does not say: `KVM_RUN` returns EFAULT, without an address (FACTS in docs/nesting.md). So a source also decides what a page of a window
 //! is that nothing may reach, and how a page is made read-only: its way to learn addresses depends on both.
 
+mod holes;
 mod pages;
+pub mod poison;
 pub mod tracepoint;
 pub mod userfault;
+
+pub(super) use pages::begins_with;
 
 use super::memory::InFile;
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::Error;
+use kvm_ioctls::VcpuFd;
 use std::fmt;
 use std::io;
 use std::str::FromStr;
+use umbra_mmu::Request;
 
 /// The sources there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Closed pages are holes. KVM's tracepoint tells the address, when the access is tried again.
     Tracepoint,
+    /// Closed pages are poisoned: the access ends `KVM_RUN` with a signal that names the address.
+    Poison,
     /// Closed pages belong to a userfaultfd: the vCPU thread sleeps, a second thread notes the address and makes the access fail.
     Userfault,
 }
 
 impl Kind {
     /// All of them, the cheapest first.
-    pub const ALL: [Self; 2] = [Self::Tracepoint, Self::Userfault];
+    pub const ALL: [Self; 3] = [Self::Tracepoint, Self::Poison, Self::Userfault];
 
     /// The name on the command line.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Tracepoint => "tracepoint",
+            Self::Poison => "poison",
             Self::Userfault => "userfaultfd",
         }
     }
@@ -41,8 +50,30 @@ impl Kind {
     pub const fn capability(self) -> &'static str {
         match self {
             Self::Tracepoint => "the fault source tracepoint",
+            Self::Poison => "the fault source poison",
             Self::Userfault => "the fault source userfaultfd",
         }
+    }
+
+    /// Whether a write to a read-only page is told.
+    #[must_use]
+    pub const fn tells_writes(self) -> bool {
+        !matches!(self, Self::Poison)
+    }
+
+    /// [`Kind::open`], where there may be pages that L2 may only read.
+    ///
+    /// # Errors
+    /// [`Error::Capability`] if it cannot tell of writes to them.
+    pub fn open_for(self, read_only: bool) -> Result<Box<dyn Source>, Error> {
+        if read_only && !self.tells_writes() {
+            return Err(Error::Capability {
+                capability: self.capability(),
+                consequence: "it is not told of writes to read-only pages, as all are while L1's dirty flags are clear"
+                    .into(),
+            });
+        }
+        self.open()
     }
 
     /// Makes the source.
@@ -52,6 +83,7 @@ impl Kind {
     pub fn open(self) -> Result<Box<dyn Source>, Error> {
         match self {
             Self::Tracepoint => Ok(Box::new(tracepoint::Tracepoint::open()?)),
+            Self::Poison => Ok(Box::new(poison::Poison::open()?)),
             Self::Userfault => Ok(Box::new(userfault::Userfaults::open()?)),
         }
     }
@@ -71,14 +103,17 @@ impl FromStr for Kind {
     }
 }
 
-/// The cheapest source that this host has, and what the cheaper ones lack.
+/// The first of `kinds` that this host has, and what those before it lack. With `read_only` there will be pages that L2 may only read.
 ///
 /// # Errors
 /// [`Error::Capability`] if it has none.
-pub fn cheapest() -> Result<(Kind, Vec<String>), Error> {
+pub fn first(kinds: &[Kind], read_only: bool) -> Result<(Kind, Vec<String>), Error> {
+    if let [only] = kinds {
+        return only.open_for(read_only).map(|_| (*only, Vec::new()));
+    }
     let mut missing = Vec::new();
-    for kind in Kind::ALL {
-        match kind.open() {
+    for &kind in kinds {
+        match kind.open_for(read_only) {
             Ok(_) => return Ok((kind, missing)),
             Err(error) => missing.push(format!("{kind}: {error}")),
         }
@@ -95,6 +130,15 @@ pub struct Fault {
     pub write: bool,
     /// Whether the processor was walking L2's own page tables.
     pub table_walk: bool,
+}
+
+impl Fault {
+    /// What the shadow MMU is asked.
+    #[must_use]
+    pub const fn request(&self) -> Request {
+        let kind = if self.write { umbra_mmu::Kind::Write } else { umbra_mmu::Kind::Read };
+        Request { table_walk: self.table_walk, ..Request::of(kind) }
+    }
 }
 
 /// A page of L2.
@@ -119,16 +163,28 @@ pub enum Told {
     Nothing,
 }
 
-/// How pages are mapped. The host's page tables are filled at once.
+/// How pages are mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapped {
     /// L2 may write them.
     pub writable: bool,
-    /// L2's first write to each is told from a read before it. KVM asks the host for a page with the right to write even if L2 reads, and counts
-    /// the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
-    pub told_apart: bool,
     /// The mapping must not become one with its neighbours (see `windows::PIECE`).
     pub alone: bool,
+    /// What becomes of the host's page tables.
+    pub tables: Tables,
+}
+
+/// What becomes of the host's page tables for pages that are mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tables {
+    /// They are left to KVM. Where `KVM_PRE_FAULT_MEMORY` follows, that costs less than to fill them here: Linux maps 16 pages around each that KVM
+    /// finds missing.
+    Left,
+    /// They are filled at once.
+    Filled,
+    /// The same, and L2's first write to each page is told from a read before it. KVM asks the host for a page with the right to write even if L2
+    /// reads, and counts the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
+    ToldApart,
 }
 
 /// What a closed page is.
@@ -138,6 +194,8 @@ pub enum Closed {
     Hole,
     /// A page of a file that has none; read-only pages are write-protected by userfaultfd.
     Empty,
+    /// The same, poisoned; read-only pages are mapped without the right to write.
+    Poisoned,
 }
 
 impl Closed {
@@ -173,6 +231,24 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// As [`Source::close`].
     fn protect(&self, stretch: Stretch, writable: bool) -> io::Result<()>;
+
+    /// The calling thread is about to run L2 on `vcpu`, for the first time.
+    ///
+    /// # Errors
+    /// The system's.
+    fn enlist(&self, _vcpu: &VcpuFd) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// What the calling thread's `KVM_RUN` was about when a signal ended it, if it was a fault.
+    fn interrupted(&self) -> Option<Fault> {
+        None
+    }
+
+    /// What it means that a `KVM_RUN` fails and the source stays silent.
+    fn silence(&self) -> &'static str {
+        "KVM_RUN of L2 failed (EFAULT), and the fault source knows no address"
+    }
 
     /// What the failed `KVM_RUN` of the calling thread was about.
     fn told(&self) -> Told;

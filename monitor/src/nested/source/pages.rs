@@ -1,11 +1,13 @@
 //! The calls that change what a window's pages are. All of them replace what was there, and only there.
 
-use crate::hostmm::Stretch;
+use super::Tables;
+use crate::hostmm::{Hva, Stretch};
 use crate::nested::memory::InFile;
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 fn at(stretch: Stretch) -> (*mut c_void, usize) {
     let length = usize::try_from(stretch.bytes()).unwrap_or(usize::MAX);
@@ -15,7 +17,9 @@ fn at(stretch: Stretch) -> (*mut c_void, usize) {
 /// What a mapping may be used for, and whether the host's page tables are filled with it.
 #[derive(Clone, Copy, Debug)]
 pub struct Rights {
+    /// Writes are permitted.
     pub write: bool,
+    /// They are filled.
     pub populate: bool,
 }
 
@@ -32,19 +36,29 @@ pub fn map(stretch: Stretch, file: &OwnedFd, offset: u64, rights: Rights) -> io:
     Ok(())
 }
 
-/// The stretch is a part of L1's memory. With `register` that is done before the host's page tables are filled.
+/// The stretch is `file` from `offset` on, and nobody may touch it until [`admit`] says so.
+pub fn map_untouchable(stretch: Stretch, file: &OwnedFd, offset: u64) -> io::Result<()> {
+    let (address, length) = at(stretch);
+    let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
+    // SAFETY: as in `map`.
+    unsafe { mm::mmap(address, length, ProtFlags::empty(), flags, file, offset) }?;
+    Ok(())
+}
+
+/// The stretch is a part of L1's memory. Where writes are to be told apart, `register` is called before the host's page tables are filled.
 pub fn map_part(
     stretch: Stretch,
     part: InFile<'_>,
-    write: bool,
-    register: Option<&dyn Fn(Stretch) -> io::Result<()>>,
+    (write, tables): (bool, Tables),
+    register: impl FnOnce(Stretch) -> io::Result<()>,
 ) -> io::Result<()> {
     if part.pages < stretch.pages {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    let rights = Rights { write, populate: register.is_none() };
-    map(stretch, part.file, part.offset, rights)?;
-    let Some(register) = register else { return Ok(()) };
+    map(stretch, part.file, part.offset, Rights { write, populate: tables == Tables::Filled })?;
+    if tables != Tables::ToldApart {
+        return Ok(());
+    }
     register(stretch)?;
     let (address, length) = at(stretch);
     // SAFETY: as above. It reads, and a hint is all that it is.
@@ -85,4 +99,17 @@ pub fn unmap(stretch: Stretch) -> io::Result<()> {
     // SAFETY: as above.
     unsafe { mm::munmap(address, length) }?;
     Ok(())
+}
+
+/// Whether the page of a window at `page`, which is mapped, begins with `word`: what is done to that is seen here. Nobody may write the word meanwhile.
+pub fn begins_with(page: Hva, word: &AtomicU64) -> bool {
+    const BIT: u64 = 1 << 63;
+    let (address, _) = at(Stretch { start: page, pages: 1 });
+    // SAFETY: the caller has seen a mapping there that can be read and written; a page is aligned. Others change it as atomics can be.
+    let here = unsafe { AtomicU64::from_ptr(address.cast()) };
+    let before = here.load(Ordering::Acquire);
+    word.fetch_xor(BIT, Ordering::AcqRel);
+    let then = here.load(Ordering::Acquire);
+    word.fetch_xor(BIT, Ordering::AcqRel);
+    then == before ^ BIT
 }

@@ -58,18 +58,13 @@ impl Source for Tracepoint {
     }
 
     fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
-        if !how.told_apart {
-            pages::map_part(stretch, file, how.writable, None)?;
-            return if how.alone { pages::set_apart(stretch) } else { Ok(()) };
-        }
-        if self.userfault.get().is_none() {
-            let opened = Userfault::open(Mode::Synchronous).map_err(io::Error::other)?;
-            self.userfault.get_or_init(|| opened);
-        }
-        let register = |stretch| {
+        pages::map_part(stretch, file, (how.writable, how.tables), |stretch| {
+            if self.userfault.get().is_none() {
+                let opened = Userfault::open(Mode::Synchronous).map_err(io::Error::other)?;
+                self.userfault.get_or_init(|| opened);
+            }
             self.userfault.get().map_or(Ok(()), |userfault| userfault.register(stretch).map_err(io::Error::other))
-        };
-        pages::map_part(stretch, file, how.writable, Some(&register))?;
+        })?;
         if how.alone { pages::set_apart(stretch) } else { Ok(()) }
     }
 

@@ -5,13 +5,13 @@
 //! sleeper: the access is tried again, fails, and `KVM_RUN` returns EFAULT with L2 as it was before the instruction. When the monitor has dealt
 //! with the fault, the rights come back.
 
+use super::holes::{Hole, outside};
 use super::{Closed, Fault, Mapped, Place, Source, Told, pages};
 use crate::hostmm::userfault::{Event, Mode, Userfault};
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::Error;
 use crate::nested::memory::InFile;
 use rustix::event::{EventfdFlags, eventfd};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -28,10 +28,8 @@ enum Page {
 }
 
 struct Window {
-    stretch: Stretch,
     pages: Vec<Page>,
-    /// As long as the window, and empty.
-    hole: OwnedFd,
+    hole: Hole,
 }
 
 #[derive(Default)]
@@ -49,15 +47,17 @@ impl State {
     /// The window that `stretch` begins in, and the number of its first page there.
     fn window(&mut self, stretch: Stretch) -> io::Result<(&mut Window, u64)> {
         let found = self.windows.iter_mut().find_map(|window| {
-            let page = window.stretch.page(stretch.start)?;
+            let page = window.hole.holds(stretch)?;
             Some((window, page))
         });
-        found.filter(|(window, page)| stretch.pages <= window.stretch.pages - page).ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!("{} pages at {} are in no window", stretch.pages, stretch.start),
-            )
-        })
+        found.ok_or_else(|| outside(stretch))
+    }
+
+    /// Gives blocked pages their rights back.
+    fn release(&mut self) -> io::Result<()> {
+        std::mem::take(&mut self.blocked)
+            .into_iter()
+            .try_for_each(|start| pages::admit(Stretch { start, pages: 1 }, true))
     }
 
     fn page(&mut self, at: Hva) -> Option<Page> {
@@ -156,7 +156,7 @@ impl Drop for Userfaults {
         }
         for window in &self.shared.state().windows {
             // Who can still reach a window has closed KVM's descriptors before.
-            let _ = pages::unmap(window.stretch);
+            let _ = pages::unmap(window.hole.window());
         }
     }
 }
@@ -167,20 +167,16 @@ impl Source for Userfaults {
     }
 
     fn adopt(&self, window: Stretch) -> Result<(), Error> {
-        let failed = |error: rustix::io::Errno| Error::call("making a memfd without pages", error);
-        let hole = memfd_create(Closed::NAME, MemfdFlags::CLOEXEC).map_err(failed)?;
-        ftruncate(&hole, window.bytes()).map_err(failed)?;
+        let hole = Hole::new(window)?;
         let pages = usize::try_from(window.pages).unwrap_or(usize::MAX);
-        self.shared.state().windows.push(Window { stretch: window, pages: vec![Page::Closed; pages], hole });
+        self.shared.state().windows.push(Window { pages: vec![Page::Closed; pages], hole });
         self.close(window).map_err(|error| Error::call("mapping a window of L2", error))
     }
 
     fn close(&self, stretch: Stretch) -> io::Result<()> {
         let mut state = self.shared.state();
         let (window, first) = state.window(stretch)?;
-        let rights = pages::Rights { write: true, populate: false };
-        pages::map(stretch, &window.hole, first * PAGE_SIZE, rights)?;
-        self.shared.userfault.register_missing(stretch).map_err(|error| io::Error::other(error.to_string()))?;
+        window.hole.close(stretch, || self.shared.userfault.register_missing(stretch).map_err(io::Error::other))?;
         set(window, first, stretch.pages, Page::Closed);
         state.blocked.retain(|page| stretch.page(*page).is_none());
         Ok(())
@@ -191,7 +187,7 @@ impl Source for Userfaults {
         let (window, first) = state.window(stretch)?;
         let register = |stretch| self.shared.userfault.register(stretch).map_err(io::Error::other);
         // What is read-only here is so by the userfaultfd: its mapping has all rights.
-        pages::map_part(stretch, file, true, if how.told_apart { Some(&register) } else { None })?;
+        pages::map_part(stretch, file, (true, how.tables), register)?;
         if how.alone {
             pages::set_apart(stretch)?;
         }
@@ -220,7 +216,11 @@ impl Source for Userfaults {
         if state.failed.is_some() {
             return Told::Nothing;
         }
-        let Some(fault) = state.faults.remove(&thread) else { return Told::Again };
+        let Some(fault) = state.faults.remove(&thread) else {
+            // The page was blocked for another vCPU, or for an access of this one that a signal ended before its failure was seen: nobody may come
+            // back for it. Whoever touches it next is told anew.
+            return if state.release().is_ok() { Told::Again } else { Told::Nothing };
+        };
         match fault.place {
             Place::Hva(page) if state.blocked.contains(&page) => Told::At(fault),
             // Another vCPU faulted there as well, and its fault is settled.

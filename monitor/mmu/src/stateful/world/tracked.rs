@@ -45,7 +45,7 @@ impl World {
         if count != self.harvested.len() {
             return Err(format!("{count} pages counted, {} reported", self.harvested.len()));
         }
-        let twin = self.setup.config.strategy.name() == "twin";
+        let twin = self.setup.config.strategy.compares();
         for &frame in &self.truth {
             let seen = self.harvested.contains(frame) || twin && self.unchanged(frame);
             if !seen {
