@@ -100,18 +100,10 @@ lab-%: build shelf ## any scenario in the lab (lab-dirty-log, lab-soak, ...), wi
 lab-vmx-%: build shelf packages-vmx ## the same in the lab's Intel machine, with EPT and PML (lab-vmx-dirty-log, ...)
 	@$(UMBRA) lab --machine vmx $* $(ARGS)
 
-# The tables of bench-nested, a boot each.
-NESTED := '--memory 16M --backing anonymous' \
-          '--memory 16M --backing anonymous --accessed-dirty preset' \
-          '--memory 16M --backing thp --leaf 2m' \
-          '--memory 16M --backing anonymous --alias 2 --alias-kind scattered' \
-          '--memory 16M --backing anonymous --alias 2 --remaps 32' \
-          '--memory 4M --backing anonymous --accessed-dirty preset --fill-batch 8'
 .PHONY: bench-nested
 bench-nested: build shelf ## what a guest's guest costs: on Umbra's shadow MMU, under KVM's own nesting, beside L1's own writes; in the lab
-	@for options in $(NESTED); do
-	    $(UMBRA) lab nested --tracker bitmap,clear+init-set --strategy log,write-protect $$options $(ARGS)
-	done
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/nested.toml --out target/bench/nested.json $(ARGS)
 
 .PHONY: bench-roots
 bench-roots: build shelf ## which changes of mode cost a VM its page-table root: kernels 5.10 to 7.2, both MMUs, and the cures on Umbra's own

@@ -85,7 +85,7 @@ impl Shadow {
             })?;
         }
         let found = umbra_mmu::PageSet::new(memory.frames());
-        let windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
+        let windows = Windows::new(vm, Arc::clone(&memory), source, options);
         let view = View(memory);
         let far = u64::from(options.extent / ONE_TABLE).max(1);
         Ok(Self { mmu, windows, view, means, loaded: None, far, tracking: false, running: 0, found, faults: 0 })

@@ -3,7 +3,7 @@
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::kvm::Backing;
-use crate::nested::{self, Means, Mechanism, source};
+use crate::nested::{self, FirstReads, Means, Mechanism, source};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -88,6 +88,8 @@ pub struct L2Options {
     remaps: u64,
     /// When L2 touches its pages for the first time.
     pub first_touch: FirstTouch,
+    /// What KVM's log of umbra's L2 makes of pages that are first mapped by a read.
+    first_reads: FirstReads,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
     /// Whether mechanisms were asked for by name.
@@ -170,6 +172,16 @@ impl L2Options {
                     .to_owned(),
             ));
         }
+        let first_reads = given.first_reads.as_deref().unwrap_or("exact");
+        config.insert("first-reads".to_owned(), first_reads.into());
+        let first_reads =
+            named("first-reads", first_reads, &[("exact", FirstReads::Exact), ("counted", FirstReads::Counted)])?;
+        if first_reads == FirstReads::Counted && args.write_percent < 100 {
+            return Err(Failure::Input(format!(
+                "--write-percent {}: with --first-reads counted pages that are read may be reported as well",
+                args.write_percent
+            )));
+        }
         let means_by_name = !given.mechanism.is_empty();
         let (extent, twins) = (table.extent, table.twins);
         Ok(Self {
@@ -180,6 +192,7 @@ impl L2Options {
             fill_batch,
             remaps,
             first_touch,
+            first_reads,
             means,
             means_by_name,
             source,
@@ -225,7 +238,7 @@ impl L2Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 4096 } else { 64 });
         let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
         let twins = self.twins.unwrap_or(DEFAULT_TWINS);
-        nested::Options { means, source, extent, twins, pieces }
+        nested::Options { means, source, extent, twins, pieces, first_reads: self.first_reads }
     }
 }
 
