@@ -1,5 +1,6 @@
 //! The options of an L2, checked.
 
+use super::setup;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::kvm::Backing;
@@ -15,6 +16,10 @@ use umbra_shared::{Level, PAGE_SIZE};
 
 /// Edits of L1's table in a round that anybody waits for.
 const MAX_REMAPS: u64 = 1 << 20;
+
+/// Edits of L1's table, and cases of a malicious L1, without `--edits`.
+const EDITS: u64 = 500;
+const CASES: u64 = 2000;
 
 /// A way to run L2, as `--nesting` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +91,8 @@ pub struct L2Options {
     flags: Option<Flags>,
     fill_batch: u64,
     remaps: u64,
+    /// Random edits of the table, or cases of a malicious L1; 0 where there are none.
+    pub edits: u64,
     /// When L2 touches its pages for the first time.
     pub first_touch: FirstTouch,
     /// What KVM's log of umbra's L2 makes of pages that are first mapped by a read.
@@ -162,26 +169,16 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
-        let first_touch = given.first_touch.as_deref().unwrap_or("before");
-        config.insert("first-touch".to_owned(), first_touch.into());
-        let first_touch =
-            named("first-touch", first_touch, &[("before", FirstTouch::Before), ("logged", FirstTouch::Logged)])?;
-        if first_touch == FirstTouch::Logged && (fill_batch > 0 || args.write_percent < 100) {
-            return Err(Failure::Input(
-                "--first-touch logged: L1 fills its table before, and every page is written (no --fill-batch, no --write-percent): KVM counts a page that it first maps for a read as written"
-                    .to_owned(),
-            ));
+        let edits = match args.scenario.as_str() {
+            setup::EDITS => given.edits.unwrap_or(EDITS),
+            setup::HOSTILE => given.edits.unwrap_or(CASES),
+            _ => 0,
+        };
+        if edits > 0 {
+            check_edits(args, level, alias_kind)?;
+            config.insert("edits".to_owned(), edits.into());
         }
-        let first_reads = given.first_reads.as_deref().unwrap_or("exact");
-        config.insert("first-reads".to_owned(), first_reads.into());
-        let first_reads =
-            named("first-reads", first_reads, &[("exact", FirstReads::Exact), ("counted", FirstReads::Counted)])?;
-        if first_reads == FirstReads::Counted && args.write_percent < 100 {
-            return Err(Failure::Input(format!(
-                "--write-percent {}: with --first-reads counted pages that are read may be reported as well",
-                args.write_percent
-            )));
-        }
+        let (first_touch, first_reads) = first(args, config)?;
         let means_by_name = !given.mechanism.is_empty();
         let (extent, twins) = (table.extent, table.twins);
         Ok(Self {
@@ -191,6 +188,7 @@ impl L2Options {
             flags,
             fill_batch,
             remaps,
+            edits,
             first_touch,
             first_reads,
             means,
@@ -236,10 +234,63 @@ impl L2Options {
     #[must_use]
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 4096 } else { 64 });
-        let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
+        let pieces = !backing.is_huge() || self.remaps + self.edits > 0 && self.map.leaf() == Level::K4;
         let twins = self.twins.unwrap_or(DEFAULT_TWINS);
         nested::Options { means, source, extent, twins, pieces, first_reads: self.first_reads }
     }
+}
+
+/// What random edits start from: a slot of whole regions, by small leaves, each copy's in tables of its own.
+fn check_edits(args: &RunArgs, leaf: Level, kind: AliasKind) -> Result<(), Failure> {
+    let wrong = |what: String| {
+        Err(Failure::Input(format!(
+            "{what}: edits begins with a table of 4k leaves for one slot of whole 2M, all of it filled"
+        )))
+    };
+    if leaf != Level::K4 {
+        return wrong("--leaf 2m and 1g".to_owned());
+    }
+    if kind == AliasKind::SharedTables {
+        return wrong("--alias-kind shared-tables".to_owned());
+    }
+    if args.slots > 1 {
+        return wrong(format!("--slots {}", args.slots));
+    }
+    if !args.memory.is_multiple_of(Level::M2.bytes()) {
+        return wrong(format!("--memory {}", args.memory));
+    }
+    match (args.nested.fill_batch, args.nested.remaps) {
+        (None | Some(0), None | Some(0)) => Ok(()),
+        _ => wrong("--fill-batch and --remaps".to_owned()),
+    }
+}
+
+/// When L2's pages are first touched, and what is made of it; into `config` too.
+fn first(args: &RunArgs, config: &mut BTreeMap<String, Value>) -> Result<(FirstTouch, FirstReads), Failure> {
+    let given = &args.nested;
+    let first_touch = given.first_touch.as_deref().unwrap_or("before");
+    config.insert("first-touch".to_owned(), first_touch.into());
+    let first_touch =
+        named("first-touch", first_touch, &[("before", FirstTouch::Before), ("logged", FirstTouch::Logged)])?;
+    if first_touch == FirstTouch::Logged
+        && (given.fill_batch.is_some_and(|batch| batch > 0) || args.write_percent < 100)
+    {
+        return Err(Failure::Input(
+            "--first-touch logged: L1 fills its table before, and every page is written (no --fill-batch, no --write-percent): KVM counts a page that it first maps for a read as written"
+                .to_owned(),
+        ));
+    }
+    let first_reads = given.first_reads.as_deref().unwrap_or("exact");
+    config.insert("first-reads".to_owned(), first_reads.into());
+    let first_reads =
+        named("first-reads", first_reads, &[("exact", FirstReads::Exact), ("counted", FirstReads::Counted)])?;
+    if first_reads == FirstReads::Counted && args.write_percent < 100 {
+        return Err(Failure::Input(format!(
+            "--write-percent {}: with --first-reads counted pages that are read may be reported as well",
+            args.write_percent
+        )));
+    }
+    Ok((first_touch, first_reads))
 }
 
 /// The strategies and mechanisms that fit each other and were asked for.
