@@ -100,18 +100,10 @@ lab-%: build shelf ## any scenario in the lab (lab-dirty-log, lab-soak, ...), wi
 lab-vmx-%: build shelf packages-vmx ## the same in the lab's Intel machine, with EPT and PML (lab-vmx-dirty-log, ...)
 	@$(UMBRA) lab --machine vmx $* $(ARGS)
 
-# The tables of bench-nested, a boot each.
-NESTED := '--memory 16M --backing anonymous' \
-          '--memory 16M --backing anonymous --accessed-dirty preset' \
-          '--memory 16M --backing thp --leaf 2m' \
-          '--memory 16M --backing anonymous --alias 2 --alias-kind scattered' \
-          '--memory 16M --backing anonymous --alias 2 --remaps 32' \
-          '--memory 4M --backing anonymous --accessed-dirty preset --fill-batch 8'
 .PHONY: bench-nested
 bench-nested: build shelf ## what a guest's guest costs: on Umbra's shadow MMU, under KVM's own nesting, beside L1's own writes; in the lab
-	@for options in $(NESTED); do
-	    $(UMBRA) lab nested --tracker bitmap,clear+init-set --strategy log,write-protect $$options $(ARGS)
-	done
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/nested.toml --out target/bench/nested.json $(ARGS)
 
 .PHONY: edits
 edits: build shelf ## 10,000 random edits of L1's table: what L2 sees, on KVM's nested SVM, Umbra's shadow MMU and its walker, in the lab

@@ -245,6 +245,9 @@ pub struct NestedArgs {
     /// When L2 touches its pages for the first time: before (logging), or logged, in the first round (before).
     #[arg(long)]
     pub first_touch: Option<String>,
+    /// Whether KVM's log of umbra's L2 tells a page that is first mapped by a read from a written one: exact, or counted, as KVM has it (exact).
+    #[arg(long)]
+    pub first_reads: Option<String>,
     /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub mechanism: Vec<String>,
@@ -264,7 +267,8 @@ impl NestedArgs {
         let remaps = self.remaps.map(|number| ("remaps", number.into()));
         let edits = self.edits.map(|number| ("edits", number.into()));
         let first_touch = self.first_touch.clone().map(|text| ("first-touch", text.into()));
-        [nesting, accessed_dirty, fill_batch, remaps, edits, first_touch, mechanism, fault_source]
+        let first_reads = self.first_reads.clone().map(|text| ("first-reads", text.into()));
+        [nesting, accessed_dirty, fill_batch, remaps, edits, first_touch, first_reads, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))

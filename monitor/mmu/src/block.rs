@@ -118,8 +118,16 @@ fn leads_straight_on(words: &[u64; BLOCK]) -> bool {
 
 /// How many entries of the block are there already, if those are what would be mapped, and no other page is listed.
 fn count_fitting(sptes: &[Spte], heads: &[Head], leaf: Spte, at: SpteRef) -> Option<u16> {
-    if Spte::are_empty(sptes) && Head::are_empty(heads) {
-        return Some(0);
+    // Mostly the block is empty, or holds the one leaf that a fault has just mapped.
+    let first = sptes.iter().position(|spte| *spte != Spte::default()).unwrap_or(sptes.len());
+    let (before, rest) = heads.split_at_checked(first)?;
+    let others = sptes.get(first + 1..).unwrap_or_default();
+    let listed = rest.get(1..).unwrap_or_default();
+    if Spte::are_empty(others) && Head::are_empty(before) && Head::are_empty(listed) {
+        let (Some(spte), Some(head)) = (sptes.get(first), rest.first()) else { return Some(0) };
+        let expected = Spte(leaf.0 + ((first as u64) << 12));
+        let fits = *spte == expected && *head == Head::one(SpteRef(at.0 + u32::try_from(first).ok()?));
+        return fits.then_some(1);
     }
     let (mut present, mut differs) = (0_u16, false);
     for ((spte, head), offset) in sptes.iter().zip(heads).zip(0_u32..) {

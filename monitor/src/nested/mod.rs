@@ -59,6 +59,17 @@ pub struct Options {
     pub roots: RootPolicy,
     /// What becomes of them is logged ([`Shadow::log`]).
     pub log_roots: bool,
+    /// What KVM's log makes of pages that L2 reads first.
+    pub first_reads: FirstReads,
+}
+
+/// What KVM's log of L2's VM makes of a page that is first mapped by a read, while it logs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstReads {
+    /// It was not written. The first write to each page that is mapped while KVM logs costs a fault of the host's for that.
+    Exact,
+    /// It counts as written, as in any VM of KVM's.
+    Counted,
 }
 
 /// An L2: what its vCPUs and its trackers share.

@@ -1,10 +1,9 @@
 //! Where roots are effective: a VM of KVM's for each root that is kept, with windows of its own, so that a root which L2 comes back to is still
 //! mapped, in the windows and in KVM's own tables.
 
-use super::Mechanism;
+use super::Options;
 use super::log::{Clearing, Log};
 use super::memory::L1Pages;
-use super::source;
 use super::windows::{Counts, Windows};
 use crate::kvm::{self, Error};
 use std::io;
@@ -19,19 +18,16 @@ pub const MOST: usize = 16;
 pub struct Recipe {
     /// L1's memory.
     pub memory: Arc<L1Pages>,
-    /// What its VM must be able to do.
-    pub mechanism: Mechanism,
-    /// The fault source.
-    pub source: source::Kind,
-    /// No mapping of windows is to cover 2 MiB.
-    pub pieces: bool,
+    /// How L2 is run.
+    pub options: Options,
 }
 
 impl Recipe {
     fn make(&self) -> Result<Windows, Error> {
+        let Options { means, source, .. } = &self.options;
         let vm = Arc::new(kvm::vm::create(&kvm::vm::open()?)?);
-        self.mechanism.prepare(&vm, self.source)?;
-        Ok(Windows::new(vm, Arc::clone(&self.memory), self.source.open()?, self.pieces))
+        means.mechanism.prepare(&vm, *source)?;
+        Ok(Windows::new(vm, Arc::clone(&self.memory), source.open()?, &self.options))
     }
 }
 

@@ -86,8 +86,8 @@ impl Shadow {
             })?;
         }
         let found = umbra_mmu::PageSet::new(memory.frames());
-        let (mechanism, source, pieces) = (means.mechanism, options.source, options.pieces);
-        let places = Places::new(Recipe { memory: Arc::clone(&memory), mechanism, source, pieces })?;
+        let recipe = Recipe { memory: Arc::clone(&memory), options: *options };
+        let places = Places::new(recipe)?;
         let view = View(memory);
         let far = u64::from(options.extent / ONE_TABLE).max(1);
         let log = options.log_roots.then(RootsLog::default);

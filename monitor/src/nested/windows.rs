@@ -8,6 +8,7 @@ use super::log::Log;
 use super::memory::L1Pages;
 use super::reserve::Reserved;
 use super::source::{Mapped, Source, Tables};
+use super::{FirstReads, Options};
 use crate::hostmm::udmabuf::Udmabuf;
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::{Error, vm};
@@ -179,6 +180,8 @@ pub struct Windows {
     root: Option<RootId>,
     /// No mapping is to cover 2 MiB.
     pieces: bool,
+    /// What KVM's log makes of pages that L2 reads first.
+    first_reads: FirstReads,
     /// What is to be mapped, and is not yet.
     pub(super) queue: Queue,
     /// Maps scattered leaves together; `None` where the host has none.
@@ -203,11 +206,12 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// No windows. With `pieces` none of their mappings will cover 2 MiB.
+    /// No windows.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, pieces: bool) -> Self {
+    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, options: &Options) -> Self {
         Self {
-            pieces,
+            pieces: options.pieces,
+            first_reads: options.first_reads,
             queue: Queue::default(),
             udmabuf: Udmabuf::open().ok(),
             pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
@@ -396,6 +400,11 @@ impl Windows {
         self.failed.get_or_insert(failed);
     }
 
+    /// Whether what is mapped now must tell KVM's log a read from a write.
+    pub(super) fn tells_apart(&self) -> bool {
+        self.log.is_some() && self.first_reads == FirstReads::Exact
+    }
+
     /// Maps pages `pages` of window `index` to `frame` and those after it.
     pub(super) fn map_run(
         &mut self,
@@ -404,6 +413,7 @@ impl Windows {
         frame: Frame,
         writable: bool,
     ) -> io::Result<()> {
+        let (told_apart, left) = (self.tells_apart(), self.pre_faults && self.log.is_none());
         let (source, memory) = (&*self.source, &*self.memory);
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         let mut at = pages.start;
@@ -416,8 +426,9 @@ impl Windows {
                 end = end.min(at + PIECE - piece % PIECE);
             }
             let alone = self.pieces && piece / PIECE % 2 == 1;
-            let tables = match (self.log.is_some(), self.pre_faults) {
+            let tables = match (told_apart, left) {
                 (true, _) => Tables::ToldApart,
+                (false, true) if writable && !part.small && memory.is_resident() => Tables::Written,
                 (false, true) => Tables::Left,
                 (false, false) => Tables::Filled,
             };

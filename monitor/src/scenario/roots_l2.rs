@@ -12,7 +12,7 @@ use crate::cli::{NestedArgs, RunArgs};
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
 use crate::kvm;
-use crate::nested::{Host, Life, Means, Mechanism, Options, RootsLog, source};
+use crate::nested::{FirstReads, Host, Life, Means, Mechanism, Options, RootsLog, source};
 use crate::progress::Progress;
 use crate::report::record::{Bytes, RootLife};
 use std::sync::Arc;
@@ -115,7 +115,8 @@ impl Cure {
         let pieces = !setup.plan.backing.is_huge();
         let log_roots = pass == Pass::Observed && setup.role_log;
         let (roots, twins) = (self.policy, DEFAULT_TWINS);
-        let shadow = Options { means, source, extent: EXTENT, twins, pieces, roots, log_roots };
+        let shadow =
+            Options { means, source, extent: EXTENT, twins, pieces, first_reads: FirstReads::Exact, roots, log_roots };
         Ok(Plan { nested: Some(nested), shadow: Some(shadow), ..setup.plan.clone() })
     }
 }
