@@ -472,13 +472,15 @@ impl Statistics {
         let Self { before, after, stopped, end, settled, .. } = self;
         let Some(settled) = settled else { return Vec::new() };
         let huge = |at: &BTreeMap<String, u64>| at.get("pages_2m").copied();
+        // Before Linux 5.14 only those faults are counted that mapped a page, which after logging all of them do but those on small pages.
+        let faults = |from, to| grown("pf_taken", from, to).or_else(|| grown("pf_fixed", from, to));
         vec![
             ("pages_2m_before", huge(before)),
             ("pages_2m_logging", huge(after)),
             ("pages_2m_after_retouch", huge(end)),
             ("pages_2m_settled", huge(settled)),
-            ("pf_retouch", grown("pf_taken", stopped, end)),
-            ("pf_settled", grown("pf_taken", end, settled)),
+            ("pf_retouch", faults(stopped, end)),
+            ("pf_settled", faults(end, settled)),
         ]
     }
 

@@ -1,5 +1,6 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
+use super::dirty_rate;
 use super::l2::L2Options;
 use super::script::Script;
 use super::toggles::{On, Toggles};
@@ -17,6 +18,7 @@ use kvm_ioctls::Cap;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use umbra_mmu::track::Strategy;
 use umbra_shared::layout::Slot;
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::{MAX_ACCESSES, Pattern};
@@ -51,6 +53,8 @@ const DEFAULT_RATE: u64 = 100;
 pub const NESTED: &str = "nested";
 /// The other one.
 pub const VIOLATIONS: &str = "violations";
+/// The scenario that asks for a rate.
+pub const DIRTY_RATE: &str = "dirty-rate";
 /// The scenario that has toggles.
 pub const ROOTS: &str = "roots";
 
@@ -112,6 +116,7 @@ pub struct Options {
     trackers: Trackers,
     toggles: Option<Toggles>,
     script: Script,
+    strategies: Vec<&'static dyn Strategy>,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -160,6 +165,7 @@ impl Options {
         let trackers = Trackers::parse(&args.tracker)?;
         let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, On::Kvm)).transpose()?;
         let script = Script::read(args.script.as_ref())?;
+        let strategies = if args.scenario == DIRTY_RATE { dirty_rate::strategies(args)? } else { Vec::new() };
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -194,6 +200,7 @@ impl Options {
             trackers,
             toggles,
             script,
+            strategies,
             inject,
             config,
         })
@@ -283,6 +290,8 @@ pub struct Setup {
     pub toggles: Option<Toggles>,
     /// The script of row `script`.
     pub script: Script,
+    /// Strategies of the shadow MMU that get rows, in the scenario that has them beside its trackers.
+    pub strategies: Vec<&'static dyn Strategy>,
     /// SMIs of a storm.
     pub smis: u64,
     trackers: Trackers,
@@ -346,6 +355,7 @@ impl Setup {
             l2: options.l2,
             toggles: options.toggles,
             script: options.script,
+            strategies: options.strategies,
             trackers,
             scenario: args.scenario.clone(),
             host,
