@@ -195,4 +195,12 @@ fn specs_and_kernels_that_are_none_are_refused() {
     refused(&["lab", "--kernel", words(&image), "dirty-log"], 2, &["not a bzImage", "no boot header"]);
     refused(&[&["lab", "ab", "--kernel", words(&image)], WORK].concat(), 2, &["not a bzImage"]);
     refused(&[&["lab", "ab", "--kernel", "6.12", "--b-kernel", "2.4"], WORK].concat(), 2, &["kernel 2.4"]);
+    // A real kernel, built without KVM for this machine as far as its modules tell.
+    let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&Progress::stderr()).expect("the kernel");
+    for module in kernel.modules().iter().filter(|module| module.name != "kvm_amd") {
+        fs::copy(kernel.module(module), directory.path().join(format!("{}.ko", module.name))).unwrap();
+    }
+    let image = kernel.vmlinuz();
+    let own = ["lab", "--kernel", words(&image), "--modules", words(directory.path()), "dirty-log"];
+    refused(&own, 2, &["no kvm-amd", "neither kvm_amd.ko nor a modules.builtin"]);
 }
