@@ -35,6 +35,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 use memory::L1Pages;
 use source::Kind;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// How an L2 is run.
@@ -59,6 +60,8 @@ pub struct Host {
     vm: Arc<VmFd>,
     memory: Arc<L1Pages>,
     shadow: Mutex<Shadow>,
+    /// An L2 that is kicked next is given back to its L1.
+    expelled: AtomicBool,
 }
 
 impl Host {
@@ -72,7 +75,7 @@ impl Host {
         options.means.mechanism.prepare(&l2, options.source)?;
         let source = options.source.open()?;
         let shadow = Shadow::new(Arc::clone(&l2), Arc::clone(&memory), source, options)?;
-        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow) }))
+        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow), expelled: AtomicBool::new(false) }))
     }
 
     /// Makes vCPU `index` of L2, which runs on the thread of L1's.
@@ -83,6 +86,11 @@ impl Host {
         let fd = self.vm.create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
         Ok(L2Vcpu::new(Arc::clone(self), index, fd))
+    }
+
+    /// An L2 whose vCPU is kicked from now on ends for its L1 ([`umbra_shared::control::Exit::Ended`]), once.
+    pub fn expel(&self) {
+        self.expelled.store(true, Ordering::Release);
     }
 
     /// L1's memory.
