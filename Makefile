@@ -153,6 +153,11 @@ bench-history: build ## what a page costs on every kernel of the shelf, 5.10 to 
 	@mkdir -p target/bench
 	$(UMBRA) lab matrix --spec images/specs/history.toml --out target/bench/history.json
 
+.PHONY: bench-matrix
+bench-matrix: build ## forty boots, two at a time: how near their time comes to half of its sum (on a quiet machine at most 1.1 times)
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/forty.toml --out target/bench/forty.json
+
 .PHONY: bench-collapse
 bench-collapse: build ## what logging leaves behind: huge mappings and speed after a stop, on every kernel and on the shadow MMU
 	@mkdir -p target/bench

@@ -76,7 +76,7 @@ pub const ALL: &[Scenario] = &[
         work: Work::Kvm(collapse::run),
     },
     Scenario {
-        name: "dirty-rate",
+        name: setup::DIRTY_RATE,
         description: "how fast a guest dirties its memory, by each tracker and by sampling: the error, the guest's loss, what stays behind",
         trackers: &track::ALL,
         work: Work::Kvm(dirty_rate::run),
@@ -178,7 +178,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     if name == MODEL && (args.guest_paging.is_some() || args.irqchip.is_some()) {
         return Err(Failure::Input("model: it runs no guest, so --guest-paging and --irqchip mean nothing".to_owned()));
     }
-    if args.rate.is_some() && name != "dirty-rate" {
+    if args.rate.is_some() && name != setup::DIRTY_RATE {
         return Err(Failure::Input(format!(
             "{name}: it touches as fast as it can, so --rate means nothing (dirty-rate has one)"
         )));
@@ -236,6 +236,14 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     }
     if has_l2 || has_toggles || name == MODEL || args.shadow == ShadowArgs::default() {
         return Ok(());
+    }
+    if name == setup::DIRTY_RATE {
+        if args.shadow == (ShadowArgs { strategy: args.shadow.strategy.clone(), ..ShadowArgs::default() }) {
+            return Ok(());
+        }
+        return Err(Failure::Input(
+            "dirty-rate: of the shadow MMU's options it has --strategy alone (model has the others)".into(),
+        ));
     }
     Err(Failure::Input(format!(
         "{name}: it has no shadow MMU, so --strategy, --split, --format and their kin mean nothing (model has one)"

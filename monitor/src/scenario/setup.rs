@@ -1,5 +1,6 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
+use super::dirty_rate;
 use super::l2::L2Options;
 use super::roots_l2::Cure;
 use super::script::Script;
@@ -19,6 +20,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+use umbra_mmu::track::Strategy;
 use umbra_shared::layout::Slot;
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::{MAX_ACCESSES, Pattern};
@@ -81,6 +83,8 @@ pub const EDITS: &str = "edits";
 pub const HOSTILE: &str = "hostile";
 /// The last one.
 pub const VIOLATIONS: &str = "violations";
+/// The scenario that asks for a rate.
+pub const DIRTY_RATE: &str = "dirty-rate";
 /// The scenario that has toggles.
 pub const ROOTS: &str = "roots";
 
@@ -148,6 +152,7 @@ pub struct Options {
     toggles: Option<Toggles>,
     cure: Option<Cure>,
     script: Script,
+    strategies: Vec<&'static dyn Strategy>,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -198,6 +203,7 @@ impl Options {
         let on = if cure.is_some() { On::L2 } else { On::Kvm };
         let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, on)).transpose()?;
         let script = Script::read(args.script.as_ref())?;
+        let strategies = if args.scenario == DIRTY_RATE { dirty_rate::strategies(args)? } else { Vec::new() };
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -233,6 +239,7 @@ impl Options {
             toggles,
             cure,
             script,
+            strategies,
             inject,
             config,
         })
@@ -327,6 +334,8 @@ pub struct Setup {
     pub cure: Option<Cure>,
     /// The script of row `script`.
     pub script: Script,
+    /// Strategies of the shadow MMU that get rows, in the scenario that has them beside its trackers.
+    pub strategies: Vec<&'static dyn Strategy>,
     /// SMIs of a storm.
     pub smis: u64,
     trackers: Trackers,
@@ -393,6 +402,7 @@ impl Setup {
             role_log: args.role_log != Some(Switch::Off),
             cure: options.cure,
             script: options.script,
+            strategies: options.strategies,
             trackers,
             scenario: args.scenario.clone(),
             host,
