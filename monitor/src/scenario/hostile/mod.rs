@@ -212,6 +212,9 @@ impl<'a> Siege<'a> {
         if let Some(start) = free {
             let access = Access::READ.or(Access::WRITE).or(Access::EXECUTE);
             shadow.places.here_mut().map(Extent { root, start, frames: 1 }, Frame(0), Level::K4, access);
+            if let Some(error) = shadow.places.settle() {
+                return Err(Failure::Check(format!("--inject stray-page: {error}")));
+            }
         }
         Ok(())
     }
