@@ -30,6 +30,7 @@ pub use means::{Means, Mechanism};
 pub use shadow::Shadow;
 pub use vcpu::L2Vcpu;
 
+use crate::kvm::ring::{DEFAULT_ENTRIES, RingSet};
 use crate::kvm::{self, Error, Vm};
 use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
@@ -71,7 +72,10 @@ impl Host {
         let l2 = Arc::new(kvm::vm::create(kvm)?);
         options.means.mechanism.prepare(&l2, options.source)?;
         let source = options.source.open()?;
-        let shadow = Shadow::new(Arc::clone(&l2), Arc::clone(&memory), source, options)?;
+        let mut shadow = Shadow::new(Arc::clone(&l2), Arc::clone(&memory), source, options)?;
+        if options.means.mechanism == Mechanism::KvmRing {
+            shadow.windows.rings = Some(RingSet::new(Arc::clone(&l2)));
+        }
         Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow) }))
     }
 
@@ -82,6 +86,9 @@ impl Host {
     pub fn vcpu(self: &Arc<Self>, index: usize, cpuid: &CpuId) -> Result<L2Vcpu, Error> {
         let fd = self.vm.create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
+        if let Some(rings) = &mut self.shadow()?.windows.rings {
+            rings.add(&fd, DEFAULT_ENTRIES)?;
+        }
         Ok(L2Vcpu::new(Arc::clone(self), index, fd))
     }
 

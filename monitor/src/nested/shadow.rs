@@ -8,6 +8,7 @@ use super::{Means, Mechanism, Options};
 use crate::kvm::Error;
 use crate::pages::PageSet;
 use kvm_ioctls::VmFd;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use umbra_mmu::guest::Reflection;
 use umbra_mmu::track::{WriteProtect, strategy};
@@ -68,12 +69,13 @@ impl Shadow {
         options: &Options,
     ) -> Result<Self, Error> {
         let means = options.means;
-        let strategy = if means.is_logged() { None } else { strategy(means.strategy) };
+        let strategy = if means.traps() { strategy(means.strategy) } else { None };
         let config = Config {
             extent: options.extent.min(ONE_TABLE),
             first_tracked: memory.first_tracked(),
             split: Split::Shatter,
             max_twins: options.twins,
+            logs_huge: means.traps() && means.logs(),
             ..Config::new(memory.frames(), strategy.unwrap_or(&WriteProtect))
         };
         let mut mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
@@ -85,7 +87,8 @@ impl Shadow {
             })?;
         }
         let found = umbra_mmu::PageSet::new(memory.frames());
-        let windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
+        let mut windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
+        windows.unlogged = (means.traps() && means.logs()).then(BTreeSet::new);
         let view = View(memory);
         let far = u64::from(options.extent / ONE_TABLE).max(1);
         Ok(Self { mmu, windows, view, means, loaded: None, far, tracking: false, running: 0, found, faults: 0 })
@@ -270,14 +273,20 @@ impl Shadow {
     /// The system's.
     pub fn start(&mut self) -> Result<(), Error> {
         self.tracking = true;
-        if !self.means.is_logged() {
+        if self.means.logs() {
+            let clearing = match self.means.mechanism {
+                Mechanism::KvmClear => Clearing::Manual,
+                Mechanism::KvmRing => Clearing::Ring,
+                _ => Clearing::ByGet,
+            };
+            let log = Log::new(self.windows.windows(), clearing, self.view.0.first_tracked(), self.view.0.frames());
+            self.windows.start_log(log)?;
+        }
+        if self.means.traps() {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
-            return self.check_windows().map(|_| ());
         }
-        let clearing = if self.means.mechanism == Mechanism::KvmClear { Clearing::Manual } else { Clearing::ByGet };
-        let log = Log::new(self.windows.windows(), clearing, self.view.0.first_tracked(), self.view.0.frames());
-        self.windows.start_log(log)
+        self.check_windows().map(|_| ())
     }
 
     /// Finds out what was written since the last harvest.
@@ -285,8 +294,17 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn harvest(&mut self) -> Result<(), Error> {
-        if self.means.is_logged() {
-            return self.windows.harvest_log();
+        if self.means.logs() {
+            self.windows.harvest_log()?;
+        }
+        if !self.means.traps() {
+            return Ok(());
+        }
+        if let Some(log) = &self.windows.log {
+            let first = self.view.0.first_tracked();
+            for (word, place) in log.found().words().iter().zip((0..).step_by(64)).filter(|(word, _)| **word != 0) {
+                self.mmu.mark_logged(first.plus(place), *word);
+            }
         }
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
@@ -298,8 +316,11 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn clear(&mut self) -> Result<(), Error> {
-        if self.means.is_logged() {
-            return self.windows.clear_log();
+        if self.means.logs() {
+            self.windows.clear_log()?;
+        }
+        if !self.means.traps() {
+            return Ok(());
         }
         let first = self.view.0.first_tracked();
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
@@ -313,11 +334,13 @@ impl Shadow {
     /// The system's.
     pub fn stop(&mut self) -> Result<(), Error> {
         self.tracking = false;
-        if self.means.is_logged() {
-            return self.windows.stop_log().map(|_| ());
+        if self.means.traps() {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+            self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
         }
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
-        self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
+        if self.means.logs() {
+            self.windows.stop_log()?;
+        }
         self.check_windows().map(|_| ())
     }
 
@@ -335,8 +358,8 @@ impl Shadow {
             for page in 0..pages {
                 let frame = first.plus(page);
                 let found = match &self.windows.log {
-                    Some(log) => log.found().contains(frame.0 - base.0),
-                    None => self.found.contains(frame),
+                    Some(log) if !self.means.traps() => log.found().contains(frame.0 - base.0),
+                    _ => self.found.contains(frame),
                 };
                 if found {
                     into.insert(number + page);
@@ -363,9 +386,11 @@ impl Shadow {
         if self.means.compares() {
             counters.push(("twins", mmu.twins));
             counters.push(("twin_bytes", self.mmu.twin_bytes()));
+            counters.push(("made_dense", mmu.made_dense));
         }
         if let Some(log) = &self.windows.log {
             counters.push(("log_transfers", log.transfers));
+            counters.push(("ring_full_exits", log.ring_exits));
         }
         counters
     }

@@ -6,7 +6,7 @@ use super::source::{Fault, Place, Told};
 use crate::kvm::fault_trace::{FaultTrace, Traced};
 use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::vcpu::{Below, Exit};
-use crate::kvm::{Error, ioctls, vm};
+use crate::kvm::{Error, ioctls, ring, vm};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
@@ -48,6 +48,8 @@ enum Left {
     Beyond { gpa: u64, write: bool },
     /// L2 touched a closed page.
     Fault,
+    /// The dirty ring is full.
+    RingFull,
     /// A signal.
     Interrupted,
     /// L2 cannot go on.
@@ -156,6 +158,7 @@ impl L2Vcpu {
                 Left::Broken("KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned())
             }
             Ok(VcpuExit::Intr) => Left::Interrupted,
+            Ok(VcpuExit::Unsupported(ring::EXIT_FULL)) => Left::RingFull,
             Ok(other) => Left::Broken(format!("unexpected exit {other:?} of L2")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
             Err(error) if error.errno() == libc::EFAULT => Left::Fault,
@@ -168,6 +171,10 @@ impl L2Vcpu {
         let what = match left {
             Left::Interrupted => return self.interrupted(),
             Left::Fault => return self.fault(),
+            Left::RingFull => {
+                self.host.shadow()?.windows.empty_rings()?;
+                return Ok(Next::L2);
+            }
             Left::Beyond { gpa, write } => return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1)),
             Left::Rang(number) => match Doorbell::from_number(number) {
                 Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),

@@ -98,7 +98,7 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Plan, Failure
 /// The fault source that was asked for, or the cheapest that this host has and `means` can do with.
 fn fault_source(l2: &L2Options, means: Means, nested: Nested, progress: &Progress) -> Result<source::Kind, Failure> {
     // A page is read-only until its dirty flag is set.
-    let read_only = nested.flags == Flags::Clear;
+    let read_only = nested.flags == Flags::Clear || means.traps();
     if let Some(kind) = l2.source {
         kind.open_for(read_only)?;
         return Ok(kind);
