@@ -113,6 +113,15 @@ bench-nested: build shelf ## what a guest's guest costs: on Umbra's shadow MMU, 
 	    $(UMBRA) lab nested --tracker bitmap,clear+init-set --strategy log,write-protect $$options $(ARGS)
 	done
 
+.PHONY: edits
+edits: build shelf ## 10,000 random edits of L1's table: what L2 sees, on KVM's nested SVM, Umbra's shadow MMU and its walker, in the lab
+	@$(UMBRA) lab edits --memory 4M --alias 2 --edits 10000 $(ARGS)
+
+.PHONY: hostile
+hostile: build shelf ## 100,000 cases of a malicious L1 against the monitor: 90,000 on this machine's KVM, 10,000 in the lab
+	@$(UMBRA) run hostile --memory 4M --alias 2 --strategy log --mechanism kvm-clear --edits 90000 $(ARGS) || [ $$? = 3 ]
+	$(UMBRA) lab hostile --memory 4M --alias 2 --strategy log --mechanism kvm-clear --edits 10000 $(ARGS)
+
 .PHONY: bench-roots
 bench-roots: build shelf ## which changes of mode cost a VM its page-table root: kernels 5.10 to 7.2, both MMUs, and the cures on Umbra's own
 	@mkdir -p target/bench

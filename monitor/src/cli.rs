@@ -226,6 +226,9 @@ pub struct NestedArgs {
     /// Pairs of leaves that L1 exchanges in each round, between L2's writes and the harvest (0).
     #[arg(long)]
     pub remaps: Option<u64>,
+    /// Random edits of L1's table that `edits` makes, in epochs of one to eight (500); cases of `hostile` (2000).
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub edits: Option<u64>,
     /// When L2 touches its pages for the first time: before (logging), or logged, in the first round (before).
     #[arg(long)]
     pub first_touch: Option<String>,
@@ -246,8 +249,9 @@ impl NestedArgs {
         let mechanism = (!self.mechanism.is_empty()).then(|| ("mechanism", self.mechanism.join(",").into()));
         let fault_source = self.fault_source.clone().map(|text| ("fault-source", text.into()));
         let remaps = self.remaps.map(|number| ("remaps", number.into()));
+        let edits = self.edits.map(|number| ("edits", number.into()));
         let first_touch = self.first_touch.clone().map(|text| ("first-touch", text.into()));
-        [nesting, accessed_dirty, fill_batch, remaps, first_touch, mechanism, fault_source]
+        [nesting, accessed_dirty, fill_batch, remaps, edits, first_touch, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))

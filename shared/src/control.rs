@@ -36,13 +36,16 @@ pub struct ControlPage {
     pub start: u64,
     /// L2's state when it begins: 64-bit mode at ring 3.
     pub state: State,
+    /// Not 0: L1 is told when L2 ends ([`Exit::Ended`]), as SVM's SHUTDOWN intercept has it. 0: the monitor stops the machine and says why.
+    pub intercept: u64,
     /// What L2 is to do; the monitor does not look at it.
     pub work: u64,
     /// Why L2 was left: [`Exit`]. Written by the monitor, as all that follows.
     pub exit: u64,
     /// With [`Exit::Violation`]: the L2 physical address.
     pub address: u64,
-    /// With [`Exit::Violation`]: bit 1 if the access was a write.
+    /// With [`Exit::Violation`] what a processor says of the access: the exit qualification (EPT) or EXITINFO1 (other formats). With other exits,
+    /// and outside of all windows, bit 1 alone: set if the access was a write.
     pub qualification: u64,
 }
 
@@ -86,6 +89,9 @@ pub enum Exit {
     ExecuteRights = 5,
     /// The control page makes no sense; L2 did not run.
     Refused = 6,
+    /// L2 cannot go on: an exception that it did not expect, a triple fault, a halt, or an instruction that KVM cannot emulate. With
+    /// [`ControlPage::intercept`] alone.
+    Ended = 7,
 }
 
 impl Exit {
@@ -99,6 +105,7 @@ impl Exit {
             4 => Some(Self::Misconfigured),
             5 => Some(Self::ExecuteRights),
             6 => Some(Self::Refused),
+            7 => Some(Self::Ended),
             _ => None,
         }
     }

@@ -68,7 +68,9 @@ pub mod vcpu_area {
     pub const IO_MAP: u64 = 0xc000;
     /// The MSR permission map of L2: two pages. On VMX there is none: without a map every access exits.
     pub const MSR_MAP: u64 = 0xf000;
-    /// Top of L2's stack, growing down to the end of the MSR permission map.
+    /// What became of L2's probes ([`crate::edits::Answers`]): one page.
+    pub const ANSWERS: u64 = 0x1_1000;
+    /// Top of L2's stack, growing down to the page before it.
     pub const L2_STACK_TOP: u64 = 0x1_8000;
     /// End of the stacks that exceptions use (IST), each [`IST_STACK_BYTES`] long, growing down.
     pub const IST_STACKS_TOP: u64 = 0x2_0000;
@@ -195,7 +197,8 @@ mod tests {
         assert!(size_of::<crate::nested::Report>() as u64 <= vcpu_area::SMM_REPORT - vcpu_area::NESTED_REPORT);
         assert_eq!(vcpu_area::IO_MAP + 3 * PAGE_SIZE, vcpu_area::MSR_MAP);
         const {
-            assert!(vcpu_area::MSR_MAP + 2 * PAGE_SIZE < vcpu_area::L2_STACK_TOP);
+            assert!(vcpu_area::MSR_MAP + 2 * PAGE_SIZE <= vcpu_area::ANSWERS);
+            assert!(vcpu_area::ANSWERS + PAGE_SIZE < vcpu_area::L2_STACK_TOP);
             assert!(vcpu_area::L2_STACK_TOP <= vcpu_area::IST_STACKS_TOP - 4 * vcpu_area::IST_STACK_BYTES);
         }
     }

@@ -272,6 +272,12 @@ impl Map {
         self.kind
     }
 
+    /// The seed of everything random.
+    #[must_use]
+    pub const fn seed(&self) -> u64 {
+        self.seed
+    }
+
     /// The tracked page of L1 that L2's page `l2_page` is. Beyond L2's last page the copies go on.
     #[must_use]
     pub fn l1_page(&self, l2_page: u64) -> u64 {

@@ -148,6 +148,14 @@ pub enum Command {
     Provoke = 12,
     /// L1 alone: exchange leaves of its table as round `argument` demands, and say so where that is due.
     Edit = 13,
+    /// L1 alone: play the edits of epoch `argument` ([`crate::edits`]) on its table. No L2 runs.
+    Play = 14,
+    /// L1 says what is due after the last [`Command::Play`], and lets its L2 make the probes of that epoch, or of the last [`Command::Attack`].
+    Probe = 15,
+    /// L1 alone: make its table and control page what they were at first, all of L2's pages mapped.
+    Renew = 16,
+    /// L1 alone, a malicious one: case `argument` of [`crate::hostile`].
+    Attack = 17,
 }
 
 impl Command {
@@ -168,6 +176,10 @@ impl Command {
             11 => Some(Self::PacedRun),
             12 => Some(Self::Provoke),
             13 => Some(Self::Edit),
+            14 => Some(Self::Play),
+            15 => Some(Self::Probe),
+            16 => Some(Self::Renew),
+            17 => Some(Self::Attack),
             _ => None,
         }
     }
@@ -236,7 +248,7 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree() {
-        for number in 0..16 {
+        for number in 0..20 {
             assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
             assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
         }

@@ -110,3 +110,36 @@ pub fn refused(words: &[&str], code: i32, parts: &[&str]) {
         assert!(run.stderr.contains(part), "{words:?}: {part:?} is not in {:?}", run.stderr);
     }
 }
+
+/// What a row of `edits` has to have: that many edits, most of which made an invalidation due, and probes of either outcome that differ nowhere.
+///
+/// # Panics
+/// If it has not.
+pub fn edited(row: &umbra::report::record::Row, edits: u64) {
+    let count = |name: &str| row.counters.get(name).unwrap_or_else(|| panic!("{} has no {name}", row.name)).value;
+    assert!((edits..edits + 8).contains(&count("edits")), "{}: {} edits", row.name, count("edits"));
+    assert!(count("due") * 2 > count("epochs") && count("epochs") < count("edits"), "{}: {:?}", row.name, row.counters);
+    assert!(count("probes") > 4 * edits && count("violations") > edits / 2, "{}: {:?}", row.name, row.counters);
+    assert!(count("probes") > 2 * count("violations"), "{}: {:?}", row.name, row.counters);
+    assert_eq!(count("different"), 0, "{}", row.name);
+    let pages = row.truth.pages;
+    assert_eq!((pages.missed, pages.extra), (0, 0), "{}", row.name);
+    assert!(pages.written > edits / 2 || !row.name.starts_with("umbra:"), "{}: {pages:?}", row.name);
+}
+
+/// What a row of `hostile` has to have: cases of both kinds, most of whose probes could be foretold, and nothing that went wrong.
+///
+/// # Panics
+/// If it has not.
+pub fn besieged(row: &umbra::report::record::Row) {
+    let count = |name: &str| row.counters.get(name).unwrap_or_else(|| panic!("{} has no {name}", row.name)).value;
+    assert_eq!(count("faults"), 0, "{}", row.name);
+    assert!(count("control_pages") * 20 > count("cases"), "{}: {:?}", row.name, row.counters);
+    assert!(
+        count("compared") * 2 > count("probes") && count("probes") > 5 * count("cases"),
+        "{}: {:?}",
+        row.name,
+        row.counters
+    );
+    assert!(count("told") * 4 > count("probes") && count("told") < count("probes"), "{}: {:?}", row.name, row.counters);
+}

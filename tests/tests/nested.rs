@@ -30,6 +30,11 @@ const JOBS: [&str; 11] = [
     "--memory 1M --tracker clear --format pae --nesting svm",
     "--memory 1M --tracker clear --nesting svm",
 ];
+/// Random edits of L1's table, 500 of them: the last job.
+const EDITS: &str = "--memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect";
+/// A malicious L1: the job after that.
+const HOSTILE: &str =
+    "--memory 4M --alias 2 --strategy log,write-protect --mechanism kvm-clear,mprotect --edits 250 --seed 100";
 /// The jobs whose truth holds.
 const GOOD: std::ops::Range<usize> = 0..8;
 const LOSES_A_PAGE: usize = 8;
@@ -38,7 +43,11 @@ const PAE: usize = 9;
 const ONE_WRITE_SHORT: usize = 10;
 
 fn args(words: &str) -> RunArgs {
-    let words = ["umbra", "run", "nested"].into_iter().chain(words.split_whitespace()).map(str::to_owned);
+    args_of("nested", words)
+}
+
+fn args_of(scenario: &str, words: &str) -> RunArgs {
+    let words = ["umbra", "run", scenario].into_iter().chain(words.split_whitespace()).map(str::to_owned);
     match cli::parse(words).expect("good words").command {
         Command::Run(args) => args,
         other => panic!("{other:?}"),
@@ -60,8 +69,10 @@ fn results() -> &'static [Result<Record, Failure>] {
             init: umbra_tests::binary(),
             append: String::new(),
         };
-        let mut jobs = JOBS.map(args);
+        let mut jobs = JOBS.map(args).to_vec();
         jobs[ONE_WRITE_SHORT].firmware = Some(PathBuf::from(env!("UMBRA_FIRMWARE_DIR")).join("one-write-short"));
+        jobs.push(args_of("edits", EDITS));
+        jobs.push(args_of("hostile", HOSTILE));
         lab::boot(&machine, &jobs, &progress).expect("the lab boots")
     })
 }
@@ -100,6 +111,25 @@ fn every_page_is_right() {
                 assert_eq!(l2.pages.reported, l1.pages.reported * aliases);
             }
         }
+    }
+}
+
+/// 500 edits of EPT12 by epochs: KVM's nested SVM, Umbra's shadow MMU and its software walker agree on every value and every violation.
+#[test]
+fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
+    let record = results()[JOBS.len()].as_ref().unwrap_or_else(|failure| panic!("{EDITS}: {failure}"));
+    assert_eq!(record.faults(), [""; 0]);
+    for name in ["svm", "umbra:log@kvm-bitmap", "umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
+        umbra_tests::edited(row(record, name), 500);
+    }
+}
+
+#[test]
+fn a_malicious_l1_meets_the_same_walls_in_the_lab() {
+    let record = results()[JOBS.len() + 1].as_ref().unwrap_or_else(|failure| panic!("{HOSTILE}: {failure}"));
+    assert_eq!(record.faults(), [""; 0]);
+    for name in ["umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
+        umbra_tests::besieged(row(record, name));
     }
 }
 
@@ -277,6 +307,12 @@ fn bad_options_are_refused_in_one_line() {
         (vec!["nested", "--strategy", "log", "--mechanism", "mprotect"], vec!["nothing fits both", "log@kvm-clear"]),
         (vec!["nested", "--fault-source", "oracle"], vec!["oracle", "userfaultfd"]),
         (vec!["nested", "--extent", "3"], vec!["--extent 3"]),
+        (vec!["edits", "--leaf", "2m"], vec!["--leaf 2m", "4k"]),
+        (vec!["edits", "--memory", "3M"], vec!["--memory 3145728", "2M"]),
+        (vec!["edits", "--fill-batch", "2"], vec!["--fill-batch"]),
+        (vec!["nested", "--edits", "2"], vec!["nested", "--edits"]),
+        (vec!["hostile", "--inject", "lose-edit"], vec!["lose-edit", "stray-page"]),
+        (vec!["edits", "--inject", "lose-page"], vec!["lose-page", "lose-edit"]),
         (vec!["dirty-log", "--fill-batch", "2"], vec!["dirty-log", "--fill-batch", "nested"]),
         (vec!["model", "--nesting", "svm"], vec!["model", "--nesting"]),
     ] {

@@ -9,6 +9,7 @@
 use super::paging::Format;
 use core::fmt;
 use umbra_shared::L2Gfn;
+use umbra_shared::hostile::Control;
 use umbra_shared::nested::Nested;
 
 /// A CPU's extension, with the one L2 that this vCPU has on it.
@@ -31,6 +32,9 @@ pub trait Extension: Sized {
     /// L2 finds `value` in RAX.
     fn set_rax(&mut self, value: u64);
 
+    /// L2 begins anew at [`main`] when it is next entered: what it was doing is given up.
+    fn restart(&mut self);
+
     /// Accessed and dirty flags of L1's table are in use from now on, or not. Says whether that can be.
     fn use_flags(&mut self, on: bool) -> bool;
 
@@ -42,6 +46,18 @@ pub trait Extension: Sized {
     /// # Safety
     /// Only L2 may execute it.
     unsafe fn hypercall() -> u64;
+
+    /// What the monitor's interface alone has: L1 is told when L2 ends, and begins with a control page as it was at first.
+    fn renew(&mut self) {}
+
+    /// The same: stores words into the control page and rings, as a malicious L1 does, then makes the page what it was.
+    fn attack(&mut self, _control: &Control) {}
+
+    /// What an exit says that L1 cannot handle, in words; `None` for those that it can.
+    #[must_use]
+    fn complaint(_violation: &Violation) -> Option<&'static str> {
+        None
+    }
 }
 
 /// What an L2 runs on.
@@ -112,6 +128,10 @@ pub enum Answer {
     Made,
     /// It changed entries that translations may come from.
     Changed,
+    /// It did nothing: L2 gives up its work.
+    GivenUp,
+    /// The same, and L2 is not waited for: it does not come to its hypercall any more.
+    Stopped,
 }
 
 /// What one run of L2 came to.
@@ -124,7 +144,11 @@ pub struct Run {
 }
 
 /// The L2 of one vCPU.
-pub struct L2<E>(E);
+pub struct L2<E> {
+    extension: E,
+    /// It waits in its hypercall.
+    waits: bool,
+}
 
 impl<E: Extension> L2<E> {
     /// Makes the L2 of vCPU `vcpu`, which executes this, and lets it run up to its first hypercall.
@@ -132,7 +156,7 @@ impl<E: Extension> L2<E> {
     /// # Errors
     /// What this vCPU lacks.
     pub fn new(vcpu: usize, tables: &Tables) -> Result<Self, E::Absent> {
-        let mut l2 = Self(E::new(vcpu, tables)?);
+        let mut l2 = Self { extension: E::new(vcpu, tables)?, waits: false };
         l2.run(&mut || (), &mut |violation| -> Answer {
             panic!("L2 has no system slot at its frame {}", violation.gfn())
         });
@@ -141,27 +165,45 @@ impl<E: Extension> L2<E> {
 
     /// The extension, for what [`Self::run`] does not do.
     pub const fn extension(&mut self) -> &mut E {
-        &mut self.0
+        &mut self.extension
     }
 
-    /// Lets L2 do `work`. `violation` is called for each access that L1's table does not permit; L2 then tries again.
+    /// L2 begins anew when it is next entered.
+    pub fn restart(&mut self) {
+        self.extension.restart();
+        self.waits = false;
+    }
+
+    /// Lets L2 do `work`. `violation` is called for each access that L1's table does not permit; L2 then tries again, or gives the work up, which
+    /// must hold nothing that has to be dropped.
     ///
     /// Panics if L2 is left for another reason.
     pub fn run(&mut self, work: &mut dyn FnMut(), violation: &mut dyn FnMut(Violation) -> Answer) -> Run {
         let mut work: &mut dyn FnMut() = work;
-        self.0.set_rax((&raw mut work).expose_provenance() as u64);
-        let mut run = Run::default();
+        let work = (&raw mut work).expose_provenance() as u64;
+        let (mut run, mut handed) = (Run::default(), false);
         loop {
-            let left = self.0.enter();
+            if self.waits {
+                if handed {
+                    return run;
+                }
+                self.extension.set_rax(work);
+                (self.waits, handed) = (false, true);
+            }
+            let left = self.extension.enter();
             run.entries += 1;
             run.ticks = left.ticks;
             match left.exit {
-                Exit::Hypercall => return run,
-                Exit::Violation(what) => {
-                    if violation(what) == Answer::Changed {
-                        self.0.forget();
+                Exit::Hypercall => self.waits = true,
+                Exit::Violation(what) => match violation(what) {
+                    Answer::Made => {}
+                    Answer::Changed => self.extension.forget(),
+                    Answer::GivenUp => self.restart(),
+                    Answer::Stopped => {
+                        self.restart();
+                        return run;
                     }
-                }
+                },
                 Exit::Interrupted => {}
                 Exit::Other { code, information: [first, second], rip } => {
                     panic!("L2 was left at {rip:#x} with exit code {code:#x} ({first:#x}, {second:#x})")

@@ -3,6 +3,7 @@
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::{AtomicU8, AtomicU64};
+use umbra_shared::edits::{Answer, Answers, MAX_PROBES};
 use umbra_shared::layout::{self, MAX_VCPUS};
 use umbra_shared::nested::Report;
 use umbra_shared::protocol::{ExceptionReport, Mailbox, TEXT_BYTES};
@@ -127,5 +128,51 @@ impl LiveReport {
         let address = layout::vcpu_area(index) + layout::vcpu_area::NESTED_REPORT;
         // SAFETY: as for the mailbox.
         unsafe { &*core::ptr::with_exposed_provenance(address as usize) }
+    }
+}
+
+/// [`Answers`] word for word: L2 and its L1 fill them, the monitor reads them.
+#[repr(C)]
+pub struct LiveAnswers {
+    count: AtomicU64,
+    probes: [[AtomicU64; 4]; MAX_PROBES],
+}
+
+const _: () = {
+    assert!(size_of::<LiveAnswers>() == size_of::<Answers>());
+    assert!(offset_of!(LiveAnswers, probes) == offset_of!(Answers, probes));
+    assert!(offset_of!(Answer, value) == 0 && offset_of!(Answer, code) == 8);
+    assert!(offset_of!(Answer, qualification) == 16 && offset_of!(Answer, address) == 24);
+};
+
+impl LiveAnswers {
+    /// Those of vCPU `index`. Panics if there is no such vCPU.
+    #[must_use]
+    pub fn of(index: usize) -> &'static Self {
+        assert!(index < MAX_VCPUS, "vCPU {index} has no answers");
+        let address = layout::vcpu_area(index) + layout::vcpu_area::ANSWERS;
+        // SAFETY: as for the mailbox.
+        unsafe { &*core::ptr::with_exposed_provenance(address as usize) }
+    }
+
+    /// Probes that were made so far.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count.load(Relaxed) as usize
+    }
+
+    /// None were made.
+    pub fn clear(&self) {
+        self.count.store(0, Relaxed);
+    }
+
+    /// The next probe is made, and this is what became of it. Panics if there is no room.
+    pub fn push(&self, answer: Answer) {
+        let index = self.count();
+        let Answer { value, code, qualification, address } = answer;
+        for (word, value) in self.probes[index].iter().zip([value, code, qualification, address]) {
+            word.store(value, Relaxed);
+        }
+        self.count.store(index as u64 + 1, Relaxed);
     }
 }

@@ -26,6 +26,7 @@ pub mod ring0;
 pub mod smm;
 pub mod space;
 pub mod svm;
+pub mod table_words;
 pub mod tracked;
 pub mod tsc;
 mod unpaged;

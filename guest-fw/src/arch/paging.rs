@@ -92,9 +92,18 @@ impl<'a> Pool<'a> {
     pub fn new(tables: &'a mut [PageTable], base: u64, format: Format) -> Result<Self, Error> {
         let none = PageTableFlags::empty();
         let mut pool = Self { tables, base, used: 0, format, table_flags: none, leaf_flags: none };
-        pool.preset(true);
-        pool.take()?;
+        pool.clear()?;
         Ok(pool)
+    }
+
+    /// One empty table, the root, as at first.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`] if there is no room for it.
+    pub fn clear(&mut self) -> Result<(), Error> {
+        self.used = 0;
+        self.preset(true);
+        self.take().map(|_| ())
     }
 
     /// From now on entries are made without A and D, or with both.

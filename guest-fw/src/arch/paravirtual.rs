@@ -12,6 +12,7 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 use umbra_shared::PAGE_SIZE;
 use umbra_shared::control::{self, ControlPage, State};
+use umbra_shared::hostile::Control;
 use umbra_shared::layout::{MAX_VCPUS, SYSTEM_LIMIT, vcpu_area, vcpu_area as area};
 use umbra_shared::nested::{self, Flags, L2_BASE, Nested};
 use umbra_shared::protocol::Doorbell;
@@ -46,6 +47,8 @@ impl LiveControl {
 /// The monitor as the extension on which this vCPU has its L2.
 pub struct Paravirtual {
     control: &'static LiveControl,
+    /// As it is when L2 begins.
+    page: ControlPage,
 }
 
 /// Why the monitor could not be asked: never.
@@ -97,7 +100,7 @@ impl Extension for Paravirtual {
         page.windows[1] = [L2_BASE.0, nested.map.l2_pages()];
         let control = LiveControl::of(vcpu);
         control.put(&page);
-        Ok(Self { control })
+        Ok(Self { control, page })
     }
 
     fn enter(&mut self) -> Left {
@@ -110,8 +113,14 @@ impl Extension for Paravirtual {
         let qualification = word(offset_of!(ControlPage, qualification));
         let exit = match control::Exit::from_number(code) {
             Some(control::Exit::Yield) => Exit::Hypercall,
-            Some(control::Exit::Violation) => Exit::Violation(Violation { code, qualification, address }),
-            _ => Exit::Other { code, information: [address, qualification], rip: 0 },
+            Some(
+                control::Exit::Violation
+                | control::Exit::Beyond
+                | control::Exit::Misconfigured
+                | control::Exit::ExecuteRights
+                | control::Exit::Ended,
+            ) => Exit::Violation(Violation { code, qualification, address }),
+            Some(control::Exit::Refused) | None => Exit::Other { code, information: [address, qualification], rip: 0 },
         };
         Left { exit, ticks }
     }
@@ -119,6 +128,11 @@ impl Extension for Paravirtual {
     fn set_rax(&mut self, value: u64) {
         // A register of a VM of the monitor's is dear: L2 reads it here.
         self.control.word(offset_of!(ControlPage, work)).store(value, Relaxed);
+    }
+
+    fn restart(&mut self) {
+        // The page still has the state in which L2 began.
+        self.control.word(offset_of!(ControlPage, start)).store(1, Relaxed);
     }
 
     fn use_flags(&mut self, on: bool) -> bool {
@@ -133,5 +147,38 @@ impl Extension for Paravirtual {
     unsafe fn hypercall() -> u64 {
         port::ring(Doorbell::Yield);
         LiveControl::of(vcpu::current()).word(offset_of!(ControlPage, work)).load(Relaxed)
+    }
+
+    fn renew(&mut self) {
+        self.page.intercept = 1;
+        self.control.put(&self.page);
+    }
+
+    fn attack(&mut self, control: &Control) {
+        // What L2 does if it gets that far.
+        let mut nothing = || ();
+        let mut work: &mut dyn FnMut() = &mut nothing;
+        self.set_rax((&raw mut work).expose_provenance() as u64);
+        for &(word, value) in control.words() {
+            self.control.0[word as usize].store(value, Relaxed);
+        }
+        for _ in 0..control.rings {
+            port::ring(Doorbell::EnterL2);
+            // L2's own doorbell, which is nothing from L1.
+            port::ring(Doorbell::Yield);
+        }
+        self.control.put(&self.page);
+    }
+
+    fn complaint(violation: &Violation) -> Option<&'static str> {
+        match control::Exit::from_number(violation.code) {
+            Some(control::Exit::Beyond) => Some("EPT12 leads L2 out of L1's memory"),
+            Some(control::Exit::Misconfigured) => Some("EPT12 has an entry for L2 that is none"),
+            Some(control::Exit::ExecuteRights) => Some(
+                "a leaf of EPT12 permits no execution, or nothing else, and a shadow in userspace cannot enforce that (ExecuteRights)",
+            ),
+            Some(control::Exit::Ended) => Some("L2 ended"),
+            _ => None,
+        }
     }
 }

@@ -57,6 +57,21 @@ impl Tracked {
         base.wrapping_byte_add((u64::from(entry) << PAGE_SHIFT) as usize)
     }
 
+    /// The first word of a page. Panics if it is not mapped.
+    #[must_use]
+    pub fn read(self, page: u64) -> u64 {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        // SAFETY: it is mapped, and nothing else of this program is there.
+        unsafe { self.base.wrapping_byte_add((page << PAGE_SHIFT) as usize).read_volatile() }
+    }
+
+    /// Stores it. Panics if the page is not mapped.
+    pub fn write(self, page: u64, value: u64) {
+        assert!(page < self.pages, "page {page} of {}", self.pages);
+        // SAFETY: as above.
+        unsafe { self.base.wrapping_byte_add((page << PAGE_SHIFT) as usize).write_volatile(value) }
+    }
+
     /// Executes the plan with `round`'s stamps: the bare loop. Writes are counted by the lengths of their runs, and four at a time are
     /// recognised at once, so that a write costs about six instructions.
     #[inline(never)]

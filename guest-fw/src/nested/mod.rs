@@ -1,5 +1,8 @@
 //! The firmware as a hypervisor: each vCPU has an L2 of its own, all of them on one nested page table.
 
+mod edits;
+mod hostile;
+mod probes;
 pub mod table;
 
 use crate::arch::l2::{Answer, Extension, L2, Tables, Violation};
@@ -30,6 +33,8 @@ pub struct Hypervisor<E> {
     /// L2's memory. Only L2 may use it.
     pub tracked: Tracked,
     report: &'static LiveReport,
+    /// Invalidations that were due and were made ([`edits`]).
+    forgotten: u64,
 }
 
 /// What the vCPUs share, made by the first to ask.
@@ -69,7 +74,7 @@ impl<E: Extension> Hypervisor<E> {
         let index = vcpu::current();
         let own_bytes = nested.own_table_bytes(setup.leaf);
         let l2 = L2::new(index, &Tables { pml4, own_bytes, root, nested: *nested })?;
-        let mut hypervisor = Self { l2, tracked, report: LiveReport::of(index) };
+        let mut hypervisor = Self { l2, tracked, report: LiveReport::of(index), forgotten: 0 };
         hypervisor.run(&mut || space::touch(pml4, own_bytes));
         Ok(hypervisor)
     }
@@ -78,6 +83,9 @@ impl<E: Extension> Hypervisor<E> {
     pub fn run(&mut self, work: &mut dyn FnMut()) -> u64 {
         let report = self.report;
         let mut violation = |violation: Violation| {
+            if let Some(complaint) = E::complaint(&violation) {
+                panic!("{complaint}: at L2's {:#x}", violation.address);
+            }
             let made = SHARED.with(|shared| match shared {
                 Some(shared) => shared.table.violation(violation.gfn()),
                 None => Err(Refusal::Beyond(violation.gfn())),

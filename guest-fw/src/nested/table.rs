@@ -44,6 +44,8 @@ struct Made {
 /// The table under construction.
 pub struct Table12<'a> {
     pool: Pool<'a>,
+    /// A and D are set in the entries for L2's pages.
+    preset: bool,
     map: Map,
     fill_batch: u64,
     slots: [Slot; MAX_SLOTS],
@@ -62,11 +64,9 @@ impl<'a> Table12<'a> {
         nested: &Nested,
         slots: impl Iterator<Item = Slot>,
     ) -> Result<Self, Error> {
-        let mut pool = Pool::new(tables, base, format)?;
-        pool.map_system()?;
-        pool.preset(nested.flags == Flags::Preset);
         let mut table = Self {
-            pool,
+            pool: Pool::new(tables, base, format)?,
+            preset: nested.flags == Flags::Preset,
             map: nested.map,
             fill_batch: nested.fill_batch,
             slots: [Slot::default(); MAX_SLOTS],
@@ -76,7 +76,19 @@ impl<'a> Table12<'a> {
             *place = slot;
             table.slot_count += 1;
         }
+        table.clear()?;
         Ok(table)
+    }
+
+    /// Makes the table what it was at first: it holds the system slot and none of L2's pages.
+    ///
+    /// # Errors
+    /// [`Error::PoolExhausted`].
+    pub fn clear(&mut self) -> Result<(), Error> {
+        self.pool.clear()?;
+        self.pool.map_system()?;
+        self.pool.preset(self.preset);
+        Ok(())
     }
 
     /// The physical address of its root.

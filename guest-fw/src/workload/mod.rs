@@ -111,7 +111,14 @@ impl Worker {
                 Executed { writes: 0, ticks: modes::toggle(toggle) }
             }
             // What only a hypervisor does.
-            Command::Enter | Command::Fill | Command::Edit | Command::Provoke => Executed::default(),
+            Command::Enter
+            | Command::Fill
+            | Command::Edit
+            | Command::Provoke
+            | Command::Play
+            | Command::Probe
+            | Command::Renew
+            | Command::Attack => Executed::default(),
         }
     }
 
@@ -222,6 +229,10 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
         Command::Enter => hypervisor.enter(argument),
         Command::Fill => hypervisor.fill(),
         Command::Edit => hypervisor.edit(nested, argument),
+        Command::Play => hypervisor.play(setup, nested, argument),
+        Command::Probe => hypervisor.probe(),
+        Command::Renew => hypervisor.renew(setup, nested),
+        Command::Attack => hypervisor.attack(setup, nested, argument),
         Command::Provoke => {
             let Some(case) = CASES.get(argument as usize) else { panic!("there is no case {argument}") };
             hypervisor.provoke(case);

@@ -79,9 +79,9 @@ enum Meaning {
 }
 
 /// The naive MMU over a memory, a map and L1's processor.
-pub struct Reference<'a> {
+pub struct Reference<'a, M = PlainMemory> {
     /// L1's memory.
-    pub memory: &'a PlainMemory,
+    pub memory: &'a M,
     /// L1's memory map.
     pub slots: &'a Slots,
     /// L1's processor.
@@ -94,7 +94,7 @@ const R: u64 = 1;
 const W: u64 = 2;
 const X: u64 = 4;
 
-impl Reference<'_> {
+impl<M: L1Memory> Reference<'_, M> {
     /// Levels of `format`'s tables, as the guest has them.
     fn levels(format: Format) -> u32 {
         match format {

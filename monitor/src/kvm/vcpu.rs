@@ -179,6 +179,11 @@ impl VcpuThread {
         self.signal();
     }
 
+    /// Takes back a kick that nobody has answered: the order was at its end.
+    pub fn withdraw_kick(&self) {
+        self.wishes.kicked.store(false, Ordering::Release);
+    }
+
     /// Kicks the guest out of `KVM_RUN`, sends it an SMI and lets it go on; what it was is reported as [`Exit::Interrupted`]. A guest that stops
     /// before gets none. As with [`Self::kick`], a signal may be lost: called again before the SMI is sent, this only repeats it and returns false.
     #[must_use]

@@ -75,11 +75,12 @@ impl Shadow {
             }
             let first = (mapping.start - place.start.0) / PAGE_SIZE;
             self.audit_closed(window, next..first)?;
-            next = first;
-            while place.start.plus(next).0 < mapping.end {
-                self.audit_page(window, next, &mapping)?;
-                next += 1;
+            let end = (mapping.end - place.start.0) / PAGE_SIZE;
+            // Most of a window is closed: that is told at once.
+            if !self.is_closed(window, first..end, &mapping) {
+                (first..end).try_for_each(|page| self.audit_page(window, page, &mapping))?;
             }
+            next = end;
         }
         self.audit_closed(window, next..place.pages)
     }
@@ -95,6 +96,15 @@ impl Shadow {
                 page_of(window, page)
             )),
         }
+    }
+
+    /// Whether `pages`, all of a mapping, are closed and mapped as closed pages are.
+    fn is_closed(&self, window: &Window, pages: std::ops::Range<u64>, mapping: &Mapping) -> bool {
+        let range = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
+        let pages = window.pages.get(range(pages.start)..range(pages.end)).unwrap_or_default();
+        self.windows.source().closed() == Closed::Empty
+            && mapping.name.contains(Closed::NAME)
+            && pages.iter().all(|page| *page == Page::CLOSED)
     }
 
     fn audit_page(&self, window: &Window, number: u64, mapping: &Mapping) -> Result<(), String> {

@@ -2,7 +2,7 @@
 
 use super::memory::InFile;
 use super::source::{Mapped, Tables};
-use super::windows::{Failed, PIECE, Page, Windows};
+use super::windows::{PIECE, Page, Windows};
 use crate::hostmm::udmabuf::{Piece, Udmabuf};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -66,7 +66,7 @@ impl Windows {
         let mut queue = std::mem::take(&mut self.queue);
         if queue.pages > 0 {
             if let Err(error) = self.map_parts(&queue) {
-                self.fail(Failed::Call(error));
+                self.fail(error);
             }
             if let Some(window) = self.all.get(queue.window).filter(|_| self.pre_faults) {
                 self.fresh.push((window.first.plus(queue.start as u64), queue.pages as u64));

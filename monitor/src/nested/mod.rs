@@ -36,6 +36,7 @@ use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VmFd};
 use memory::L1Pages;
 use source::Kind;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// How an L2 is run.
@@ -60,6 +61,8 @@ pub struct Host {
     vm: Arc<VmFd>,
     memory: Arc<L1Pages>,
     shadow: Mutex<Shadow>,
+    /// An L2 that is kicked next is given back to its L1.
+    expelled: AtomicBool,
 }
 
 impl Host {
@@ -76,7 +79,7 @@ impl Host {
         if options.means.mechanism == Mechanism::KvmRing {
             shadow.windows.rings = Some(RingSet::new(Arc::clone(&l2)));
         }
-        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow) }))
+        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow), expelled: AtomicBool::new(false) }))
     }
 
     /// Makes vCPU `index` of L2, which runs on the thread of L1's.
@@ -90,6 +93,11 @@ impl Host {
             rings.add(&fd, DEFAULT_ENTRIES)?;
         }
         Ok(L2Vcpu::new(Arc::clone(self), index, fd))
+    }
+
+    /// An L2 whose vCPU is kicked from now on ends for its L1 ([`umbra_shared::control::Exit::Ended`]), once.
+    pub fn expel(&self) {
+        self.expelled.store(true, Ordering::Release);
     }
 
     /// L1's memory.

@@ -3,7 +3,7 @@
 use super::log::{Clearing, Log};
 use super::memory::{L1Pages, View};
 use super::source::{Fault, Place, Source};
-use super::windows::{Failed, Page, Windows};
+use super::windows::{Page, Windows};
 use super::{Means, Mechanism, Options};
 use crate::kvm::Error;
 use crate::pages::PageSet;
@@ -95,7 +95,7 @@ impl Shadow {
     }
 
     /// The root that L2 runs on.
-    pub(super) fn root(&self) -> Option<RootId> {
+    pub(crate) fn root(&self) -> Option<RootId> {
         self.loaded.map(|loaded| loaded.root)
     }
 
@@ -135,15 +135,15 @@ impl Shadow {
         Ok(true)
     }
 
+    /// Makes another root the one that L2 runs on. If it cannot be loaded, the old one stays, and what the windows map is still what it grants.
     fn load(&mut self, table: u64, role: RootRole) -> Result<(), MmuError> {
-        let old = self.loaded.take();
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
-        if let Some(old) = old {
-            self.mmu.drop_root(&mut env, old.root)?;
-        }
         let root = self.mmu.load_root(&mut env, role, table)?;
         self.windows.switch(root);
-        self.loaded = Some(Loaded { root, table, role });
+        if let Some(old) = self.loaded.replace(Loaded { root, table, role }) {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+            self.mmu.drop_root(&mut env, old.root)?;
+        }
         Ok(())
     }
 
@@ -193,20 +193,34 @@ impl Shadow {
         if let Outcome::Mapped { .. } = outcome {
             self.map_ahead(address)?;
         }
-        self.check_windows()?.map_or_else(
-            || {
-                let write = u64::from(request.kind == Kind::Write) << 1;
-                Ok(match outcome {
-                    Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
-                    Outcome::Reflected(Reflection::EptMisconfiguration) => {
-                        Handled::ToL1(Exit::Misconfigured, address, write)
-                    }
-                    Outcome::Reflected(_) => Handled::ToL1(Exit::Violation, address, write),
-                    Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
-                })
-            },
-            |gfn| Ok(Handled::ToL1(Exit::ExecuteRights, gfn.address(), 0)),
-        )
+        self.check_windows()?;
+        let write = u64::from(request.kind == Kind::Write) << 1;
+        Ok(match outcome {
+            Outcome::Mapped { .. } if !self.is_effective(loaded.root, address)? => {
+                Handled::ToL1(Exit::ExecuteRights, address, write)
+            }
+            Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
+            Outcome::Reflected(Reflection::EptMisconfiguration) => Handled::ToL1(Exit::Misconfigured, address, write),
+            Outcome::Reflected(Reflection::EptViolation(bits) | Reflection::NestedPageFault(bits)) => {
+                Handled::ToL1(Exit::Violation, address, bits)
+            }
+            Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
+        })
+    }
+
+    /// Whether a mapping can grant what EPT02 does at `address`. EPT02 may grant less than EPT12 does by now: execution is asked for, if that is it.
+    fn is_effective(&mut self, root: RootId, address: u64) -> Result<bool, Error> {
+        let can_grant = |mmu: &Mmu| {
+            let granted = mmu.peek(root, L2Gfn::containing(address)).ok().flatten();
+            granted.is_none_or(|(_, _, access)| Windows::can_grant(access))
+        };
+        if can_grant(&self.mmu) {
+            return Ok(true);
+        }
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let outcome = self.mmu.fault(&mut env, root, address, Request::EXECUTE).map_err(|error| lost(&error))?;
+        self.check_windows()?;
+        Ok(matches!(outcome, Outcome::Mapped { .. } | Outcome::Retry) && can_grant(&self.mmu))
     }
 
     /// Maps the rest of the stretch of huge pages that `address` is in, up to the first that EPT12 has not or that is mapped already. To map one costs
@@ -239,16 +253,14 @@ impl Shadow {
     /// The system's.
     pub(super) fn answered(&mut self, address: u64) -> Result<(), Error> {
         self.prefetch(address)?;
-        // Rights that cannot be enforced are L2's to ask for.
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
-    /// What the mapper could not do: a leaf whose rights cannot be enforced, or an error.
-    fn check_windows(&mut self) -> Result<Option<L2Gfn>, Error> {
+    /// What the mapper could not do.
+    fn check_windows(&mut self) -> Result<(), Error> {
         match self.windows.settle() {
-            None => Ok(None),
-            Some(Failed::ExecuteRights(gfn)) => Ok(Some(gfn)),
-            Some(Failed::Call(error)) => Err(Error::call("mapping L1's memory into a window of L2", error)),
+            None => Ok(()),
+            Some(error) => Err(Error::call("mapping L1's memory into a window of L2", error)),
         }
     }
 
@@ -264,7 +276,7 @@ impl Shadow {
         for gfn in std::mem::take(&mut self.windows.invalidated) {
             self.prefetch(gfn.address())?;
         }
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Begins to track.
@@ -286,7 +298,7 @@ impl Shadow {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
         }
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Finds out what was written since the last harvest.
@@ -308,7 +320,7 @@ impl Shadow {
         }
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Makes what was found report again.
@@ -325,7 +337,7 @@ impl Shadow {
         let first = self.view.0.first_tracked();
         let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
         self.mmu.clear(&mut env, first, u64::MAX).map_err(|error| lost(&error))?;
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Ends tracking.
@@ -341,7 +353,7 @@ impl Shadow {
         if self.means.logs() {
             self.windows.stop_log()?;
         }
-        self.check_windows().map(|_| ())
+        self.check_windows()
     }
 
     /// Whether clearing is a step of its own.

@@ -7,7 +7,7 @@ use crate::kvm::fault_trace::{FaultTrace, Traced};
 use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::vcpu::{Below, Exit};
 use crate::kvm::{Error, ioctls, ring, vm};
-use kvm_bindings::kvm_regs;
+use kvm_bindings::{kvm_regs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -32,6 +32,8 @@ pub struct L2Vcpu {
     enlisted: bool,
     /// Entries that failed one after the other.
     failed: u32,
+    /// Where L2 did something outside of all windows that `KVM_RUN` has yet to complete.
+    pending: Option<u64>,
     /// Opened when it is needed, on this vCPU's thread.
     trace: Option<FaultTrace>,
     /// Whether that records.
@@ -53,6 +55,8 @@ enum Left {
     /// A signal.
     Interrupted,
     /// L2 cannot go on.
+    Ended(String),
+    /// The monitor cannot.
     Broken(String),
 }
 
@@ -68,7 +72,18 @@ enum Next {
 
 impl L2Vcpu {
     pub(super) const fn new(host: Arc<Host>, index: usize, fd: VcpuFd) -> Self {
-        Self { host, index, fd, inside: false, enlisted: false, failed: 0, trace: None, armed: false, asked: None }
+        Self {
+            host,
+            index,
+            fd,
+            inside: false,
+            enlisted: false,
+            failed: 0,
+            pending: None,
+            trace: None,
+            armed: false,
+            asked: None,
+        }
     }
 
     /// A word of L1's control page.
@@ -96,7 +111,7 @@ impl L2Vcpu {
     fn enter(&mut self) -> Result<(), Error> {
         let Ok(entry) = self.read_control()?.check() else { return self.tell(control::Exit::Refused, 0, 0) };
         if let Some(state) = &entry.start
-            && load(&self.fd, state).is_err()
+            && (self.complete().is_err() || load(&self.fd, state).is_err())
         {
             // KVM knows which states a processor cannot be in.
             return self.tell(control::Exit::Refused, 0, 1);
@@ -119,6 +134,21 @@ impl L2Vcpu {
         Ok(())
     }
 
+    /// Lets KVM complete an access outside of all windows, after which other registers can be loaded (Documentation/virt/kvm/api.rst, 5, "The `kvm_run`
+    /// structure": pending operations are completed by an entry with `immediate_exit`).
+    fn complete(&mut self) -> Result<(), Error> {
+        if self.pending.take().is_some() {
+            self.fd.set_kvm_immediate_exit(1);
+            let done = self.fd.run().map(|_| ());
+            self.fd.set_kvm_immediate_exit(0);
+            return done.or_else(|error| match error.errno() {
+                libc::EINTR | libc::EAGAIN => Ok(()),
+                _ => Err(vm::failed("KVM_RUN of L2")(error)),
+            });
+        }
+        Ok(())
+    }
+
     /// Runs L2 until L1 or the controller has to do something.
     fn run_l2(&mut self, kicked: &AtomicBool) -> Result<Option<Exit>, Error> {
         while self.inside {
@@ -129,18 +159,26 @@ impl L2Vcpu {
             }
             match self.next(left)? {
                 Next::L2 => {}
-                Next::L1(exit, address, qualification) => {
-                    self.inside = false;
-                    self.host.shadow()?.leave();
-                    self.tell(exit, address, qualification)?;
-                }
+                Next::L1(exit, address, qualification) => self.leave(exit, address, qualification)?,
                 Next::Stop(exit) => return Ok(Some(exit)),
             }
             if kicked.swap(false, Ordering::AcqRel) {
-                return Ok(Some(Exit::Kicked { rip: self.rip() }));
+                if !self.host.expelled.swap(false, Ordering::AcqRel) {
+                    return Ok(Some(Exit::Kicked { rip: self.rip() }));
+                }
+                if self.inside {
+                    self.leave(control::Exit::Ended, 0, 0)?;
+                }
             }
         }
         Ok(None)
+    }
+
+    /// L1 goes on.
+    fn leave(&mut self, exit: control::Exit, address: u64, qualification: u64) -> Result<(), Error> {
+        self.inside = false;
+        self.host.shadow()?.leave();
+        self.tell(exit, address, qualification)
     }
 
     /// One `KVM_RUN`.
@@ -152,14 +190,14 @@ impl L2Vcpu {
                 Left::Beyond { gpa, write: false }
             }
             Ok(VcpuExit::MmioWrite(gpa, _)) => Left::Beyond { gpa, write: true },
-            Ok(VcpuExit::Shutdown) => Left::Broken("L2 triple-faulted (KVM_EXIT_SHUTDOWN)".to_owned()),
-            Ok(VcpuExit::Hlt) => Left::Broken("L2 halted (KVM_EXIT_HLT), and nothing would wake it".to_owned()),
+            Ok(VcpuExit::Shutdown) => Left::Ended("L2 triple-faulted (KVM_EXIT_SHUTDOWN)".to_owned()),
+            Ok(VcpuExit::Hlt) => Left::Ended("L2 halted (KVM_EXIT_HLT), and nothing would wake it".to_owned()),
             Ok(VcpuExit::InternalError) => {
-                Left::Broken("KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned())
+                Left::Ended("KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned())
             }
             Ok(VcpuExit::Intr) => Left::Interrupted,
             Ok(VcpuExit::Unsupported(ring::EXIT_FULL)) => Left::RingFull,
-            Ok(other) => Left::Broken(format!("unexpected exit {other:?} of L2")),
+            Ok(other) => Left::Ended(format!("unexpected exit {other:?} of L2")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
             Err(error) if error.errno() == libc::EFAULT => Left::Fault,
             Err(error) => Left::Broken(vm::failed("KVM_RUN of L2")(error).to_string()),
@@ -175,15 +213,27 @@ impl L2Vcpu {
                 self.host.shadow()?.windows.empty_rings()?;
                 return Ok(Next::L2);
             }
-            Left::Beyond { gpa, write } => return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1)),
+            Left::Beyond { gpa, write } => {
+                self.pending = Some(gpa);
+                return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1));
+            }
             Left::Rang(number) => match Doorbell::from_number(number) {
                 Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),
-                Some(doorbell) if doorbell.is_of_any_guest() => return Ok(Next::Stop(Exit::Doorbell(doorbell))),
+                Some(doorbell) if doorbell.is_of_any_guest() => return self.ended(Exit::Doorbell(doorbell)),
                 _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
             },
-            Left::Broken(what) => what,
+            Left::Ended(what) => what,
+            Left::Broken(what) => return Ok(Next::Stop(Exit::Broken { what, rip: self.rip() })),
         };
-        Ok(Next::Stop(Exit::Broken { what, rip: self.rip() }))
+        let rip = self.rip();
+        self.ended(Exit::Broken { what, rip })
+    }
+
+    /// L2 has come to its end: L1 is told if it wants to be, else the machine stops.
+    fn ended(&self, exit: Exit) -> Result<Next, Error> {
+        let intercepted = self.control(offset_of!(ControlPage, intercept))?.load(Ordering::Acquire) != 0;
+        let printed = matches!(exit, Exit::Doorbell(Doorbell::Print));
+        Ok(if intercepted && !printed { Next::L1(control::Exit::Ended, 0, 0) } else { Next::Stop(exit) })
     }
 
     /// A signal ended `KVM_RUN`: a fault of L2's that is told so, or somebody wants the thread.
@@ -313,8 +363,9 @@ impl Below for L2Vcpu {
     }
 }
 
-/// L2 begins: 64-bit mode at ring 3.
+/// L2 begins: 64-bit mode at ring 3, and nothing is left of an exception that was on its way when it was left.
 fn load(fd: &VcpuFd, state: &State) -> Result<(), Error> {
+    fd.set_vcpu_events(&kvm_vcpu_events::default()).map_err(vm::failed("KVM_SET_VCPU_EVENTS"))?;
     #[allow(clippy::cast_possible_truncation)] // A selector has 16 bits and a limit 32, whatever L1 writes.
     let (selector, table) = (|value: u64| value as u16, |[base, limit]: [u64; 2]| Table { base, limit: limit as u32 });
     let registers = kvm_regs { rip: state.rip, rsp: state.rsp, rflags: state.rflags | 2, ..kvm_regs::default() };

@@ -186,15 +186,6 @@ pub struct Counts {
     pub evicted_pages: u64,
 }
 
-/// Why a mapping could not be made effective.
-#[derive(Debug)]
-pub enum Failed {
-    /// The leaf permits no execution, or nothing else: see DESIGN's rule on rights.
-    ExecuteRights(L2Gfn),
-    /// A call failed.
-    Call(io::Error),
-}
-
 /// All windows.
 pub struct Windows {
     vm: Arc<VmFd>,
@@ -227,7 +218,7 @@ pub struct Windows {
     /// What was mapped since it was last looked at, for KVM to fault in beforehand.
     pub fresh: Vec<(L2Gfn, u64)>,
     /// What went wrong first.
-    failed: Option<Failed>,
+    failed: Option<io::Error>,
     /// What was done.
     pub counts: Counts,
     hand: usize,
@@ -345,7 +336,7 @@ impl Windows {
     }
 
     /// Maps what was posted and not mapped yet. Gives what went wrong first since this was last asked.
-    pub fn settle(&mut self) -> Option<Failed> {
+    pub fn settle(&mut self) -> Option<io::Error> {
         self.map_queue();
         self.failed.take()
     }
@@ -475,7 +466,7 @@ impl Windows {
         rings.reset()
     }
 
-    pub(super) fn fail(&mut self, failed: Failed) {
+    pub(super) fn fail(&mut self, failed: io::Error) {
         self.failed.get_or_insert(failed);
     }
 
@@ -627,7 +618,7 @@ impl Windows {
         runs
     }
 
-    fn try_map(&mut self, extent: Extent, frame: Frame, writable: bool) -> Result<(), Failed> {
+    fn try_map(&mut self, extent: Extent, frame: Frame, writable: bool) -> io::Result<()> {
         // What is queued does not stand in the windows yet.
         let end = self.all.get(self.queue.window).map(|window| window.first.plus(self.queue.end() as u64));
         if end != Some(extent.start) {
@@ -682,11 +673,11 @@ impl Windows {
         if self.log.is_some() { self.set_logged(index, true) } else { Ok(()) }
     }
 
-    fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> Result<(), Failed> {
+    fn protect_run(&mut self, index: usize, run: Range<usize>, writable: bool) -> io::Result<()> {
         let pages = self.all.get(index).and_then(|window| window.pages.get(run.clone())).unwrap_or_default();
         if !writable && pages.iter().any(|page| page.gathered()) {
             // Closed, rather than mapped again by themselves: who reads one asks for it.
-            return self.with_room(|windows| windows.close_run(index, run.clone())).map_err(Failed::Call);
+            return self.with_room(|windows| windows.close_run(index, run.clone()));
         }
         self.with_room(|windows| {
             let Some(window) = windows.all.get_mut(index) else { return Ok(()) };
@@ -702,11 +693,16 @@ impl Windows {
             }
             Ok(())
         })
-        .map_err(Failed::Call)
     }
 
     fn concerns(&self, root: RootId) -> bool {
         self.root == Some(root)
+    }
+
+    /// Whether a mapping can grant just that: KVM looks at the right to write alone, so reading and execution go together.
+    #[must_use]
+    pub fn can_grant(access: Access) -> bool {
+        access.allows(Access::READ.or(Access::EXECUTE))
     }
 }
 
@@ -735,8 +731,8 @@ fn parts(first: L2Gfn, count: usize, granule: u64) -> impl Iterator<Item = Range
     })
 }
 
-fn call(error: &Error) -> Failed {
-    Failed::Call(io::Error::other(error.to_string()))
+fn call(error: &Error) -> io::Error {
+    io::Error::other(error.to_string())
 }
 
 impl Mapper for Windows {
@@ -744,8 +740,9 @@ impl Mapper for Windows {
         if !self.concerns(extent.root) {
             return;
         }
-        if !access.allows(Access::READ.or(Access::EXECUTE)) {
-            return self.fail(Failed::ExecuteRights(extent.start));
+        if !Self::can_grant(access) {
+            // L1 hears of it if L2 touches it.
+            return self.unmap(extent);
         }
         if let Err(failed) = self.try_map(extent, frame, access.allows(Access::WRITE)) {
             self.fail(failed);
@@ -756,9 +753,8 @@ impl Mapper for Windows {
         if !self.concerns(extent.root) {
             return;
         }
-        if !access.allows(Access::READ.or(Access::EXECUTE)) {
-            self.unmap(extent);
-            return self.fail(Failed::ExecuteRights(extent.start));
+        if !Self::can_grant(access) {
+            return self.unmap(extent);
         }
         self.map_queue();
         let writable = access.allows(Access::WRITE);
@@ -781,7 +777,7 @@ impl Mapper for Windows {
         self.map_queue();
         for (index, run, ()) in self.runs(extent, |page, _| (page != Page::CLOSED).then_some(()), Frame(0)) {
             if let Err(error) = self.with_room(|windows| windows.close_run(index, run.clone())) {
-                self.fail(Failed::Call(error));
+                self.fail(error);
             }
         }
     }

@@ -1,5 +1,6 @@
 //! The options of an L2, checked.
 
+use super::setup;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
 use crate::kvm::Backing;
@@ -15,6 +16,10 @@ use umbra_shared::{Level, PAGE_SIZE};
 
 /// Edits of L1's table in a round that anybody waits for.
 const MAX_REMAPS: u64 = 1 << 20;
+
+/// Edits of L1's table, and cases of a malicious L1, without `--edits`.
+const EDITS: u64 = 500;
+const CASES: u64 = 2000;
 
 /// A way to run L2, as `--nesting` names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +91,8 @@ pub struct L2Options {
     flags: Option<Flags>,
     fill_batch: u64,
     remaps: u64,
+    /// Random edits of the table, or cases of a malicious L1; 0 where there are none.
+    pub edits: u64,
     /// When L2 touches its pages for the first time.
     pub first_touch: FirstTouch,
     /// Umbra's rows: a strategy each, and what makes it effective.
@@ -160,6 +167,15 @@ impl L2Options {
         ] {
             config.insert(name.to_owned(), value);
         }
+        let edits = match args.scenario.as_str() {
+            setup::EDITS => given.edits.unwrap_or(EDITS),
+            setup::HOSTILE => given.edits.unwrap_or(CASES),
+            _ => 0,
+        };
+        if edits > 0 {
+            check_edits(args, level, alias_kind)?;
+            config.insert("edits".to_owned(), edits.into());
+        }
         let first_touch = given.first_touch.as_deref().unwrap_or("before");
         config.insert("first-touch".to_owned(), first_touch.into());
         let first_touch =
@@ -179,6 +195,7 @@ impl L2Options {
             flags,
             fill_batch,
             remaps,
+            edits,
             first_touch,
             means,
             means_by_name,
@@ -223,9 +240,34 @@ impl L2Options {
     #[must_use]
     pub fn options(&self, means: Means, source: source::Kind, backing: Backing) -> nested::Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 4096 } else { 64 });
-        let pieces = !backing.is_huge() || self.remaps > 0 && self.map.leaf() == Level::K4;
+        let pieces = !backing.is_huge() || self.remaps + self.edits > 0 && self.map.leaf() == Level::K4;
         let twins = self.twins.unwrap_or(DEFAULT_TWINS);
         nested::Options { means, source, extent, twins, pieces }
+    }
+}
+
+/// What random edits start from: a slot of whole regions, by small leaves, each copy's in tables of its own.
+fn check_edits(args: &RunArgs, leaf: Level, kind: AliasKind) -> Result<(), Failure> {
+    let wrong = |what: String| {
+        Err(Failure::Input(format!(
+            "{what}: edits begins with a table of 4k leaves for one slot of whole 2M, all of it filled"
+        )))
+    };
+    if leaf != Level::K4 {
+        return wrong("--leaf 2m and 1g".to_owned());
+    }
+    if kind == AliasKind::SharedTables {
+        return wrong("--alias-kind shared-tables".to_owned());
+    }
+    if args.slots > 1 {
+        return wrong(format!("--slots {}", args.slots));
+    }
+    if !args.memory.is_multiple_of(Level::M2.bytes()) {
+        return wrong(format!("--memory {}", args.memory));
+    }
+    match (args.nested.fill_batch, args.nested.remaps) {
+        (None | Some(0), None | Some(0)) => Ok(()),
+        _ => wrong("--fill-batch and --remaps".to_owned()),
     }
 }
 

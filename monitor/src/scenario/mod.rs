@@ -5,6 +5,8 @@ mod collapse;
 mod cures;
 mod dirty_log;
 mod dirty_rate;
+mod edits;
+mod hostile;
 mod l2;
 mod model;
 mod nested;
@@ -78,6 +80,12 @@ pub const ALL: &[Scenario] = &[
         work: Work::Kvm(dirty_rate::run),
     },
     Scenario {
+        name: setup::HOSTILE,
+        description: "a malicious L1: nonsense in its table, its control page and its doorbells; what L2 sees, and what the monitor maps",
+        trackers: &[],
+        work: Work::Kvm(hostile::run),
+    },
+    Scenario {
         name: MODEL,
         description: "Umbra's own shadow MMU on a software walker: every strategy on the same run, no KVM needed",
         trackers: &[],
@@ -100,6 +108,12 @@ pub const ALL: &[Scenario] = &[
         description: "which changes of mode, and of memory slots, cost a VM its page-table root: touch, toggle, touch again",
         trackers: &[],
         work: Work::Roots,
+    },
+    Scenario {
+        name: setup::EDITS,
+        description: "random edits of L1's table, by epochs: what L2 reads and writes and what L1 is told, beside Umbra's walker",
+        trackers: &[],
+        work: Work::Kvm(edits::run),
     },
     Scenario {
         name: "soak",
@@ -176,7 +190,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     let has_l2 = setup::has_l2(name);
     if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
-            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --mechanism and --fault-source mean nothing (nested does)"
+            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --edits, --mechanism and --fault-source mean nothing (nested does)"
         )));
     }
     let has_toggles = name == setup::ROOTS;
@@ -191,9 +205,20 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     if has_toggles && (!args.tracker.is_empty() || args.chunk.is_some()) {
         return Err(Failure::Input("roots: it tracks no page, so --tracker and --chunk mean nothing".into()));
     }
-    if let Some(fault) = args.inject.as_deref().filter(|&fault| has_toggles != (fault == "break-smm")) {
+    let has_fault = |fault: &str| match fault {
+        "break-smm" => has_toggles,
+        "lose-edit" => name == setup::EDITS,
+        "stray-page" => name == setup::HOSTILE,
+        _ => !has_toggles && !setup::has_edits(name),
+    };
+    if let Some(fault) = args.inject.as_deref().filter(|&fault| !has_fault(fault)) {
         return Err(Failure::Input(format!(
-            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots)"
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots, lose-edit of edits, stray-page of hostile)"
+        )));
+    }
+    if args.nested.edits.is_some() && !setup::has_edits(name) {
+        return Err(Failure::Input(format!(
+            "{name}: it makes no random edits, so --edits means nothing (edits and hostile do)"
         )));
     }
     let ShadowArgs { split, collapse, roots, cache, .. } = args.shadow.clone();

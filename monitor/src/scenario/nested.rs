@@ -55,7 +55,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
 }
 
 /// The machine of a way to run L2, if the firmware and this host can. Umbra's rows differ in their means.
-fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Plan, Failure> {
+pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Plan, Failure> {
     let way = match nesting {
         Nesting::Plain => Way::Plain,
         Nesting::Svm => Way::Svm,
@@ -97,8 +97,8 @@ fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Plan, Failure
 
 /// The fault source that was asked for, or the cheapest that this host has and `means` can do with.
 fn fault_source(l2: &L2Options, means: Means, nested: Nested, progress: &Progress) -> Result<source::Kind, Failure> {
-    // A page is read-only until its dirty flag is set.
-    let read_only = nested.flags == Flags::Clear || means.traps();
+    // A page is read-only until its dirty flag is set, until the strategy opens it, or because L1 edits its table at random.
+    let read_only = nested.flags == Flags::Clear || l2.edits > 0 || means.traps();
     if let Some(kind) = l2.source {
         kind.open_for(read_only)?;
         return Ok(kind);
@@ -110,7 +110,12 @@ fn fault_source(l2: &L2Options, means: Means, nested: Nested, progress: &Progres
 }
 
 /// How L2 runs by `means`.
-fn shadow(setup: &Setup, plan: &Plan, means: Means, progress: &Progress) -> Result<Option<Options>, Failure> {
+pub(super) fn shadow(
+    setup: &Setup,
+    plan: &Plan,
+    means: Means,
+    progress: &Progress,
+) -> Result<Option<Options>, Failure> {
     let (Some(l2), Some(nested)) = (&setup.l2, plan.nested) else { return Ok(None) };
     let source = fault_source(l2, means, nested, progress)?;
     Ok(Some(l2.options(means, source, plan.backing)))

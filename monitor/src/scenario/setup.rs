@@ -29,6 +29,10 @@ pub enum Fault {
     LosePage,
     /// Puts a page into it that was not written.
     ExtraPage,
+    /// Has the walker play another epoch than L1, once.
+    LoseEdit,
+    /// Maps a page into a window that EPT02 does not grant.
+    StrayPage,
     /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
     BreakSmm,
 }
@@ -39,7 +43,11 @@ impl Fault {
             "lose-page" => Ok(Self::LosePage),
             "extra-page" => Ok(Self::ExtraPage),
             "break-smm" => Ok(Self::BreakSmm),
-            other => Err(input(format!("--inject {other}: there are lose-page, extra-page and (in roots) break-smm"))),
+            "lose-edit" => Ok(Self::LoseEdit),
+            "stray-page" => Ok(Self::StrayPage),
+            other => Err(input(format!(
+                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm, (in edits) lose-edit and (in hostile) stray-page"
+            ))),
         }
     }
 }
@@ -49,14 +57,23 @@ const DEFAULT_RATE: u64 = 100;
 
 /// The scenarios that have an L2.
 pub const NESTED: &str = "nested";
-/// The other one.
+/// Another one.
+pub const EDITS: &str = "edits";
+/// One whose L1 is malicious.
+pub const HOSTILE: &str = "hostile";
+/// The last one.
 pub const VIOLATIONS: &str = "violations";
 /// The scenario that has toggles.
 pub const ROOTS: &str = "roots";
 
 /// Whether the scenario of this name has an L2.
 pub fn has_l2(scenario: &str) -> bool {
-    [NESTED, VIOLATIONS].contains(&scenario)
+    [NESTED, EDITS, HOSTILE, VIOLATIONS].contains(&scenario)
+}
+
+/// Whether the scenario of this name edits L1's table at random.
+pub fn has_edits(scenario: &str) -> bool {
+    [EDITS, HOSTILE].contains(&scenario)
 }
 
 /// More than anybody waits for; the stamps have room for 2^32.

@@ -7,7 +7,7 @@ use super::l2::{Exit, Extension, Left, Tables, Violation, main};
 use super::paging::Format;
 use super::privileged::{control_registers, read_msr, write_msr};
 use super::registers::Registers;
-use super::{gdt, idt, port, ring0};
+use super::{gdt, idt, port, ring0, vcpu};
 use core::arch::x86_64::__cpuid;
 use core::fmt;
 use umbra_shared::PAGE_SIZE;
@@ -143,6 +143,13 @@ impl Svm {
         vmcb.efer = EFER_LONG_MODE | EFER_SVME;
         (vmcb.cr0, vmcb.cr3, vmcb.cr4) = (cr0, pml4, cr4);
         (vmcb.dr6, vmcb.dr7, vmcb.pat) = (DR6, DR7, PAT);
+        self.begin(vcpu);
+    }
+
+    /// L2 is at [`main`], on an empty stack.
+    fn begin(&mut self, vcpu: usize) {
+        // SAFETY: this vCPU's own page; L2 is not running.
+        let vmcb = unsafe { &mut *self.vmcb };
         vmcb.rflags = port::USER_FLAGS.into();
         vmcb.rip = main::<Self> as *const () as u64;
         // As a function finds it that was called: 8 below a multiple of 16.
@@ -205,6 +212,10 @@ impl Extension for Svm {
     fn set_rax(&mut self, value: u64) {
         // SAFETY: this vCPU's own page; L2 is not running.
         unsafe { (*self.vmcb).rax = value };
+    }
+
+    fn restart(&mut self) {
+        self.begin(vcpu::current());
     }
 
     fn use_flags(&mut self, on: bool) -> bool {

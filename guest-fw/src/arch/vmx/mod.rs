@@ -9,7 +9,7 @@ use super::l2::{Exit, Extension, Left, Tables, Violation, main};
 use super::paging::Format;
 use super::privileged::{control_registers, read_msr, write_cr4, write_msr};
 use super::registers::Registers;
-use super::{gdt, idt, port, ring0};
+use super::{gdt, idt, port, ring0, vcpu};
 use capability::Controls;
 use core::arch::x86_64::__cpuid;
 use core::fmt;
@@ -193,10 +193,6 @@ unsafe fn write_guest(vcpu: usize, pml4: u64, [cr0, _, cr4]: [u64; 3]) -> Result
             (guest::CR3, pml4),
             (guest::CR4, cr4),
             (guest::DR7, DR7),
-            (guest::RIP, main::<Vmx> as *const () as u64),
-            // As a function finds it that was called: 8 below a multiple of 16.
-            (guest::RSP, vcpu_area(vcpu) + area::L2_STACK_TOP - 8),
-            (guest::RFLAGS, port::USER_FLAGS.into()),
             (guest::DEBUG_CONTROL, 0),
             (guest::INTERRUPTIBILITY, 0),
             (guest::ACTIVITY, 0),
@@ -204,6 +200,23 @@ unsafe fn write_guest(vcpu: usize, pml4: u64, [cr0, _, cr4]: [u64; 3]) -> Result
             (guest::SYSENTER_CS, 0),
             (guest::SYSENTER_ESP, 0),
             (guest::SYSENTER_EIP, 0),
+        ])?;
+        write_begin(vcpu)
+    }
+}
+
+/// L2 is at [`main`], on an empty stack.
+///
+/// # Safety
+/// As [`vmwrite`].
+unsafe fn write_begin(vcpu: usize) -> Result<(), Failed> {
+    // SAFETY: the caller's.
+    unsafe {
+        write_all(&[
+            (guest::RIP, main::<Vmx> as *const () as u64),
+            // As a function finds it that was called: 8 below a multiple of 16.
+            (guest::RSP, vcpu_area(vcpu) + area::L2_STACK_TOP - 8),
+            (guest::RFLAGS, port::USER_FLAGS.into()),
         ])
     }
 }
@@ -320,6 +333,12 @@ impl Extension for Vmx {
 
     fn set_rax(&mut self, value: u64) {
         self.registers.rax = value;
+    }
+
+    fn restart(&mut self) {
+        let index = vcpu::current();
+        // SAFETY: at ring 0, in VMX operation since `new`; each vCPU has one VMCS.
+        at_ring_0(|| unsafe { write_begin(index) });
     }
 
     fn use_flags(&mut self, on: bool) -> bool {

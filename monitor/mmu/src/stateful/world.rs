@@ -250,7 +250,7 @@ impl World {
         // Now and then L2 writes what is there already.
         self.fresh += 1;
         let value = if c.is_multiple_of(13) { u64::MAX } else { self.fresh };
-        let right = Reference::needed(self.contexts[number].1.format, request);
+        let right = <Reference>::needed(self.contexts[number].1.format, request);
         let ended = if request.table_walk {
             self.walker.access(&mut self.mmu, root, l2, request, right)
         } else {

@@ -101,6 +101,52 @@ impl Machine {
         Ok(window)
     }
 
+    /// The same where nothing is timed, so that nothing need settle.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn untimed(&self, vcpus: Range<usize>, command: Command, argument: u64) -> Result<(), Error> {
+        self.begin_of(vcpus.clone(), command, argument)?;
+        self.finish(vcpus, name(command)).map(|_| ())
+    }
+
+    /// The same for a command in which one vCPU's L2 may never come to an end: after `patience` it is given back to its L1. Says how often.
+    ///
+    /// # Errors
+    /// [`Error::Broken`] and [`Error::Silent`].
+    pub fn untimed_within(
+        &self,
+        vcpu: usize,
+        command: Command,
+        argument: u64,
+        patience: Duration,
+    ) -> Result<u64, Error> {
+        const PAUSE: Duration = Duration::from_millis(20);
+        self.begin_of(vcpu..vcpu + 1, command, argument)?;
+        let (mut expelled, mut waited) = (0, Duration::ZERO);
+        loop {
+            let wait = if expelled == 0 { patience } else { PAUSE };
+            match self.stops.recv_timeout(wait) {
+                Ok(Stop { exit: Exit::Doorbell(Doorbell::Ready), .. }) => {
+                    self.threads[vcpu].withdraw_kick();
+                    return Ok(expelled);
+                }
+                // A kick that came when L2 had just been left.
+                Ok(Stop { exit: Exit::Kicked { .. }, .. }) => self.threads[vcpu].run(),
+                Ok(stop) => return Err(self.broken(stop.vcpu, stop.exit)),
+                Err(_) if waited > PATIENCE => return Err(self.silent(vcpu, name(command))),
+                Err(_) => {
+                    waited += wait;
+                    expelled += 1;
+                    if let Some(l2) = &self.l2 {
+                        l2.expel();
+                    }
+                    self.threads[vcpu].kick();
+                }
+            }
+        }
+    }
+
     /// Gives all vCPUs a command and does not wait. [`Self::finish_all`] waits.
     ///
     /// # Errors
@@ -357,6 +403,10 @@ const fn name(command: Command) -> &'static str {
         Command::Toggle => "a toggle",
         Command::Touch => "touching pages",
         Command::Provoke => "provoking a violation",
+        Command::Play => "random edits of L1's table",
+        Command::Probe => "probing what they came to",
+        Command::Renew => "building L1's table anew",
+        Command::Attack => "an attack of L1's",
     }
 }
 

@@ -3,6 +3,8 @@
 use super::Machine;
 use crate::guest::Error;
 use crate::kvm;
+use umbra_shared::control::ControlPage;
+use umbra_shared::edits::Answers;
 use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::vcpu_area;
 use umbra_shared::nested::Report;
@@ -86,6 +88,22 @@ impl Machine {
                 ..one
             })
         })
+    }
+
+    /// The control page of one vCPU's L2, as L1 left it.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if it is not there.
+    pub fn control(&self, vcpu: usize) -> Result<ControlPage, Error> {
+        read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::CONTROL_BLOCK)
+    }
+
+    /// What became of the last probes of one vCPU's L2.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if they are not there.
+    pub fn answers(&self, vcpu: usize) -> Result<Answers, Error> {
+        read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::ANSWERS)
     }
 
     /// What SMM's handler keeps for one vCPU.

@@ -53,6 +53,13 @@ impl State {
         found.ok_or_else(|| outside(stretch))
     }
 
+    /// Gives blocked pages their rights back.
+    fn release(&mut self) -> io::Result<()> {
+        std::mem::take(&mut self.blocked)
+            .into_iter()
+            .try_for_each(|start| pages::admit(Stretch { start, pages: 1 }, true))
+    }
+
     fn page(&mut self, at: Hva) -> Option<Page> {
         let (window, page) = self.window(Stretch { start: at, pages: 1 }).ok()?;
         window.pages.get(usize::try_from(page).ok()?).copied()
@@ -209,7 +216,11 @@ impl Source for Userfaults {
         if state.failed.is_some() {
             return Told::Nothing;
         }
-        let Some(fault) = state.faults.remove(&thread) else { return Told::Again };
+        let Some(fault) = state.faults.remove(&thread) else {
+            // The page was blocked for another vCPU, or for an access of this one that a signal ended before its failure was seen: nobody may come
+            // back for it. Whoever touches it next is told anew.
+            return if state.release().is_ok() { Told::Again } else { Told::Nothing };
+        };
         match fault.place {
             Place::Hva(page) if state.blocked.contains(&page) => Told::At(fault),
             // Another vCPU faulted there as well, and its fault is settled.

@@ -1,0 +1,175 @@
+//! The same edits on a table of the monitor's own, and what Umbra's software walker makes of L2's probes under it.
+
+use crate::failure::Failure;
+use crate::kvm::capabilities::NestedEpt;
+use crate::pages::PageSet;
+use umbra_mmu::guest::{GuestCaps, Reflection};
+use umbra_mmu::track::strategy;
+use umbra_mmu::walker::{Ended, PlainMemory, Walker};
+use umbra_mmu::{
+    Config, Env, Format, Frame, Invalidation, Kind, L1Memory as _, Mmu, MmuError, Request, RootId, RootRole, Slot,
+};
+use umbra_shared::edits::{Board, Epoch, Probe, Words};
+use umbra_shared::layout::TRACKED_GPA;
+use umbra_shared::nested::{Flags, L2_BASE, Nested};
+use umbra_shared::paging::{ept, long};
+use umbra_shared::{Gfn, Level, PAGE_SIZE, nested};
+
+/// Where the copy of the table is: root, pointers, directory, then leaf tables.
+const ROOT: u64 = 1;
+/// Page index of L1's first tracked page.
+const FIRST: u64 = 512;
+/// Entries of the walker's TLB, as a power of two.
+const TLB_BITS: u32 = 8;
+
+/// The copy's memory, while it is played on.
+#[derive(Default)]
+struct Tables(PlainMemory);
+
+impl Words for Tables {
+    fn read(&self, address: u64) -> u64 {
+        self.0.read(Frame(address / PAGE_SIZE), address % PAGE_SIZE)
+    }
+
+    fn write(&mut self, address: u64, value: u64) {
+        self.0.write(Frame(address / PAGE_SIZE), address % PAGE_SIZE, value);
+    }
+}
+
+/// What a probe has to come to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// It is made; a read finds this.
+    Done(u64),
+    /// L1 is told, with this information about the access.
+    Told(u64),
+}
+
+/// A copy of L1: table and memory.
+pub struct Mirror {
+    board: Board<Tables>,
+    walker: Walker,
+    mmu: Mmu,
+    root: RootId,
+    pages: u64,
+    /// L1's pages that L2 wrote since this was last cleared.
+    pub written: PageSet,
+}
+
+fn broken(error: &MmuError) -> Failure {
+    Failure::Check(format!("the walker: {error}"))
+}
+
+impl Mirror {
+    /// A copy of what L1 has when it has filled its table, with each page's first word as [`Mirror::word`] says.
+    ///
+    /// # Errors
+    /// [`Failure::Input`] for what cannot be edited.
+    pub fn new(nested: &Nested, offered: Option<NestedEpt>) -> Result<Self, Failure> {
+        let (map, pages) = (nested.map, nested.map.l1_pages());
+        let mut memory = PlainMemory::new(FIRST + pages, 0);
+        let format = match nested.format {
+            nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: nested.flags != Flags::Unused },
+            _ => Format::Npt { five_levels: false, nx: true },
+        };
+        let (table, leaf) = match nested.format {
+            nested::Format::Ept => (ept::RIGHTS, ept::RIGHTS | ept::WRITE_BACK),
+            _ => (long::PRESENT | long::WRITE | long::USER, long::PRESENT | long::WRITE | long::USER),
+        };
+        let at = |frame: u64| frame * PAGE_SIZE;
+        let index = |level: Level| (L2_BASE.address() >> level.shift() & 511) * 8;
+        memory.write(Frame(ROOT), index(Level::T512), at(ROOT + 1) | table);
+        memory.write(Frame(ROOT + 1), index(Level::G1), at(ROOT + 2) | table);
+        let regions = (map.l2_pages() / 512).min(umbra_shared::edits::MAX_REGIONS as u64);
+        for region in 0..regions {
+            memory.write(Frame(ROOT + 2), region * 8, at(ROOT + 3 + region) | table);
+        }
+        for page in 0..regions * 512 {
+            let to = TRACKED_GPA + map.l1_page(page) * PAGE_SIZE;
+            memory.write(Frame(ROOT + 3 + page / 512), page % 512 * 8, to | leaf);
+        }
+        (0..pages).for_each(|page| memory.write(Frame(FIRST + page), 0, Self::word(page)));
+        let board = Board::find(Tables(memory), ROOT * PAGE_SIZE, nested.format, pages, map.l2_pages());
+        let Some(mut board) = board else {
+            return Err(Failure::Input(format!(
+                "--memory {}M: regions of 2M are edited, so it is a multiple of 2M",
+                (pages * PAGE_SIZE) >> 20
+            )));
+        };
+        let mut walker = Walker::new(std::mem::take(&mut board.words().0), TLB_BITS);
+        let slots = [
+            Slot { base: Gfn(0), frames: FIRST, first: Frame(0), read_only: false, max_level: Level::G1 },
+            Slot {
+                base: Gfn::containing(TRACKED_GPA),
+                frames: pages,
+                first: Frame(FIRST),
+                read_only: false,
+                max_level: Level::G1,
+            },
+        ];
+        let Some(strategy) = strategy("write-protect") else {
+            return Err(Failure::Check("the walker has no strategy write-protect".into()));
+        };
+        let caps = offered.map_or_else(GuestCaps::default, |offered| GuestCaps {
+            address_bits: offered.address_bits,
+            execute_only: offered.execute_only,
+            giant_pages: offered.giant_pages,
+        });
+        let config = Config { caps, ..Config::new(FIRST + pages, strategy) };
+        let mut mmu = Mmu::new(config, &slots).map_err(|error| broken(&error))?;
+        let root = mmu
+            .load_root(&mut walker.env(), RootRole::new(format), ROOT * PAGE_SIZE)
+            .map_err(|error| broken(&error))?;
+        Ok(Self { board, walker, mmu, root, pages, written: PageSet::new(pages) })
+    }
+
+    /// What L1's page begins with at first: no stamp of a probe's.
+    #[must_use]
+    pub const fn word(page: u64) -> u64 {
+        page + 1
+    }
+
+    /// What it begins with now.
+    #[must_use]
+    pub fn word_now(&self, page: u64) -> u64 {
+        self.walker.load(Frame(FIRST + page), 0)
+    }
+
+    /// Plays an epoch, and invalidates if that is due.
+    pub fn play(&mut self, seed: u64, number: u64) -> Epoch {
+        self.board.words().0 = std::mem::take(&mut self.walker.memory);
+        let epoch = self.board.play(seed, number);
+        self.walker.memory = std::mem::take(&mut self.board.words().0);
+        if epoch.due {
+            let Walker { memory, tlb, .. } = &mut self.walker;
+            self.mmu.invalidate(&mut Env { memory, mapper: tlb }, Invalidation::All);
+        }
+        epoch
+    }
+
+    /// What a probe comes to that writes `stamp`, if it writes.
+    ///
+    /// # Errors
+    /// [`Failure::Check`] if the walker has no answer.
+    pub fn probe(&mut self, probe: Probe, stamp: u64) -> Result<Expected, Failure> {
+        let l2 = L2_BASE.plus(probe.page);
+        let request = Request::of(if probe.write { Kind::Write } else { Kind::Read });
+        match self.walker.execute(&mut self.mmu, self.root, l2, request, (0, stamp)) {
+            Ended::Done { frame, .. } if probe.write => {
+                self.written.insert(frame.0.wrapping_sub(FIRST));
+                Ok(Expected::Done(0))
+            }
+            Ended::Done { frame, .. } => Ok(Expected::Done(self.walker.load(frame, 0))),
+            Ended::Reflected(Reflection::EptViolation(bits) | Reflection::NestedPageFault(bits)) => {
+                Ok(Expected::Told(bits))
+            }
+            other => Err(Failure::Check(format!("the walker answers {probe:?} with {other:?}"))),
+        }
+    }
+
+    /// L1's tracked pages.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.pages
+    }
+}

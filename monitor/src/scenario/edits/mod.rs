@@ -1,0 +1,263 @@
+//! Random edits of L1's table, in epochs ([`umbra_shared::edits`]): after each, what L2 reads and writes and what L1 is told has to be what Umbra's
+//! software walker says of the same table. On KVM's own nesting, and on Umbra's shadow MMU under each strategy, whose report of written
+//! pages is checked as well.
+//!
+//! ```text
+//! vCPU 0   edits ---|                    probes |
+//! vCPU 1            | probes | edits ----|                 each waits where the other one's bar is
+//! monitor  the same edits and probes on the walker, compared at each bar; harvest at every third
+//! ```
+
+mod mirror;
+
+use super::Setup;
+use super::l2::Nesting;
+use crate::failure::Failure;
+use crate::guest::{Machine, Plan};
+use crate::kvm::capabilities;
+use crate::pages::PageSet;
+use crate::progress::Progress;
+use crate::report::Record;
+use crate::report::record::{Counter, Row};
+use crate::scenario::setup::Fault;
+use crate::track::{Kind, Tracker};
+use mirror::{Expected, Mirror};
+use std::collections::BTreeMap;
+use umbra_shared::PAGE_SIZE;
+use umbra_shared::control;
+use umbra_shared::edits::{Answer, Probe};
+use umbra_shared::nested::{L2_BASE, Nested, Way};
+use umbra_shared::protocol::Command;
+
+/// SVM's exit code of a nested page fault (APM 2, appendix C); VMX's basic exit reason of an EPT violation (SDM 3D, appendix C).
+const NESTED_PAGE_FAULT: u64 = 0x400;
+const EPT_VIOLATION: u64 = 48;
+/// Differences that are named one by one.
+const NAMED: usize = 16;
+/// Epochs from a harvest to the next: edits come between writes and their harvest, too.
+const HARVEST: u64 = 3;
+/// Epochs from a comparison of windows, EPT02 and the process's memory map to the next.
+const AUDIT: u64 = 16;
+
+/// Runs the scenario.
+pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
+    let Some(l2) = &setup.l2 else { return Err(Failure::Input("edits: its options are missing".into())) };
+    let mut rows = Vec::new();
+    for nesting in l2.ways_here(crate::host::vendor()).into_iter().filter(|way| *way != Nesting::Plain) {
+        let kinds: Vec<Option<Kind>> = match nesting {
+            Nesting::Umbra => l2.means.iter().map(|&means| Some(Kind::Shadow(means))).collect(),
+            _ => vec![None],
+        };
+        let plan = super::nested::plan(setup, l2, nesting);
+        for kind in kinds {
+            let name = kind.map_or_else(|| nesting.to_string(), |kind| format!("{nesting}:{kind}"));
+            let row = match &plan {
+                Ok(plan) => Game::new(setup, plan, kind, &name, progress).and_then(|game| game.finish(progress)),
+                Err(Failure::NotHere(why)) => Err(Failure::NotHere(why.clone())),
+                Err(other) => Err(Failure::Check(other.to_string())),
+            };
+            rows.push(Setup::or_not_here(&name, row)?);
+        }
+    }
+    let measured = |row: &crate::report::record::Rows| matches!(row, crate::report::record::Rows::Measured(_));
+    let has_umbra = rows.iter().any(|row| measured(row) && row.name().starts_with("umbra:"));
+    setup.record_of(
+        rows,
+        |name| {
+            if name.starts_with("umbra:") && has_umbra { l2.means_by_name } else { l2.named(name) }
+        },
+    )
+}
+
+/// One row.
+struct Game<'a> {
+    setup: &'a Setup,
+    nested: Nested,
+    tracker: Option<(Kind, Box<dyn Tracker>)>,
+    machine: Machine,
+    mirror: Mirror,
+    row: Row,
+    counts: BTreeMap<&'static str, u64>,
+    reported: PageSet,
+}
+
+impl<'a> Game<'a> {
+    fn new(
+        setup: &'a Setup,
+        plan: &Plan,
+        kind: Option<Kind>,
+        name: &str,
+        progress: &Progress,
+    ) -> Result<Self, Failure> {
+        let mut plan = plan.clone();
+        if let Some(Kind::Shadow(means)) = kind {
+            plan.shadow = super::nested::shadow(setup, &plan, means, progress)?;
+        }
+        let Some(nested) = plan.nested else { return Err(Failure::Check("edits: a plan without an L2".into())) };
+        let offered = if nested.way == Way::Vmx { Some(capabilities::nested_vmx()?) } else { None };
+        let mirror = Mirror::new(&nested, offered)?;
+        progress.step(&format!("{name}: boot"));
+        let machine = Machine::new(&plan, None, |_| Ok(()))?;
+        for slot in machine.vm().slots() {
+            let first = slot.place.first_page;
+            (0..slot.place.pages).for_each(|page| {
+                let _ = slot.memory.set_first_word(page, Mirror::word(first + page));
+            });
+        }
+        machine.untimed(0..machine.vcpus(), Command::Fill, 0)?;
+        let tracker = kind.map(|kind| Ok::<_, Failure>((kind, kind.build(&machine, None)?))).transpose()?;
+        let reported = PageSet::new(mirror.pages());
+        let row = Row { name: name.to_owned(), ..Row::default() };
+        let counts = ["edits", "epochs", "due", "probes", "violations", "different"].map(|name| (name, 0)).into();
+        Ok(Self { setup, nested, tracker, machine, mirror, row, counts, reported })
+    }
+
+    fn finish(mut self, progress: &Progress) -> Result<Row, Failure> {
+        let wanted = self.setup.l2.as_ref().map_or(0, |l2| l2.edits);
+        progress.step(&format!("{}: {wanted} edits", self.row.name));
+        if let Some((_, tracker)) = &mut self.tracker {
+            tracker.start(&self.machine)?;
+        }
+        let mut number = 0;
+        while self.counts["edits"] < wanted {
+            number += 1;
+            self.epoch(number)?;
+            if number % HARVEST == 0 {
+                self.harvest(number)?;
+            }
+            if number % AUDIT == 0 {
+                self.audit(number)?;
+            }
+        }
+        self.harvest(number)?;
+        self.audit(number)?;
+        self.compare_memory();
+        let different = self.counts["different"];
+        if different > NAMED as u64 {
+            self.row.truth.faults.push(format!("and {} more differences", different - NAMED as u64));
+        }
+        let pages = self.row.truth.pages;
+        if pages.missed + pages.extra > 0 {
+            let what = format!("{} pages missed, {} extra", pages.missed, pages.extra);
+            self.row.truth.faults.push(what);
+        }
+        let mut counts: Vec<(&str, u64)> = self.counts.iter().map(|(name, value)| (*name, *value)).collect();
+        if let Some((_, tracker)) = &self.tracker {
+            counts.extend(tracker.counters(&self.machine));
+        }
+        for (name, value) in counts {
+            let counter = Counter { value, source: "umbra".to_owned(), pass: "observed".to_owned() };
+            self.row.counters.insert(name.to_owned(), counter);
+        }
+        Ok(self.row)
+    }
+
+    fn count(&mut self, name: &'static str, more: u64) {
+        *self.counts.entry(name).or_default() += more;
+    }
+
+    fn differs(&mut self, what: String) {
+        self.count("different", 1);
+        if self.counts["different"] <= NAMED as u64 {
+            self.row.truth.faults.push(what);
+        }
+    }
+
+    /// One vCPU edits while every L2 stands still; then the L2 of another probes, if there is another.
+    fn epoch(&mut self, number: u64) -> Result<(), Failure> {
+        let vcpus = self.machine.vcpus();
+        let editor = usize::try_from(number).unwrap_or(0) % vcpus;
+        let prober = (editor + 1) % vcpus;
+        self.machine.untimed(editor..editor + 1, Command::Play, number)?;
+        self.machine.untimed(prober..prober + 1, Command::Probe, 0)?;
+        let answers = self.machine.answers(prober)?;
+        let seed = self.nested.map.seed();
+        // The fault: the walker plays another epoch.
+        let lost = self.setup.inject == Some(Fault::LoseEdit) && number == 3;
+        let epoch = self.mirror.play(seed, if lost { 0 } else { number });
+        self.count("epochs", 1);
+        self.count("edits", epoch.edits);
+        self.count("due", epoch.due.into());
+        if answers.count != epoch.probes().len() as u64 {
+            self.differs(format!("epoch {number}: L2 made {} probes of {}", answers.count, epoch.probes().len()));
+        }
+        for ((index, &probe), answer) in epoch.probes().iter().enumerate().zip(&answers.probes) {
+            let expected = self.mirror.probe(probe, Probe::stamp(number, index))?;
+            self.count("probes", 1);
+            self.count("violations", u64::from(answer.code != 0));
+            if let Some(what) = difference(self.nested.way, probe, answer, expected) {
+                self.differs(format!("epoch {number}, probe {index}: {what}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares what the tracker reports with what was written since the last time.
+    fn harvest(&mut self, number: u64) -> Result<(), Failure> {
+        let Some((kind, tracker)) = &mut self.tracker else { return Ok(()) };
+        tracker.harvest(&self.machine)?;
+        if tracker.clears() {
+            tracker.clear(&self.machine)?;
+        }
+        self.reported.clear();
+        tracker.report(&self.machine, &mut self.reported);
+        let written = &self.mirror.written;
+        let missed = written.without(&self.reported).count();
+        let unwritten = self.reported.without(written).count();
+        let explained = if kind.initially_all_set() && number == HARVEST { unwritten } else { 0 };
+        let pages = &mut self.row.truth.pages;
+        pages.written += written.count();
+        pages.reported += self.reported.count();
+        pages.missed += missed;
+        pages.extra += unwritten - explained;
+        pages.explained += explained;
+        self.mirror.written.clear();
+        Ok(())
+    }
+
+    /// The windows are what EPT02 says and what the process has mapped.
+    fn audit(&mut self, number: u64) -> Result<(), Failure> {
+        let Some(l2) = self.machine.l2() else { return Ok(()) };
+        let audited = l2.shadow()?.audit();
+        if let Err(what) = audited {
+            self.differs(format!("after epoch {number}: {what}"));
+        }
+        Ok(())
+    }
+
+    /// Every page of L1's memory ends as the walker's.
+    fn compare_memory(&mut self) {
+        for page in 0..self.mirror.pages() {
+            let (found, expected) = (self.machine.vm().first_word(page), self.mirror.word_now(page));
+            if found != Some(expected) {
+                let found = found.unwrap_or(0);
+                self.differs(format!("L1's page {page} begins with {found:#x} at the end, not {expected:#x}"));
+            }
+        }
+    }
+}
+
+/// What is wrong with an answer, if something is. Umbra's fault sources know the page of an access, not always the byte.
+fn difference(way: Way, probe: Probe, answer: &Answer, expected: Expected) -> Option<String> {
+    let (code, bytes) = match way {
+        Way::Svm => (NESTED_PAGE_FAULT, 1),
+        Way::Vmx => (EPT_VIOLATION, 1),
+        Way::Umbra | Way::Plain => (control::Exit::Violation as u64, PAGE_SIZE),
+    };
+    let address = L2_BASE.plus(probe.page).address();
+    let right = match expected {
+        Expected::Done(value) => answer.code == 0 && answer.value == value,
+        Expected::Told(bits) => {
+            (answer.code, answer.qualification, answer.address / bytes) == (code, bits, address / bytes)
+        }
+    };
+    let verb = if probe.write { "writes" } else { "reads" };
+    (!right).then(|| format!("L2 {verb} page {}: {}, the walker says {expected:x?}", probe.page, describe(answer)))
+}
+
+fn describe(answer: &Answer) -> String {
+    match answer.code {
+        0 => format!("done, {:#x}", answer.value),
+        code => format!("exit {code:#x} ({:#x}) at {:#x}", answer.qualification, answer.address),
+    }
+}

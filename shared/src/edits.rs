@@ -1,0 +1,584 @@
+//! Random edits of L1's table, and the accesses of L2 by which they are seen: from a seed, so that whoever plays the same epochs on the same
+//! table makes the same edits. The firmware plays them on EPT12 in L1's memory, the monitor on a copy of its own.
+//!
+//! An *epoch* is some edits, one invalidation if one of them made it due, and then probes: reads and writes of L2 at the pages that the edits
+//! concern. The state is the table itself. L2's first [`MAX_REGIONS`] regions of 2 MiB each have a leaf table of their own, whether it is in use or not:
+//!
+//! ```text
+//! directory of L2_BASE's GiB        leaf tables
+//!   region 0  ------------------>   table 0      512 pages, each one of L1's, writable or not, or none
+//!   region 1  --------------\
+//!   region 2  (2 MiB leaf)   \-->   table 3      another region's table: all of its pages are aliases
+//!   region 3  ------------------>   table 3
+//! ```
+
+use crate::gfn::{Level, PAGE_SIZE};
+use crate::layout::TRACKED_GPA;
+use crate::nested::{Format, L2_BASE};
+use crate::paging::{ADDRESS_MASK, ENTRIES, ept, long};
+use crate::pattern::mix;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Regions that are edited, at most.
+pub const MAX_REGIONS: usize = 8;
+/// Probes of an epoch, at most.
+pub const MAX_PROBES: usize = 120;
+/// Edits of an epoch, at most.
+pub const MAX_EDITS: usize = 8;
+const PAGES: u64 = ENTRIES as u64;
+/// Pages of a region that are looked at when all of it is concerned: its first, its last, and some between.
+const SAMPLE: u64 = 4;
+
+/// Memory that holds a table, by L1's physical addresses.
+pub trait Words {
+    /// The word at `address`, a multiple of 8.
+    fn read(&self, address: u64) -> u64;
+    /// Stores it.
+    fn write(&mut self, address: u64, value: u64);
+}
+
+/// An entry of the table, in no format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Not present.
+    None,
+    /// A leaf: L1's tracked page, the first one of a region's, and whether L2 may write.
+    Page(u64, bool),
+    /// The leaf table of that region, and whether L2 may write below.
+    Table(u64, bool),
+}
+
+/// An entry's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// The directory's entry for a region.
+    Region(u64),
+    /// Entry `.1` of region `.0`'s own table.
+    Page(u64, u64),
+}
+
+/// An edit. Pages and regions are L2's but for `to`, which is L1's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Edit {
+    Remap { page: u64, to: u64, writable: bool },
+    Unmap { page: u64 },
+    Protect { page: u64 },
+    Alias { page: u64, like: u64 },
+    Split { region: u64 },
+    Merge { region: u64, to: u64, writable: bool },
+    Close { region: u64 },
+    ProtectRegion { region: u64 },
+    Share { region: u64, with: u64 },
+}
+
+impl Edit {
+    /// The region that it is about.
+    const fn region(self) -> u64 {
+        match self {
+            Self::Remap { page, .. } | Self::Unmap { page } | Self::Protect { page } | Self::Alias { page, .. } => {
+                page / PAGES
+            }
+            Self::Split { region }
+            | Self::Merge { region, .. }
+            | Self::Close { region }
+            | Self::ProtectRegion { region }
+            | Self::Share { region, .. } => region,
+        }
+    }
+}
+
+/// An access of L2.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Probe {
+    /// L2's page.
+    pub page: u64,
+    /// It is written, else read.
+    pub write: bool,
+}
+
+impl Probe {
+    /// What probe `index` of an epoch writes: no two are the same, and no page begins with such a word.
+    #[must_use]
+    pub const fn stamp(epoch: u64, index: usize) -> u64 {
+        1 << 63 | epoch << 8 | index as u64
+    }
+}
+
+/// What became of a probe.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Answer {
+    /// What was read.
+    pub value: u64,
+    /// What L1 was told instead: the way's own code, or 0 where the access was made.
+    pub code: u64,
+    /// More about it.
+    pub qualification: u64,
+    /// L2's physical address.
+    pub address: u64,
+}
+
+/// What L1 reports of an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct Answers {
+    /// Probes that were made.
+    pub count: u64,
+    /// One for each of them.
+    pub probes: [Answer; MAX_PROBES],
+}
+
+const _: () = assert!(size_of::<Answers>() as u64 <= PAGE_SIZE);
+
+/// An epoch that was played.
+#[derive(Clone, Debug)]
+pub struct Epoch {
+    /// Edits that were made.
+    pub edits: u64,
+    /// L1 has to say that entries changed.
+    pub due: bool,
+    probes: [Probe; MAX_PROBES],
+    count: usize,
+}
+
+impl Epoch {
+    /// What L2 does then.
+    #[must_use]
+    pub fn probes(&self) -> &[Probe] {
+        &self.probes[..self.count]
+    }
+
+    fn push(&mut self, page: u64) {
+        for write in [false, true] {
+            if let Some(probe) = self.probes.get_mut(self.count) {
+                *probe = Probe { page, write };
+                self.count += 1;
+            }
+        }
+    }
+}
+
+/// A sequence of numbers.
+pub(crate) struct Random(u64);
+
+impl Random {
+    /// Sequence `number` of those of `seed`.
+    pub(crate) const fn of(seed: u64, number: u64) -> Self {
+        Self(mix(seed ^ mix(number)))
+    }
+
+    /// The next number, of 63 bits.
+    pub(crate) const fn next(&mut self) -> u64 {
+        self.0 = mix(self.0);
+        self.0 >> 1
+    }
+
+    /// One below `limit`, which is not 0.
+    pub(crate) const fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+
+    /// The same for a small limit.
+    #[allow(clippy::cast_possible_truncation)] // Below `limit`.
+    pub(crate) const fn index(&mut self, limit: usize) -> usize {
+        self.below(limit as u64) as usize
+    }
+}
+
+/// The part of L1's table that is edited.
+#[derive(Debug)]
+pub struct Board<W> {
+    words: W,
+    format: Format,
+    /// Physical address of the directory.
+    directory: u64,
+    /// Physical addresses of the regions' own tables.
+    tables: [u64; MAX_REGIONS],
+    regions: u64,
+    /// L1's tracked pages, a multiple of 512.
+    pages: u64,
+}
+
+impl<W: Words> Board<W> {
+    /// The board in the table with its root at `root`, where every region of L2's `l2_pages` pages has a leaf table. `None` if one has none, if
+    /// pages make no whole regions, or the format has 4-byte entries or three levels.
+    pub fn find(words: W, root: u64, format: Format, l1_pages: u64, l2_pages: u64) -> Option<Self> {
+        let whole = l1_pages.is_multiple_of(PAGES) && l2_pages.is_multiple_of(PAGES);
+        if !whole || l1_pages == 0 || !matches!(format, Format::Ept | Format::Npt) {
+            return None;
+        }
+        let below = |table: u64, level: Level| {
+            let entry = words.read(table + (L2_BASE.address() >> level.shift()) % PAGES * 8);
+            (entry & ADDRESS_MASK != 0).then_some(entry & ADDRESS_MASK)
+        };
+        let directory = below(below(root, Level::T512)?, Level::G1)?;
+        let regions = (l2_pages / PAGES).min(MAX_REGIONS as u64);
+        let mut tables = [0; MAX_REGIONS];
+        for (region, table) in (0..regions).zip(&mut tables) {
+            let entry = words.read(directory + region * 8);
+            if entry & ADDRESS_MASK == 0 || entry & ept::LARGE != 0 {
+                return None;
+            }
+            *table = entry & ADDRESS_MASK;
+        }
+        Some(Self { words, format, directory, tables, regions, pages: l1_pages })
+    }
+
+    /// The words.
+    pub const fn words(&mut self) -> &mut W {
+        &mut self.words
+    }
+
+    /// Physical addresses of the directory, and of the regions' own tables.
+    #[must_use]
+    pub const fn places(&self) -> (u64, [u64; MAX_REGIONS]) {
+        (self.directory, self.tables)
+    }
+
+    /// L1's tracked pages.
+    #[must_use]
+    pub const fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// Regions that are edited.
+    #[must_use]
+    pub const fn regions(&self) -> u64 {
+        self.regions
+    }
+
+    /// The physical address of a region's own table.
+    fn table(&self, region: u64) -> u64 {
+        usize::try_from(region).ok().and_then(|region| self.tables.get(region).copied()).unwrap_or(0)
+    }
+
+    fn address(&self, place: Place) -> u64 {
+        match place {
+            Place::Region(region) => self.directory + region * 8,
+            Place::Page(region, index) => self.table(region) + index * 8,
+        }
+    }
+
+    fn get(&self, place: Place) -> Entry {
+        let raw = self.words.read(self.address(place));
+        let (present, write) = match self.format {
+            Format::Ept => (ept::RIGHTS, ept::WRITE),
+            _ => (long::PRESENT, long::WRITE),
+        };
+        let (writable, address) = (raw & write != 0, raw & ADDRESS_MASK);
+        if raw & present == 0 {
+            return Entry::None;
+        }
+        if matches!(place, Place::Region(_)) && raw & ept::LARGE == 0 {
+            let region = self.tables.iter().position(|&table| table == address).unwrap_or(0);
+            return Entry::Table(region as u64, writable);
+        }
+        Entry::Page(address.wrapping_sub(TRACKED_GPA) / PAGE_SIZE, writable)
+    }
+
+    /// Stores an entry. Says whether translations by what was there are void now: it was present, and it led elsewhere or granted more.
+    fn set(&mut self, place: Place, entry: Entry) -> bool {
+        let old = self.get(place);
+        let raw = match self.format {
+            Format::Ept => encode_ept(entry, place),
+            _ => encode_npt(entry, place),
+        };
+        let raw = match entry {
+            Entry::None => 0,
+            Entry::Page(page, _) => raw | (TRACKED_GPA + page * PAGE_SIZE),
+            Entry::Table(region, _) => raw | self.table(region),
+        };
+        let address = self.address(place);
+        self.words.write(address, raw);
+        match (old, entry) {
+            (Entry::None, _) => false,
+            (Entry::Page(old, was), Entry::Page(new, is)) | (Entry::Table(old, was), Entry::Table(new, is)) => {
+                old != new || was && !is
+            }
+            _ => true,
+        }
+    }
+
+    /// The table that serves a region, if one does.
+    fn table_of(&self, region: u64) -> Option<u64> {
+        match self.get(Place::Region(region)) {
+            Entry::Table(table, _) => Some(table),
+            _ => None,
+        }
+    }
+
+    /// L1's page that L2's page is.
+    fn leads_to(&self, page: u64) -> Option<u64> {
+        let (region, index) = (page / PAGES, page % PAGES);
+        match self.get(Place::Region(region)) {
+            Entry::None => None,
+            Entry::Page(first, _) => Some(first + index),
+            Entry::Table(table, _) => match self.get(Place::Page(table, index)) {
+                Entry::Page(page, _) => Some(page),
+                _ => None,
+            },
+        }
+    }
+
+    fn choose(&self, random: &mut Random) -> Edit {
+        let region = random.below(self.regions);
+        // Half of the edits meet at a few pages.
+        let index = if random.below(2) == 0 { random.below(8) * 67 } else { random.below(PAGES) };
+        let page = region * PAGES + index;
+        let (to, leaf) = (random.below(self.pages), random.below(self.pages / PAGES) * PAGES);
+        let (other, writable) = (random.below(self.regions * PAGES), random.below(4) != 0);
+        if self.table_of(region).is_none() {
+            return match (random.below(6), self.get(Place::Region(region))) {
+                (0, _) => Edit::Share { region, with: other / PAGES },
+                (1, _) => Edit::ProtectRegion { region },
+                (2, _) => Edit::Merge { region, to: leaf, writable },
+                (3, Entry::Page(..)) => Edit::Close { region },
+                _ => Edit::Split { region },
+            };
+        }
+        match random.below(100) {
+            0..30 => Edit::Remap { page, to, writable },
+            30..45 => Edit::Unmap { page },
+            45..62 => Edit::Protect { page },
+            62..80 => Edit::Alias { page, like: other },
+            80..88 => Edit::Merge { region, to: leaf, writable },
+            88..92 => Edit::Close { region },
+            92..96 => Edit::ProtectRegion { region },
+            _ => Edit::Share { region, with: other / PAGES },
+        }
+    }
+
+    /// Makes it. Says whether an invalidation is due.
+    fn apply(&mut self, edit: Edit) -> bool {
+        let place = |board: &Self, page: u64| {
+            let region = page / PAGES;
+            Place::Page(board.table_of(region).unwrap_or(region), page % PAGES)
+        };
+        match edit {
+            Edit::Remap { page, to, writable } => self.set(place(self, page), Entry::Page(to, writable)),
+            Edit::Unmap { page } => self.set(place(self, page), Entry::None),
+            Edit::Protect { page } => self.protect(place(self, page)),
+            Edit::Alias { page, like } => {
+                let entry = self.leads_to(like).map_or(Entry::None, |to| Entry::Page(to, true));
+                self.set(place(self, page), entry)
+            }
+            Edit::Split { region } => self.split(region),
+            Edit::Merge { region, to, writable } => self.set(Place::Region(region), Entry::Page(to, writable)),
+            Edit::Close { region } => self.set(Place::Region(region), Entry::None),
+            Edit::ProtectRegion { region } => self.protect(Place::Region(region)),
+            Edit::Share { region, with } => self.set(Place::Region(region), Entry::Table(with, true)),
+        }
+    }
+
+    fn protect(&mut self, place: Place) -> bool {
+        let entry = match self.get(place) {
+            Entry::None => Entry::None,
+            Entry::Page(page, writable) => Entry::Page(page, !writable),
+            Entry::Table(table, writable) => Entry::Table(table, !writable),
+        };
+        self.set(place, entry)
+    }
+
+    /// A huge leaf becomes a table that grants the same. Where there is none the region's own table serves again, as it was left.
+    fn split(&mut self, region: u64) -> bool {
+        let mut due = false;
+        if let Entry::Page(first, writable) = self.get(Place::Region(region)) {
+            for index in 0..PAGES {
+                // Another region may be using the table.
+                due |= self.set(Place::Page(region, index), Entry::Page(first + index, writable));
+            }
+        }
+        self.set(Place::Region(region), Entry::Table(region, true)) || due
+    }
+
+    /// Probes the pages that an edit concerns, those included that see the same table by another region.
+    fn probe(&self, edit: Edit, epoch: &mut Epoch, random: &mut Random) {
+        match edit {
+            Edit::Remap { page, .. } | Edit::Unmap { page } | Edit::Protect { page } | Edit::Alias { page, .. } => {
+                let table = self.table_of(page / PAGES);
+                for region in 0..self.regions {
+                    let same = region == page / PAGES || table.is_some() && self.table_of(region) == table;
+                    if same {
+                        epoch.push(region * PAGES + page % PAGES);
+                    }
+                }
+            }
+            _ => {
+                let first = edit.region() * PAGES;
+                epoch.push(first);
+                (0..SAMPLE).for_each(|_| epoch.push(first + random.below(PAGES)));
+                epoch.push(first + PAGES - 1);
+            }
+        }
+    }
+
+    /// Plays epoch `number`.
+    pub fn play(&mut self, seed: u64, number: u64) -> Epoch {
+        let mut random = Random::of(seed, number);
+        let mut epoch = Epoch { edits: 0, due: false, probes: [Probe::default(); MAX_PROBES], count: 0 };
+        let mut edits = [None; MAX_EDITS];
+        for edit in &mut edits {
+            // Four or five on the average.
+            if epoch.edits > 0 && random.below(6) == 0 {
+                break;
+            }
+            epoch.edits += 1;
+            let chosen = self.choose(&mut random);
+            epoch.due |= self.apply(chosen);
+            *edit = Some(chosen);
+        }
+        for edit in edits.into_iter().flatten() {
+            self.probe(edit, &mut epoch, &mut random);
+        }
+        // What nobody edited is as it was.
+        (0..2).for_each(|_| epoch.push(random.below(self.regions * PAGES)));
+        epoch
+    }
+}
+
+/// Bits of an entry but for its address. Execution is always granted: a right that a shadow in userspace cannot enforce.
+fn encode_ept(entry: Entry, place: Place) -> u64 {
+    let rights = |writable: bool| ept::READ | ept::EXECUTE | if writable { ept::WRITE } else { 0 };
+    match entry {
+        Entry::None => 0,
+        Entry::Table(_, writable) => rights(writable),
+        Entry::Page(_, writable) => rights(writable) | ept::WRITE_BACK | large(place),
+    }
+}
+
+fn encode_npt(entry: Entry, place: Place) -> u64 {
+    let rights = |writable: bool| long::PRESENT | long::USER | if writable { long::WRITE } else { 0 };
+    match entry {
+        Entry::None => 0,
+        Entry::Table(_, writable) => rights(writable),
+        Entry::Page(_, writable) => rights(writable) | large(place),
+    }
+}
+
+/// Bit 7 in both formats.
+const fn large(place: Place) -> u64 {
+    if matches!(place, Place::Region(_)) { ept::LARGE } else { 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    /// Words by address; the rest is zeroes.
+    #[derive(Clone, Default)]
+    struct Memory(HashMap<u64, u64>);
+
+    impl Words for Memory {
+        fn read(&self, address: u64) -> u64 {
+            self.0.get(&address).copied().unwrap_or(0)
+        }
+
+        fn write(&mut self, address: u64, value: u64) {
+            assert!(address.is_multiple_of(8));
+            self.0.insert(address, value);
+        }
+    }
+
+    /// A board whose tables lie from `base` on, every page of L2's mapped to one of L1's.
+    fn board(base: u64, format: Format, l1_pages: u64, l2_pages: u64) -> Board<Memory> {
+        let table = long::PRESENT | long::WRITE | long::USER;
+        let mut memory = Memory::default();
+        memory.write(base, (base + 0x1000) | table);
+        memory.write(base + 0x1000 + 4 * 8, (base + 0x2000) | table);
+        for region in 0..l2_pages / PAGES {
+            memory.write(base + 0x2000 + region * 8, (base + 0x3000 + region * PAGE_SIZE) | table);
+        }
+        let mut board = Board::find(memory, base, format, l1_pages, l2_pages).unwrap();
+        for page in 0..board.regions() * PAGES {
+            board.set(Place::Page(page / PAGES, page % PAGES), Entry::Page(page % l1_pages, true));
+        }
+        board
+    }
+
+    /// What L2 sees at a page.
+    fn seen(board: &Board<Memory>, page: u64) -> Option<(u64, bool)> {
+        let (region, index) = (page / PAGES, page % PAGES);
+        match board.get(Place::Region(region)) {
+            Entry::None => None,
+            Entry::Page(first, writable) => Some((first + index, writable)),
+            Entry::Table(table, above) => match board.get(Place::Page(table, index)) {
+                Entry::Page(page, writable) => Some((page, writable && above)),
+                _ => None,
+            },
+        }
+    }
+
+    fn all(board: &Board<Memory>) -> Vec<Option<(u64, bool)>> {
+        (0..board.regions() * PAGES).map(|page| seen(board, page)).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(6))]
+
+        #[test]
+        fn the_same_epochs_make_the_same_table_anywhere(seed: u64) {
+            let mut one = board(0x1_0000, Format::Ept, 1024, 2048);
+            let mut other = board(0x70_0000, Format::Npt, 1024, 2048);
+            for number in 0..24 {
+                let (played, again) = (one.play(seed, number), other.play(seed, number));
+                prop_assert_eq!((played.edits, played.due, played.probes()), (again.edits, again.due, again.probes()));
+                prop_assert_eq!(all(&one), all(&other));
+            }
+        }
+
+        #[test]
+        fn what_is_taken_away_is_due_and_probed(seed: u64) {
+            let mut board = board(0x1_0000, Format::Ept, 1024, 8192);
+            let mut hits = 0;
+            for number in 0..24 {
+                let before = all(&board);
+                let epoch = board.play(seed, number);
+                let after = all(&board);
+                for (was, is) in before.iter().zip(&after) {
+                    let less = was.is_some_and(|(page, writable)| {
+                        is.is_none_or(|(now, still)| now != page || writable && !still)
+                    });
+                    prop_assert!(epoch.due || !less);
+                }
+                prop_assert!(epoch.probes().len() <= MAX_PROBES && (1..=MAX_EDITS as u64).contains(&epoch.edits));
+                hits += epoch.probes().iter().filter(|probe| before[usize::try_from(probe.page).unwrap()] != after[usize::try_from(probe.page).unwrap()]).count();
+            }
+            prop_assert!(hits > 40, "{} probes at pages that changed", hits);
+        }
+    }
+
+    #[test]
+    fn edits_of_every_kind_are_made() {
+        let board = board(0x1_0000, Format::Npt, 1024, 4096);
+        let mut random = Random(7);
+        let mut closed = Board { words: board.words.clone(), ..board };
+        closed.set(Place::Region(1), Entry::None);
+        closed.set(Place::Region(2), Entry::Page(512, true));
+        let mut kinds = [0_u32; 9];
+        for _ in 0..2000 {
+            let edit = closed.choose(&mut random);
+            kinds[match edit {
+                Edit::Remap { .. } => 0,
+                Edit::Unmap { .. } => 1,
+                Edit::Protect { .. } => 2,
+                Edit::Alias { .. } => 3,
+                Edit::Split { .. } => 4,
+                Edit::Merge { .. } => 5,
+                Edit::Close { .. } => 6,
+                Edit::ProtectRegion { .. } => 7,
+                Edit::Share { .. } => 8,
+            }] += 1;
+        }
+        assert!(kinds.iter().all(|&count| count > 20), "{kinds:?}");
+    }
+
+    #[test]
+    fn a_table_that_is_not_whole_is_no_board() {
+        let find = |l1, l2| Board::find(Memory::default(), 0x1000, Format::Ept, l1, l2).is_none();
+        assert!(find(512, 512) && find(100, 512) && find(512, 100) && find(0, 512));
+        let whole = board(0x1_0000, Format::Ept, 512, 1024);
+        assert!(Board::find(whole.words, 0x1_0000, Format::Pae, 512, 1024).is_none());
+    }
+}

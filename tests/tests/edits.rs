@@ -1,0 +1,56 @@
+//! Random edits of L1's table, and a malicious L1, on this machine's KVM. nested.rs and vmx.rs have the lab's.
+
+use umbra_tests::{kvm_here, record, refused};
+
+/// The same on this host, with two vCPUs that edit and probe in turn; and a walker that misses an epoch is noticed.
+#[test]
+fn random_edits_are_seen_by_l2_on_this_host() {
+    if !kvm_here() {
+        return refused(&["run", "edits", "--nesting", "umbra"], 3, &["/dev/kvm"]);
+    }
+    for options in [
+        "--memory 4M --alias 2 --vcpus 2",
+        "--memory 2M --format npt --edits 300 --seed 2",
+        "--memory 4M --alias 3 --alias-kind scattered --accessed-dirty clear --extent 8 --edits 300 --seed 3",
+    ] {
+        let words: Vec<_> = ["run", "edits", "--nesting", "umbra"].into_iter().chain(options.split(' ')).collect();
+        let record = record(&words, 120);
+        assert_eq!(record.faults(), [""; 0], "{options}");
+        assert!(record.measured().count() >= 2, "{options}");
+        let edits = if options.contains("--edits 300") { 300 } else { 500 };
+        for row in record.measured() {
+            umbra_tests::edited(row, edits);
+        }
+    }
+    let lost = ["--nesting", "umbra", "--memory", "2M", "--strategy", "log", "--inject", "lose-edit"];
+    let run = umbra_tests::umbra(&[&["run", "edits"], &lost[..]].concat(), 120);
+    assert_eq!(run.code, Some(1), "{}", run.stderr);
+    assert!(run.stderr.contains("epoch 3, probe") && run.stderr.contains("the walker says"), "{}", run.stderr);
+}
+
+/// Cases of a malicious L1 on this host; and a page that EPT02 does not grant is noticed.
+#[test]
+fn a_malicious_l1_gets_nothing_but_what_its_table_says() {
+    if !kvm_here() {
+        return refused(&["run", "hostile"], 3, &["/dev/kvm"]);
+    }
+    for options in [
+        "--memory 4M --alias 2 --strategy log --mechanism kvm-clear --edits 1100",
+        "--memory 2M --alias 3 --strategy log --mechanism kvm-bitmap --edits 400 --format npt --seed 5 --vcpus 2",
+    ] {
+        let words: Vec<_> = ["run", "hostile"].into_iter().chain(options.split(' ')).collect();
+        let record = record(&words, 300);
+        assert_eq!(record.faults(), [""; 0], "{options}");
+        for row in record.measured() {
+            umbra_tests::besieged(row);
+        }
+    }
+    let stray = ["--memory", "2M", "--edits", "10", "--strategy", "log", "--inject", "stray-page"];
+    let run = umbra_tests::umbra(&[&["run", "hostile"], &stray[..]].concat(), 120);
+    assert_eq!(run.code, Some(1), "{}", run.stderr);
+    assert!(
+        run.stderr.contains("case 3 (--seed 1 --edits 4)") && run.stderr.contains("EPT02 has None"),
+        "{}",
+        run.stderr
+    );
+}
