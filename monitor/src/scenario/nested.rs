@@ -97,8 +97,8 @@ pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Pl
 
 /// The fault source that was asked for, or the cheapest that this host has and `means` can do with.
 fn fault_source(l2: &L2Options, means: Means, nested: Nested, progress: &Progress) -> Result<source::Kind, Failure> {
-    // A page is read-only until its dirty flag is set, or because L1 edits its table at random.
-    let read_only = nested.flags == Flags::Clear || l2.edits > 0;
+    // A page is read-only until its dirty flag is set, until the strategy opens it, or because L1 edits its table at random.
+    let read_only = nested.flags == Flags::Clear || l2.edits > 0 || means.traps();
     if let Some(kind) = l2.source {
         kind.open_for(read_only)?;
         return Ok(kind);
