@@ -9,7 +9,7 @@ use umbra::guest::{Image, Machine, Plan};
 use umbra::kvm::Backing;
 use umbra::kvm::clock::Timer;
 use umbra::nested::source::{self, Kind};
-use umbra::nested::{Means, Mechanism, Options};
+use umbra::nested::{FirstReads, Means, Mechanism, Options, RootPolicy};
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, Nested, Way};
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::{self, Pattern};
@@ -39,10 +39,14 @@ fn plan(source: Kind) -> Plan {
             extent: 8,
             twins: 4,
             pieces: true,
+            first_reads: FirstReads::Exact,
+            roots: RootPolicy::Keep,
+            log_roots: false,
         }),
         smm: None,
         image: Arc::new(Image::load(None).expect("the firmware")),
         timer: Timer::new(Clock::Nanoseconds),
+        patience: Duration::from_secs(120),
     }
 }
 
