@@ -41,7 +41,7 @@ use memory::L1Pages;
 use source::Kind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use umbra_mmu::RootPolicy;
+pub use umbra_mmu::RootPolicy;
 
 /// How an L2 is run.
 #[derive(Clone, Copy, Debug)]
