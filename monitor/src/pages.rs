@@ -78,6 +78,12 @@ impl PageSet {
         })
     }
 
+    /// The set as bits, page 0 in the lowest.
+    #[must_use]
+    pub fn words(&self) -> &[u64] {
+        &self.words
+    }
+
     /// Adds the `pages` pages from `first` on whose bits are set in a slot's `bitmap`. Bits and pages beyond either end are ignored.
     pub fn add_slot(&mut self, first: u64, pages: u64, bitmap: &[u64]) {
         let whole_words = if first.is_multiple_of(64) { index(pages).min(bitmap.len()) } else { 0 };

@@ -246,7 +246,7 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
         let measured = record.measured().count();
         assert!(measured >= 2, "{options}");
         if options.contains("twin,log") {
-            assert!(measured == 3, "{options}: {:?}", record.measured().map(|row| &row.name).collect::<Vec<_>>());
+            assert!(measured == 4, "{options}: {:?}", record.measured().map(|row| &row.name).collect::<Vec<_>>());
         }
         for row in record.measured() {
             let l2 = row.truth.l2.as_ref().expect("L2's pages are checked");
@@ -265,6 +265,30 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
     assert_eq!(run.code, Some(1), "{}", run.stderr);
     for part in ["umbra:log@kvm-clear", "round 2", "pages of L2 missed"] {
         assert!(run.stderr.contains(part), "{part:?} is not in {:?}", run.stderr);
+    }
+}
+
+/// `twin+log` copies what is written densely and logs the rest, and loses nothing when a leaf goes from one to the other.
+#[test]
+fn leaves_are_tracked_by_their_density() {
+    if !kvm_here() {
+        return refused(&["run", "nested", "--nesting", "umbra"], 3, &["/dev/kvm"]);
+    }
+    for (options, dense, copies) in [
+        ("--rounds 3", 4..=4, 8..=8),
+        ("--rounds 2 --pattern random --write-percent 5", 0..=0, 0..=0),
+        ("--rounds 5 --pattern hotspot:30/95 --write-percent 30 --vcpus 2 --alias 2", 1..=8, 1..=16),
+        ("--rounds 4 --remaps 2 --twins 1", 1..=32, 1..=4),
+    ] {
+        let words = "run nested --nesting umbra --memory 8M --leaf 2m --strategy twin+log --fault-source userfaultfd";
+        let words: Vec<_> = words.split(' ').chain(options.split(' ')).collect();
+        let record = record(&words, 120);
+        let row = record.measured().next().expect("a row");
+        assert_eq!(row.name, "umbra:twin+log@kvm-ring");
+        assert_eq!((row.truth.pages.missed, row.truth.pages.extra, row.truth.pages.unchanged), (0, 0, 0), "{options}");
+        let count = |name: &str| row.counters[name].value;
+        assert!(dense.contains(&count("made_dense")), "{options}: {} times dense", count("made_dense"));
+        assert!(copies.contains(&count("twins")), "{options}: {} copies", count("twins"));
     }
 }
 

@@ -12,7 +12,7 @@ use crate::memory::Env;
 use crate::mmu::Mmu;
 use crate::outbox::extent;
 use crate::ptelist::PteLists;
-use crate::spte::{Spte, SpteRef};
+use crate::spte::{Frame, Spte, SpteRef};
 
 impl Mmu {
     /// Applies the configured collapse to every table that could be one leaf.
@@ -54,6 +54,30 @@ impl Mmu {
                 self.post_collapsed(env, at, above, leaf);
             }
         }
+    }
+
+    /// Drops the tables that split huge leaves over the 2 MiB at `first`: faults bring the leaves back. Whether there were any.
+    pub(crate) fn drop_split_tables(&mut self, env: &mut Env<'_>, first: Frame) -> bool {
+        let mut dropped = false;
+        for leaf in self.leaves_of(first, Level::K4) {
+            let header = *self.arena.header(leaf.page());
+            if !header.in_use() || !header.role.direct() || self.arena.spte(leaf).frame() != first {
+                continue;
+            }
+            let limit = Level::M2.min(self.config.max_level);
+            if leaf.index() != 0 || self.slots.max_level(header.gfn, limit, false) < Level::M2 {
+                continue;
+            }
+            let mut cursor = PteLists::walk(header.parents);
+            let parents: Vec<SpteRef> = std::iter::from_fn(|| self.lists.next(&mut cursor)).collect();
+            for at in parents {
+                if self.arena.header(leaf.page()).in_use() && self.arena.spte(at) == Spte::link(leaf.page()) {
+                    self.drop_spte(env, at);
+                    dropped = true;
+                }
+            }
+        }
+        dropped
     }
 
     fn post_collapsed(&mut self, env: &mut Env<'_>, at: SpteRef, level: Level, leaf: Spte) {

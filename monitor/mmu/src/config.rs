@@ -128,6 +128,9 @@ impl Default for Caches {
 /// Copies that `twin` may hold: 128 MiB of them.
 pub const DEFAULT_TWINS: u32 = 64;
 
+/// Pages of 512 at which a copy costs what KVM's log does (docs/nesting.md).
+pub const BREAK_EVEN: u32 = 180;
+
 /// Everything about an MMU that does not change.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
@@ -161,6 +164,10 @@ pub struct Config {
     pub max_l2_regions: u32,
     /// Copies of huge leaves that `twin` may hold at once; further leaves are split.
     pub max_twins: u32,
+    /// Pages of 512 from which on `twin+log` copies and compares a leaf rather than log its pages. At most 512.
+    pub break_even: u32,
+    /// Whoever makes EPT02 effective logs single pages through huge leaves too, where [`crate::Mapper::log_writes`] asks for it.
+    pub logs_huge: bool,
     /// Seed of the hash.
     pub seed: u64,
 }
@@ -185,6 +192,8 @@ impl Config {
             longest_list: 16384,
             max_l2_regions: 1 << 16,
             max_twins: DEFAULT_TWINS,
+            break_even: BREAK_EVEN,
+            logs_huge: false,
             seed: 0x5eed,
         }
     }

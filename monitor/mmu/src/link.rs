@@ -27,7 +27,10 @@ impl Mmu {
 
     /// Before leaf `at` goes: what its dirty flag says must not be lost.
     fn collect_dirty(&mut self, at: SpteRef, spte: Spte, level: Level) {
-        let uses = self.track.as_ref().is_some_and(|track| track.strategy.uses_dirty_bits());
+        // Who compares huge leaves finds out by that what was written.
+        let uses = self.track.as_ref().is_some_and(|track| {
+            track.strategy.uses_dirty_bits() && (level == Level::K4 || !track.strategy.compares())
+        });
         if uses && spte.dirty() && !self.defect(Defect::DirtyLostAtZap) {
             for offset in 0..level.frames() {
                 self.mark_written(at, offset);

@@ -45,7 +45,7 @@ impl Mmu {
         {
             while level > Level::K4 {
                 let base = base_frame(target, level);
-                if track.strategy.traps_huge(track, level) || track.strategy.admit(track, base, level, false) {
+                if track.strategy.traps_huge(track, base, level) || track.strategy.admit(track, base, level, false) {
                     break;
                 }
                 level = below(level);

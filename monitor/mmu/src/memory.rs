@@ -112,6 +112,9 @@ pub trait Mapper {
     }
     /// Nothing in `extent` may be reached.
     fn unmap(&mut self, extent: Extent);
+    /// Writes to the 2 MiB of memory at `first` are to be logged, page by page, from now on, or need not be: for
+    /// strategies that leave leaves open to a log beside the MMU. All its leaves are closed when the log ends.
+    fn log_writes(&mut self, _first: Frame, _on: bool) {}
     /// Translations that were cached are void. Comes last, before the operation returns.
     fn flush(&mut self, flush: Flush);
 }

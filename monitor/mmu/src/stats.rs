@@ -65,6 +65,8 @@ counters! {
     log_entries,
     /// Copies made of huge leaves.
     twins,
+    /// Times that 2 MiB of memory were found to be written densely.
+    made_dense,
     /// Blocks of 64 opened.
     blocks_opened,
     /// A/D flags set in EPT12, in entries.

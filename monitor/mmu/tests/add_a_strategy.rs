@@ -15,7 +15,7 @@ impl Strategy for Coarse {
     }
 
     // 1. Every leaf is closed at the start, and mapped closed later.
-    fn arm(&self, spte: Spte, _: Level) -> Spte {
+    fn arm(&self, _: &Tracking, spte: Spte, _: Level) -> Spte {
         spte.closed()
     }
 

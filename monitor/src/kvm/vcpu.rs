@@ -2,7 +2,7 @@
 
 use super::Error;
 use super::clock::{Timer, Window};
-use super::ring::Rings;
+use super::ring::{self, Rings};
 use super::vm::failed;
 use super::witness::Witness;
 use crossbeam::channel::{Receiver, Sender};
@@ -14,9 +14,6 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use umbra_shared::protocol::{DOORBELL_PORT, Doorbell};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
-
-/// `KVM_EXIT_DIRTY_RING_FULL` (include/uapi/linux/kvm.h), which kvm-ioctls leaves to its callers.
-const EXIT_DIRTY_RING_FULL: u32 = 31;
 
 /// Why an order ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -281,7 +278,7 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
                     None => break format!("it rang an unknown doorbell, {number:#x}"),
                 }
             }
-            Ok(VcpuExit::Unsupported(EXIT_DIRTY_RING_FULL)) => {
+            Ok(VcpuExit::Unsupported(ring::EXIT_FULL)) => {
                 let Some(rings) = &vcpu.rings else { break "its ring is full, but it has none".to_owned() };
                 let emptied = match rings.lock() {
                     Ok(mut rings) => rings.emptied_by(vcpu.index),

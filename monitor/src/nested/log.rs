@@ -7,6 +7,7 @@
 use super::windows::{Page, Window};
 use crate::kvm::Error;
 use crate::kvm::log::{SlotBitmap, WHOLE_SLOT};
+use crate::kvm::ring::RingSet;
 use crate::pages::PageSet;
 use kvm_ioctls::VmFd;
 use std::collections::BTreeMap;
@@ -20,6 +21,8 @@ pub enum Clearing {
     ByGet,
     /// `KVM_CLEAR_DIRTY_LOG` does it.
     Manual,
+    /// There are none: a page is an entry of a ring, until that is harvested.
+    Ring,
 }
 
 /// The log.
@@ -37,6 +40,8 @@ pub struct Log {
     first: Frame,
     /// Fetches that remaps made necessary.
     pub transfers: u64,
+    /// Exits because a ring was full.
+    pub ring_exits: u64,
 }
 
 impl Log {
@@ -46,12 +51,17 @@ impl Log {
         let pages = frames.saturating_sub(first.0);
         Self {
             clearing,
-            bitmaps: windows.iter().map(|window| SlotBitmap::new(window.slot, window.pages.len() as u64)).collect(),
+            bitmaps: windows
+                .iter()
+                .filter(|_| clearing != Clearing::Ring)
+                .map(|window| SlotBitmap::new(window.first_slot(), window.pages.len() as u64))
+                .collect(),
             closed: BTreeMap::new(),
             dirty: PageSet::new(pages),
             found: PageSet::new(pages),
             first,
             transfers: 0,
+            ring_exits: 0,
         }
     }
 
@@ -68,13 +78,19 @@ impl Log {
     ///
     /// # Errors
     /// The system's.
-    pub fn remapping(&mut self, vm: &VmFd, windows: &[Window], index: usize, run: &Range<usize>) -> Result<(), Error> {
+    pub fn remapping(
+        &mut self,
+        vm: &VmFd,
+        windows: &[Window],
+        rings: Option<&mut RingSet>,
+        (index, run): (usize, &Range<usize>),
+    ) -> Result<(), Error> {
         if self.closed.range((index, run.start)..(index, run.end)).next().is_none() {
             return Ok(());
         }
         self.transfers += 1;
-        self.fetch(vm, windows)?;
-        if self.clearing == Clearing::ByGet {
+        self.fetch(vm, windows, rings)?;
+        if self.clearing != Clearing::Manual {
             self.closed.clear();
             return Ok(());
         }
@@ -88,10 +104,25 @@ impl Log {
         Ok(())
     }
 
-    /// Fetches KVM's bits, and marks the pages that they are.
-    fn fetch(&mut self, vm: &VmFd, windows: &[Window]) -> Result<(), Error> {
+    /// Fetches KVM's bits, or its rings' entries, and marks the pages that they are.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn fetch(&mut self, vm: &VmFd, windows: &[Window], rings: Option<&mut RingSet>) -> Result<(), Error> {
+        if let Some(rings) = rings {
+            let Self { closed, dirty, first, .. } = self;
+            rings.harvest(|slot, offset| {
+                let place = |(index, window): (usize, &Window)| Some((index, window.page_of(slot, offset)?));
+                let Some((index, page)) = windows.iter().enumerate().find_map(place) else { return };
+                let now = windows.get(index).and_then(|window| window.pages.get(page)).and_then(|page| page.frame());
+                if let Some(frame) = now.or_else(|| closed.get(&(index, page)).copied()) {
+                    dirty.insert(frame.0.wrapping_sub(first.0));
+                }
+            });
+            return Ok(());
+        }
         for (index, (bitmap, window)) in self.bitmaps.iter_mut().zip(windows).enumerate() {
-            if !window.logged {
+            if !window.logged() {
                 continue;
             }
             bitmap.get(vm)?;
@@ -115,8 +146,8 @@ impl Log {
     ///
     /// # Errors
     /// The system's.
-    pub fn harvest(&mut self, vm: &VmFd, windows: &[Window]) -> Result<(), Error> {
-        self.fetch(vm, windows)?;
+    pub fn harvest(&mut self, vm: &VmFd, windows: &[Window], rings: Option<&mut RingSet>) -> Result<(), Error> {
+        self.fetch(vm, windows, rings)?;
         std::mem::swap(&mut self.found, &mut self.dirty);
         self.dirty.clear();
         // A closed page is written no more: without a bit it is of no interest, and a GET that clears has taken the bit.
@@ -130,9 +161,12 @@ impl Log {
     ///
     /// # Errors
     /// The system's.
-    pub fn clear(&mut self, vm: &VmFd, windows: &[Window]) -> Result<(), Error> {
+    pub fn clear(&mut self, vm: &VmFd, windows: &[Window], rings: Option<&RingSet>) -> Result<(), Error> {
+        if let Some(rings) = rings {
+            return rings.reset();
+        }
         if self.clearing == Clearing::Manual {
-            for (bitmap, _) in self.bitmaps.iter().zip(windows).filter(|(_, window)| window.logged) {
+            for (bitmap, _) in self.bitmaps.iter().zip(windows).filter(|(_, window)| window.logged()) {
                 bitmap.clear(vm, WHOLE_SLOT)?;
             }
             // A page that was written and closed since the harvest still has its bit.

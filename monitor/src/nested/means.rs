@@ -1,6 +1,7 @@
 //! Strategies and the mechanisms that make them effective under a running L2.
 
 use super::source::Kind;
+use crate::kvm::ring::DEFAULT_ENTRIES;
 use crate::kvm::{self, Error};
 use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
 use kvm_ioctls::VmFd;
@@ -18,11 +19,13 @@ pub enum Mechanism {
     KvmBitmap,
     /// The same with manual protection.
     KvmClear,
+    /// KVM's dirty rings of L2's vCPUs.
+    KvmRing,
 }
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Mprotect, Self::UffdWp, Self::KvmBitmap, Self::KvmClear];
+    pub const ALL: [Self; 5] = [Self::Mprotect, Self::UffdWp, Self::KvmBitmap, Self::KvmClear, Self::KvmRing];
 
     /// The name on the command line.
     #[must_use]
@@ -32,6 +35,7 @@ impl Mechanism {
             Self::UffdWp => "uffd-wp",
             Self::KvmBitmap => "kvm-bitmap",
             Self::KvmClear => "kvm-clear",
+            Self::KvmRing => "kvm-ring",
         }
     }
 
@@ -48,16 +52,13 @@ impl Mechanism {
                 consequence: format!("{} needs it to learn where L2 wrote (here: {source})", self.name()),
             });
         }
-        if self == Self::KvmClear {
-            return kvm::vm::enable(
-                vm,
-                KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
-                NAME,
-                1,
-                "kvm-clear needs Linux 5.2 or later",
-            );
+        match self {
+            Self::KvmClear => {
+                kvm::vm::enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, NAME, 1, "kvm-clear needs Linux 5.2 or later")
+            }
+            Self::KvmRing => kvm::ring::enable(vm, DEFAULT_ENTRIES),
+            Self::Mprotect | Self::UffdWp | Self::KvmBitmap => Ok(()),
         }
-        Ok(())
     }
 
     /// The fault sources that it works with, the cheapest first. `mprotect` has to be told where L2 wrote; `uffd-wp` is its own way to learn it.
@@ -66,7 +67,7 @@ impl Mechanism {
         match self {
             Self::Mprotect => &[Kind::Tracepoint],
             Self::UffdWp => &[Kind::Userfault],
-            Self::KvmBitmap | Self::KvmClear => &Kind::ALL,
+            Self::KvmBitmap | Self::KvmClear | Self::KvmRing => &Kind::ALL,
         }
     }
 }
@@ -81,11 +82,13 @@ pub struct Means {
 }
 
 /// What fits together.
-const FITTING: [(&str, &[Mechanism]); 4] = [
+const FITTING: [(&str, &[Mechanism]); 5] = [
     ("write-protect", &[Mechanism::Mprotect, Mechanism::UffdWp]),
     ("lazy-huge", &[Mechanism::Mprotect, Mechanism::UffdWp]),
-    ("log", &[Mechanism::KvmBitmap, Mechanism::KvmClear]),
+    ("log", &[Mechanism::KvmBitmap, Mechanism::KvmClear, Mechanism::KvmRing]),
     ("twin", &[Mechanism::Mprotect, Mechanism::UffdWp]),
+    // Bitmaps cost a call a slot, and here each leaf is a slot.
+    ("twin+log", &[Mechanism::KvmRing]),
 ];
 
 impl Means {
@@ -102,10 +105,16 @@ impl Means {
         strategy(self.strategy).is_some_and(Strategy::compares)
     }
 
-    /// Whether KVM's log of L2's VM does the work; else the shadow MMU does.
+    /// Whether KVM's log of L2's VM finds writes.
     #[must_use]
-    pub fn is_logged(self) -> bool {
-        self.strategy == "log"
+    pub const fn logs(self) -> bool {
+        matches!(self.mechanism, Mechanism::KvmBitmap | Mechanism::KvmClear | Mechanism::KvmRing)
+    }
+
+    /// Whether the shadow MMU finds writes: with `log` KVM does all of it.
+    #[must_use]
+    pub fn traps(self) -> bool {
+        self.strategy != "log"
     }
 }
 

@@ -33,6 +33,7 @@ pub use roots_log::{Life, RootsLog};
 pub use shadow::Shadow;
 pub use vcpu::L2Vcpu;
 
+use crate::kvm::ring::DEFAULT_ENTRIES;
 use crate::kvm::{self, Error, Vm};
 use kvm_bindings::CpuId;
 use kvm_ioctls::VcpuFd;
@@ -106,10 +107,13 @@ impl Host {
     /// # Errors
     /// The system's.
     fn vcpu_at(&self, place: usize, index: usize, cpuid: &CpuId) -> Result<VcpuFd, Error> {
-        let shadow = self.shadow()?;
-        let Some(place) = shadow.places.all().get(place) else { return Err(Error::Memory("L2 has no such VM".into())) };
+        let mut shadow = self.shadow()?;
+        let Some(place) = shadow.places.get_mut(place) else { return Err(Error::Memory("L2 has no such VM".into())) };
         let fd = place.vm().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
+        if let Some(rings) = &mut place.rings {
+            rings.add(&fd, DEFAULT_ENTRIES)?;
+        }
         Ok(fd)
     }
 

@@ -1,10 +1,11 @@
 //! Where roots are effective: a VM of KVM's for each root that is kept, with windows of its own, so that a root which L2 comes back to is still
 //! mapped, in the windows and in KVM's own tables.
 
-use super::Options;
 use super::log::{Clearing, Log};
 use super::memory::L1Pages;
 use super::windows::{Counts, Windows};
+use super::{Mechanism, Options};
+use crate::kvm::ring::RingSet;
 use crate::kvm::{self, Error};
 use std::io;
 use std::sync::Arc;
@@ -27,7 +28,11 @@ impl Recipe {
         let Options { means, source, .. } = &self.options;
         let vm = Arc::new(kvm::vm::create(&kvm::vm::open()?)?);
         means.mechanism.prepare(&vm, *source)?;
-        Ok(Windows::new(vm, Arc::clone(&self.memory), source.open()?, &self.options))
+        let mut place = Windows::new(Arc::clone(&vm), Arc::clone(&self.memory), source.open()?, &self.options);
+        if means.mechanism == Mechanism::KvmRing {
+            place.rings = Some(RingSet::new(vm));
+        }
+        Ok(place)
     }
 }
 
@@ -76,6 +81,11 @@ impl Places {
         &self.all
     }
 
+    /// A place, to change it.
+    pub fn get_mut(&mut self, place: usize) -> Option<&mut Windows> {
+        self.all.get_mut(place)
+    }
+
     /// L2 goes on with `root`: on its place, if it has one; else on one whose root is gone, says `alive`; else on a new one.
     ///
     /// # Errors
@@ -104,6 +114,7 @@ impl Places {
         let mut place = self.recipe.make()?;
         let (wanted, tables) = self.here().wanted();
         place.create(&wanted, tables)?;
+        place.unlogged.clone_from(&self.here().unlogged);
         self.all.push(place);
         self.used.push(0);
         if let Some(clearing) = self.logging {
@@ -204,6 +215,10 @@ impl Mapper for Places {
         if let Some(place) = self.of(extent.root) {
             place.unmap(extent);
         }
+    }
+
+    fn log_writes(&mut self, first: Frame, on: bool) {
+        self.all.iter_mut().for_each(|place| place.log_writes(first, on));
     }
 
     fn flush(&mut self, _: Flush) {

@@ -68,13 +68,14 @@ pub struct Shadow {
 impl Shadow {
     pub(super) fn new(memory: Arc<L1Pages>, options: &Options) -> Result<Self, Error> {
         let means = options.means;
-        let strategy = if means.is_logged() { None } else { strategy(means.strategy) };
+        let strategy = if means.traps() { strategy(means.strategy) } else { None };
         let config = Config {
             extent: options.extent.min(ONE_TABLE),
             first_tracked: memory.first_tracked(),
             split: Split::Shatter,
             max_twins: options.twins,
             roots: options.roots,
+            logs_huge: means.traps() && means.logs(),
             ..Config::new(memory.frames(), strategy.unwrap_or(&WriteProtect))
         };
         let mut mmu = Mmu::new(config, &memory.slots()).map_err(|error| lost(&error))?;
@@ -321,13 +322,19 @@ impl Shadow {
     /// The system's.
     pub fn start(&mut self) -> Result<(), Error> {
         self.tracking = true;
-        if !self.means.is_logged() {
+        if self.means.logs() {
+            let clearing = match self.means.mechanism {
+                Mechanism::KvmClear => Clearing::Manual,
+                Mechanism::KvmRing => Clearing::Ring,
+                _ => Clearing::ByGet,
+            };
+            self.places.start_log(clearing)?;
+        }
+        if self.means.traps() {
             let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
-            return self.check_windows();
         }
-        let clearing = if self.means.mechanism == Mechanism::KvmClear { Clearing::Manual } else { Clearing::ByGet };
-        self.places.start_log(clearing)
+        self.check_windows()
     }
 
     /// Finds out what was written since the last harvest.
@@ -335,8 +342,17 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn harvest(&mut self) -> Result<(), Error> {
-        if self.means.is_logged() {
-            return self.places.harvest_log();
+        if self.means.logs() {
+            self.places.harvest_log()?;
+        }
+        if !self.means.traps() {
+            return Ok(());
+        }
+        let first = self.view.0.first_tracked();
+        for log in self.places.logs() {
+            for (word, place) in log.found().words().iter().zip((0..).step_by(64)).filter(|(word, _)| **word != 0) {
+                self.mmu.mark_logged(first.plus(place), *word);
+            }
         }
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
@@ -348,8 +364,11 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub fn clear(&mut self) -> Result<(), Error> {
-        if self.means.is_logged() {
-            return self.places.clear_log();
+        if self.means.logs() {
+            self.places.clear_log()?;
+        }
+        if !self.means.traps() {
+            return Ok(());
         }
         let first = self.view.0.first_tracked();
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
@@ -363,11 +382,13 @@ impl Shadow {
     /// The system's.
     pub fn stop(&mut self) -> Result<(), Error> {
         self.tracking = false;
-        if self.means.is_logged() {
-            return self.places.stop_log();
+        if self.means.traps() {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+            self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
         }
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
-        self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
+        if self.means.logs() {
+            self.places.stop_log()?;
+        }
         self.check_windows()
     }
 
@@ -384,10 +405,10 @@ impl Shadow {
         for (first, number, pages) in memory.tracked() {
             for page in 0..pages {
                 let frame = first.plus(page);
-                let found = if self.means.is_logged() {
-                    self.places.logs().any(|log| log.found().contains(frame.0 - base.0))
-                } else {
+                let found = if self.means.traps() {
                     self.found.contains(frame)
+                } else {
+                    self.places.logs().any(|log| log.found().contains(frame.0 - base.0))
                 };
                 if found {
                     into.insert(number + page);
@@ -414,9 +435,11 @@ impl Shadow {
         if self.means.compares() {
             counters.push(("twins", mmu.twins));
             counters.push(("twin_bytes", self.mmu.twin_bytes()));
+            counters.push(("made_dense", mmu.made_dense));
         }
         if self.places.here().log.is_some() {
             counters.push(("log_transfers", self.places.logs().map(|log| log.transfers).sum()));
+            counters.push(("ring_full_exits", self.places.logs().map(|log| log.ring_exits).sum()));
         }
         counters
     }

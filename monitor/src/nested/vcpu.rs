@@ -7,7 +7,7 @@ use crate::kvm::carry::{carry, finish_exit};
 use crate::kvm::fault_trace::{FaultTrace, Traced};
 use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::vcpu::{Below, Exit};
-use crate::kvm::{Error, ioctls, vm};
+use crate::kvm::{Error, ioctls, ring, vm};
 use kvm_bindings::{CpuId, kvm_regs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
@@ -55,6 +55,8 @@ enum Left {
     Beyond { gpa: u64, write: bool },
     /// L2 touched a closed page.
     Fault,
+    /// The dirty ring is full.
+    RingFull,
     /// A signal.
     Interrupted,
     /// L2 cannot go on.
@@ -225,6 +227,7 @@ impl L2Vcpu {
                 Left::Ended("KVM cannot emulate what L2 did (KVM_EXIT_INTERNAL_ERROR)".to_owned())
             }
             Ok(VcpuExit::Intr) => Left::Interrupted,
+            Ok(VcpuExit::Unsupported(ring::EXIT_FULL)) => Left::RingFull,
             Ok(other) => Left::Ended(format!("unexpected exit {other:?} of L2")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Left::Interrupted,
             Err(error) if error.errno() == libc::EFAULT => Left::Fault,
@@ -237,6 +240,10 @@ impl L2Vcpu {
         let what = match left {
             Left::Interrupted => return self.interrupted(),
             Left::Fault => return self.fault(),
+            Left::RingFull => {
+                self.host.shadow()?.places.here_mut().empty_rings()?;
+                return Ok(Next::L2);
+            }
             Left::Beyond { gpa, write } => {
                 self.pending = Some(gpa);
                 return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1));

@@ -11,9 +11,11 @@ use super::source::{Mapped, Source, Tables};
 use super::{FirstReads, Options};
 use crate::hostmm::udmabuf::Udmabuf;
 use crate::hostmm::{Hva, Stretch};
+use crate::kvm::ring::RingSet;
 use crate::kvm::{Error, vm};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -80,6 +82,15 @@ impl Page {
     }
 }
 
+/// A slot of KVM's: a window, or a part of one.
+#[derive(Debug)]
+struct Slot {
+    number: u32,
+    pages: Range<usize>,
+    /// Whether KVM logs it.
+    logged: bool,
+}
+
 /// A window.
 #[derive(Debug)]
 pub struct Window {
@@ -87,10 +98,8 @@ pub struct Window {
     pub first: L2Gfn,
     /// What each page maps.
     pub pages: Vec<Page>,
-    /// KVM's slot.
-    pub slot: u32,
-    /// Whether KVM logs it.
-    pub logged: bool,
+    /// KVM's slots, one behind the other, with numbers that are so too.
+    slots: Vec<Slot>,
     /// Whether it has ever mapped tracked memory.
     tracked: bool,
     place: Reserved,
@@ -101,6 +110,33 @@ impl Window {
     #[must_use]
     pub const fn place(&self) -> Stretch {
         self.place.stretch()
+    }
+
+    /// The number of its first slot.
+    #[must_use]
+    pub fn first_slot(&self) -> u32 {
+        self.slots.first().map_or(0, |slot| slot.number)
+    }
+
+    /// Whether KVM logs any of it.
+    #[must_use]
+    pub fn logged(&self) -> bool {
+        self.slots.iter().any(|slot| slot.logged)
+    }
+
+    /// Its page that is page `offset` of KVM's slot `number`; `None` for another window's.
+    #[must_use]
+    pub fn page_of(&self, number: u32, offset: u64) -> Option<usize> {
+        let slot = self.slots.get(usize::try_from(number.checked_sub(self.first_slot())?).ok()?)?;
+        let page = slot.pages.start.checked_add(usize::try_from(offset).ok()?)?;
+        slot.pages.contains(&page).then_some(page)
+    }
+
+    /// Its slots that hold any of `pages`, by index.
+    fn slots_of(&self, pages: &Range<usize>) -> Range<usize> {
+        let first = self.slots.partition_point(|slot| slot.pages.end <= pages.start);
+        let end = self.slots.partition_point(|slot| slot.pages.start < pages.end);
+        first..end.max(first)
     }
 
     pub(super) fn stretch(&self, pages: &Range<usize>) -> Stretch {
@@ -122,12 +158,12 @@ impl Window {
         (start as usize..end as usize)
     }
 
-    fn region(&self, flags: u32) -> kvm_userspace_memory_region {
-        let place = self.place.stretch();
+    fn region(&self, slot: &Slot, flags: u32) -> kvm_userspace_memory_region {
+        let place = self.stretch(&slot.pages);
         kvm_userspace_memory_region {
-            slot: self.slot,
+            slot: slot.number,
             flags,
-            guest_phys_addr: self.first.address(),
+            guest_phys_addr: self.first.plus(slot.pages.start as u64).address(),
             memory_size: place.bytes(),
             userspace_addr: place.start.0,
         }
@@ -182,6 +218,8 @@ pub struct Windows {
     pieces: bool,
     /// What KVM's log makes of pages that L2 reads first.
     first_reads: FirstReads,
+    /// Where each leaf of 2 MiB is a slot, so that it is logged or not by itself: 2 MiB of L1's memory that need not be logged, by number.
+    pub unlogged: Option<BTreeSet<u64>>,
     /// What is to be mapped, and is not yet.
     pub(super) queue: Queue,
     /// Maps scattered leaves together; `None` where the host has none.
@@ -190,6 +228,8 @@ pub struct Windows {
     pub(super) pre_faults: bool,
     /// KVM's log of L2's VM.
     pub log: Option<Log>,
+    /// Its dirty rings, where the log is made of them.
+    pub rings: Option<RingSet>,
     /// L2's own page tables: frames that are mapped before L2 runs, and whether all of them are.
     tables: Range<u64>,
     /// Whether all of those are mapped.
@@ -212,6 +252,7 @@ impl Windows {
         Self {
             pieces: options.pieces,
             first_reads: options.first_reads,
+            unlogged: (options.means.traps() && options.means.logs()).then(BTreeSet::new),
             queue: Queue::default(),
             udmabuf: Udmabuf::open().ok(),
             pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
@@ -221,6 +262,7 @@ impl Windows {
             all: Vec::new(),
             root: None,
             log: None,
+            rings: None,
             tables: 0..0,
             tables_mapped: true,
             invalidated: Vec::new(),
@@ -236,16 +278,25 @@ impl Windows {
     /// # Errors
     /// The system's, and [`Error::Memory`].
     pub fn create(&mut self, wanted: &[control::Window], tables: control::Window) -> Result<(), Error> {
-        for (window, slot) in wanted.iter().zip(0..) {
+        let granule = if self.unlogged.is_some() { leaf_granule(wanted) } else { u64::MAX };
+        let mut number = 0;
+        for window in wanted {
             let place = Reserved::new(window.frames, window.first.0)?;
             self.source.adopt(place.stretch())?;
             let mut pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
             // The host gives it memory here, not at L2's first touch.
             pages.iter_mut().step_by(1024).for_each(|page| *std::hint::black_box(page) = Page::CLOSED);
-            let window = Window { first: window.first, pages, slot, logged: false, tracked: false, place };
-            // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
-            unsafe { self.vm.set_user_memory_region(window.region(0)) }
-                .map_err(vm::failed("KVM_SET_USER_MEMORY_REGION"))?;
+            let slots: Vec<Slot> = parts(window.first, pages.len(), granule)
+                .zip(number..)
+                .map(|(pages, number)| Slot { number, pages, logged: false })
+                .collect();
+            number = slots.last().map_or(number, |slot| slot.number + 1);
+            let window = Window { first: window.first, pages, slots, tracked: false, place };
+            for slot in &window.slots {
+                // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
+                unsafe { self.vm.set_user_memory_region(window.region(slot, 0)) }
+                    .map_err(vm::failed("KVM_SET_USER_MEMORY_REGION"))?;
+            }
             self.all.push(window);
         }
         self.tables = tables.first.0..tables.first.0.saturating_add(tables.frames);
@@ -345,16 +396,77 @@ impl Windows {
 
     /// Switches KVM's log of a window on or off.
     fn set_logged(&mut self, index: usize, on: bool) -> Result<(), Error> {
+        let slots = self.all.get(index).map_or(0, |window| window.slots.len());
+        (0..slots).try_for_each(|slot| self.set_slot_logged(index, slot, on))
+    }
+
+    /// Switches KVM's log of a slot on or off.
+    fn set_slot_logged(&mut self, index: usize, slot: usize, on: bool) -> Result<(), Error> {
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
-        if window.logged == on {
-            return Ok(());
-        }
+        let Some(at) = window.slots.get(slot).filter(|slot| slot.logged != on) else { return Ok(()) };
         let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         // SAFETY: the same addresses as when it was made.
-        unsafe { self.vm.set_user_memory_region(window.region(flags)) }
+        unsafe { self.vm.set_user_memory_region(window.region(at, flags)) }
             .map_err(vm::failed("KVM_SET_USER_MEMORY_REGION"))?;
-        window.logged = on;
+        if let Some(slot) = window.slots.get_mut(slot) {
+            slot.logged = on;
+        }
         Ok(())
+    }
+
+    /// Whether what a slot maps has to be logged.
+    fn must_log(&self, index: usize, slot: usize) -> bool {
+        let Some(window) = self.all.get(index) else { return false };
+        let Some(slot) = window.slots.get(slot) else { return false };
+        let mapped = window.pages.get(slot.pages.clone()).unwrap_or_default().iter().filter_map(|page| page.frame());
+        mapped.into_iter().any(|frame| self.is_logged(frame))
+    }
+
+    fn is_logged(&self, frame: Frame) -> bool {
+        frame >= self.memory.first_tracked()
+            && !self.unlogged.as_ref().is_some_and(|unlogged| unlogged.contains(&(frame.0 >> 9)))
+    }
+
+    /// Logs a slot from now on, or no longer, and maps what it maps anew: told apart while it is logged, by huge pages while it is not.
+    fn switch_slot(&mut self, index: usize, slot: usize, on: bool) -> Result<(), Error> {
+        self.set_slot_logged(index, slot, on)?;
+        let Some(pages) = self.all.get(index).and_then(|window| Some(window.slots.get(slot)?.pages.clone())) else {
+            return Ok(());
+        };
+        let mut at = pages.start;
+        while at < pages.end {
+            let Some(rest) = self.all.get(index).and_then(|window| window.pages.get(at..pages.end)) else { break };
+            let first = rest.first().copied().unwrap_or_default();
+            let next = |(page, offset): (&Page, u32)| *page == Page(first.0.wrapping_add(offset));
+            let alike = rest.iter().zip(0..).take_while(|&pair| next(pair)).count().max(1);
+            let run = at..at + alike;
+            if let Some(frame) = first.frame().filter(|_| !first.gathered()) {
+                self.with_room(|windows| windows.map_run(index, run.clone(), frame, first.writable()))
+                    .map_err(|error| Error::call("mapping a leaf of L2 anew", error))?;
+            }
+            at += alike;
+        }
+        Ok(())
+    }
+
+    /// Pages `run` of window `index` are about to map `frame` and those after it: their slots are logged where they must be.
+    fn log_run(&mut self, index: usize, run: &Range<usize>, frame: Frame) -> Result<(), Error> {
+        if self.log.is_none() || self.unlogged.is_none() || run.is_empty() {
+            return Ok(());
+        }
+        let last = run.len() as u64 - 1;
+        let must = (0..last).step_by(512).chain([last]).any(|page| self.is_logged(frame.plus(page)));
+        let slots = self.all.get(index).map_or(0..0, |window| window.slots_of(run));
+        for slot in slots.filter(|_| must) {
+            if !self.is_slot_logged(index, slot) {
+                self.switch_slot(index, slot, true)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_slot_logged(&self, index: usize, slot: usize) -> bool {
+        self.all.get(index).and_then(|window| window.slots.get(slot)).is_some_and(|slot| slot.logged)
     }
 
     /// Begins to log the windows that map tracked memory; others join when they do.
@@ -385,7 +497,7 @@ impl Windows {
     /// # Errors
     /// The system's.
     pub fn harvest_log(&mut self) -> Result<(), Error> {
-        self.log.as_mut().map_or(Ok(()), |log| log.harvest(&self.vm, &self.all))
+        self.log.as_mut().map_or(Ok(()), |log| log.harvest(&self.vm, &self.all, self.rings.as_mut()))
     }
 
     /// Clears what was fetched.
@@ -393,7 +505,18 @@ impl Windows {
     /// # Errors
     /// The system's.
     pub fn clear_log(&mut self) -> Result<(), Error> {
-        self.log.as_mut().map_or(Ok(()), |log| log.clear(&self.vm, &self.all))
+        self.log.as_mut().map_or(Ok(()), |log| log.clear(&self.vm, &self.all, self.rings.as_ref()))
+    }
+
+    /// A ring is full: what the rings hold is fetched, and they are emptied.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn empty_rings(&mut self) -> Result<(), Error> {
+        let (Some(log), Some(rings)) = (&mut self.log, &mut self.rings) else { return Ok(()) };
+        log.ring_exits += 1;
+        log.fetch(&self.vm, &self.all, Some(rings))?;
+        rings.reset()
     }
 
     pub(super) fn fail(&mut self, failed: io::Error) {
@@ -421,12 +544,15 @@ impl Windows {
             let first = frame.plus((at - pages.start) as u64);
             let Some(part) = memory.in_file(first) else { return Err(io::ErrorKind::NotFound.into()) };
             let mut end = pages.end.min(at.saturating_add(usize::try_from(part.pages).unwrap_or(usize::MAX)));
+            let slot = window.slots.get(window.slots_of(&(at..end)).start);
+            end = slot.map_or(end, |slot| end.min(slot.pages.end));
+            let logged = self.log.is_some() && (self.unlogged.is_none() || slot.is_some_and(|slot| slot.logged));
             let piece = window.piece(at);
             if self.pieces {
                 end = end.min(at + PIECE - piece % PIECE);
             }
             let alone = self.pieces && piece / PIECE % 2 == 1;
-            let tables = match (told_apart, left) {
+            let tables = match (told_apart && logged, left) {
                 (true, _) => Tables::ToldApart,
                 (false, true) if writable && !part.small && memory.is_resident() => Tables::Written,
                 (false, true) => Tables::Left,
@@ -449,7 +575,7 @@ impl Windows {
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         self.source.close(window.stretch(&pages))?;
         self.counts.closes += 1;
-        if let Some(log) = self.log.as_mut().filter(|_| window.logged) {
+        if let Some(log) = self.log.as_mut().filter(|_| window.logged()) {
             log.closed(index, pages.start, window.pages.get(pages.clone()).unwrap_or_default());
         }
         let first = window.first.0 + pages.start as u64;
@@ -591,8 +717,9 @@ impl Windows {
         }
         if let Some(log) = &mut self.log {
             // What was closed here was written by another page's name.
-            log.remapping(&self.vm, &self.all, index, run)?;
+            log.remapping(&self.vm, &self.all, self.rings.as_mut(), (index, run))?;
         }
+        self.log_run(index, run, frame)?;
         if !self.queue.continues(index, run.start, writable) {
             self.map_queue();
             self.queue.begin(index, run.start, writable);
@@ -642,6 +769,31 @@ impl Windows {
     }
 }
 
+/// KVM has 32,764 slots at most (`KVM_USER_MEM_SLOTS`); this is what leaves of all windows together may take.
+const LEAF_SLOTS: u64 = 16384;
+
+/// Pages of a slot, where each leaf of 2 MiB is to be one: more of them together where there would be too many.
+fn leaf_granule(windows: &[control::Window]) -> u64 {
+    let pages: u64 = windows.iter().map(|window| window.frames).fold(0, u64::saturating_add);
+    let mut granule = Level::M2.frames();
+    while pages / granule > LEAF_SLOTS {
+        granule *= 2;
+    }
+    granule
+}
+
+/// The parts of a window of `count` pages from `first` on, cut where frames are multiples of `granule`.
+fn parts(first: L2Gfn, count: usize, granule: u64) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0_usize;
+    std::iter::from_fn(move || {
+        let left = granule - (first.0 + start as u64) % granule;
+        let end = start.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)).min(count);
+        let part = (start < count).then_some(start..end);
+        start = end;
+        part
+    })
+}
+
 fn call(error: &Error) -> io::Error {
     io::Error::other(error.to_string())
 }
@@ -689,6 +841,31 @@ impl Mapper for Windows {
         for (index, run, ()) in self.runs(extent, |page, _| (page != Page::CLOSED).then_some(()), Frame(0)) {
             if let Err(error) = self.with_room(|windows| windows.close_run(index, run.clone())) {
                 self.fail(error);
+            }
+        }
+    }
+
+    fn log_writes(&mut self, first: Frame, on: bool) {
+        let region = first.0 >> 9;
+        let Some(unlogged) = &mut self.unlogged else { return };
+        let changed = if on { unlogged.remove(&region) } else { unlogged.insert(region) };
+        if !changed {
+            return;
+        }
+        for index in 0..self.all.len() {
+            let Some(window) = self.all.get(index) else { continue };
+            let maps = |page: &Page| page.frame().is_some_and(|frame| frame.0 >> 9 == region);
+            let concerned =
+                |slot: &Slot| window.pages.get(slot.pages.clone()).is_some_and(|pages| pages.iter().any(maps));
+            let slots: Vec<usize> =
+                window.slots.iter().enumerate().filter(|(_, slot)| concerned(slot)).map(|(number, _)| number).collect();
+            for slot in slots {
+                let want = self.must_log(index, slot);
+                if want != self.is_slot_logged(index, slot)
+                    && let Err(error) = self.switch_slot(index, slot, want)
+                {
+                    self.fail(call(&error));
+                }
             }
         }
     }

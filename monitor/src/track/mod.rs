@@ -233,7 +233,7 @@ impl Kind {
             Self::Bitmap | Self::Mincore | Self::Shadow(_) => Ok(()),
             Self::Clear => manual(1, "clear needs Linux 5.2 or later"),
             Self::ClearInitSet => manual(3, "clear+init-set needs Linux 5.7 or later"),
-            Self::Ring(entries) => ring::prepare(vm, entries),
+            Self::Ring(entries) => kvm::ring::enable(vm, entries),
             Self::Pagemap | Self::PagemapTwoSteps => Userfault::open(Mode::Asynchronous).map(|_| ()),
             Self::UffdWp => Userfault::open(Mode::Synchronous).map(|_| ()),
             Self::SoftDirty => soft_dirty::check(),

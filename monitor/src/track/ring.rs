@@ -2,39 +2,14 @@
 
 use super::Tracker;
 use crate::guest::Machine;
+use crate::kvm::Error;
 use crate::kvm::ring::Rings;
-use crate::kvm::{self, Error};
 use crate::pages::PageSet;
-use kvm_bindings::{KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL, kvm_dirty_gfn};
-use kvm_ioctls::VmFd;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// The rings of all vCPUs.
 pub struct Ring {
     rings: Arc<Mutex<Rings>>,
-}
-
-/// Enables rings of `entries` entries. The variant with acquire and release is taken where there is one (Linux 6.1); on x86 both are the same.
-pub fn prepare(vm: &VmFd, entries: u32) -> Result<(), Error> {
-    let bytes = u64::from(entries) * size_of::<kvm_dirty_gfn>() as u64;
-    let (cap, name) = if kvm::vm::offered(vm, KVM_CAP_DIRTY_LOG_RING_ACQ_REL) > 0 {
-        (KVM_CAP_DIRTY_LOG_RING_ACQ_REL, "KVM_CAP_DIRTY_LOG_RING_ACQ_REL")
-    } else {
-        (KVM_CAP_DIRTY_LOG_RING, "KVM_CAP_DIRTY_LOG_RING")
-    };
-    let largest = kvm::vm::offered(vm, cap);
-    if largest == 0 {
-        let consequence = "ring needs Linux 5.11 or later".to_owned();
-        return Err(Error::Capability { capability: name, consequence });
-    }
-    if bytes > largest {
-        let most = largest / size_of::<kvm_dirty_gfn>() as u64;
-        return Err(Error::Capability {
-            capability: name,
-            consequence: format!("it allows rings of {most} entries at most"),
-        });
-    }
-    kvm::vm::enable(vm, cap, name, bytes, &format!("it refuses rings of {entries} entries"))
 }
 
 impl Ring {

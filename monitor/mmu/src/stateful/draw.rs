@@ -127,6 +127,7 @@ impl Episode {
             config.longest_list = rng.pick(&[16384, 16384, 3]);
             config.max_l2_regions = rng.pick(&[4096, 4096, 2]);
             config.max_twins = rng.pick(&[64, 2]);
+            config.break_even = rng.pick(&[180, 8, 1]);
             config.caps = GuestCaps {
                 address_bits: rng.pick(&[46, 36]),
                 execute_only: !rng.once_in(3),

@@ -22,7 +22,7 @@ impl Strategy for Combined {
         true
     }
 
-    fn arm(&self, spte: Spte, level: Level) -> Spte {
+    fn arm(&self, _: &Tracking, spte: Spte, level: Level) -> Spte {
         arm(spte, level).closed()
     }
 

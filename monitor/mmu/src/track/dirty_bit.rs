@@ -25,7 +25,7 @@ impl Strategy for DirtyBit {
         true
     }
 
-    fn arm(&self, spte: Spte, level: Level) -> Spte {
+    fn arm(&self, _: &Tracking, spte: Spte, level: Level) -> Spte {
         arm(spte, level)
     }
 

@@ -33,7 +33,7 @@ impl Strategy for LazyHuge {
         true
     }
 
-    fn arm(&self, spte: Spte, _: Level) -> Spte {
+    fn arm(&self, _: &Tracking, spte: Spte, _: Level) -> Spte {
         spte
     }
 

@@ -29,7 +29,7 @@ impl Strategy for Log {
         true
     }
 
-    fn arm(&self, spte: Spte, level: Level) -> Spte {
+    fn arm(&self, _: &Tracking, spte: Spte, level: Level) -> Spte {
         arm(spte, level)
     }
 

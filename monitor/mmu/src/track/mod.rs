@@ -10,6 +10,7 @@ mod lazy_huge;
 mod log;
 mod operations;
 pub(crate) mod twin;
+mod twin_log;
 mod write_protect;
 
 pub use combined::Combined;
@@ -17,6 +18,7 @@ pub use dirty_bit::DirtyBit;
 pub use lazy_huge::LazyHuge;
 pub use log::{LOG_ENTRIES, Log};
 pub use twin::Twin;
+pub use twin_log::TwinLog;
 pub use write_protect::WriteProtect;
 
 use std::fmt::Debug;
@@ -31,7 +33,7 @@ use crate::roots::RootId;
 use crate::spte::{Frame, Spte, SpteRef};
 
 /// Every strategy by its name on the command line.
-pub const STRATEGIES: [&dyn Strategy; 6] = [&WriteProtect, &LazyHuge, &DirtyBit, &Log, &Combined, &Twin];
+pub const STRATEGIES: [&dyn Strategy; 7] = [&WriteProtect, &LazyHuge, &DirtyBit, &Log, &Combined, &Twin, &TwinLog];
 
 /// The strategy named `name`.
 #[must_use]
@@ -56,6 +58,10 @@ pub struct Tracking {
     pub(crate) twins: Vec<twin::Copied>,
     /// How many copies there may be.
     pub(crate) max_twins: u32,
+    /// 2 MiB of memory that are written densely, by number.
+    pub(crate) dense: PageSet,
+    /// See [`Config::logs_huge`].
+    pub(crate) logs_huge: bool,
 }
 
 impl Tracking {
@@ -68,6 +74,8 @@ impl Tracking {
             log: Vec::new(),
             twins: Vec::new(),
             max_twins: config.max_twins,
+            dense: PageSet::new(config.memory_frames.div_ceil(Level::M2.frames())),
+            logs_huge: config.logs_huge,
         }
     }
 
@@ -76,10 +84,16 @@ impl Tracking {
     pub fn bytes(&self) -> u64 {
         self.dirty.bytes()
             + self.reported.bytes()
+            + self.dense.bytes()
             + self.l2.as_ref().map_or(0, L2Set::bytes)
             + (self.log.capacity() * size_of::<(RootId, L2Gfn)>() + self.twins.capacity() * size_of::<twin::Copied>())
                 as u64
             + self.twins.iter().map(twin::Copied::bytes).sum::<u64>()
+    }
+
+    /// Whether the 2 MiB around `frame` are written densely.
+    pub(crate) fn is_dense(&self, frame: Frame) -> bool {
+        self.dense.contains(Frame(frame.0 >> 9))
     }
 
     /// Whether one more huge leaf may be copied.
@@ -155,7 +169,7 @@ pub trait Strategy: Debug + Sync {
     }
 
     /// What becomes of a leaf when tracking starts.
-    fn arm(&self, spte: Spte, level: Level) -> Spte;
+    fn arm(&self, track: &Tracking, spte: Spte, level: Level) -> Spte;
 
     /// Whether a leaf may be mapped open, without a trap at its first write. `touched`: its block of 64 is open.
     fn admit(&self, track: &Tracking, frame: Frame, level: Level, touched: bool) -> bool;
@@ -170,8 +184,8 @@ pub trait Strategy: Debug + Sync {
         mmu.mark_and_open(env, leaf);
     }
 
-    /// Whether writes to huge leaves of `level` may be handled on the leaf as a whole, by [`Strategy::trap_huge`].
-    fn traps_huge(&self, _track: &Tracking, _level: Level) -> bool {
+    /// Whether writes to the huge leaf of `level` at `frame` may be handled on the leaf as a whole, by [`Strategy::trap_huge`].
+    fn traps_huge(&self, _track: &Tracking, _frame: Frame, _level: Level) -> bool {
         false
     }
 

@@ -45,10 +45,14 @@ impl Mmu {
     }
 
     fn arm_everything(&mut self, env: &mut Env<'_>) {
-        let Some(strategy) = self.track.as_ref().map(|track| track.strategy) else { return };
-        if strategy.starts_all_set() {
-            return;
+        let Some(track) = self.track.take() else { return };
+        if !track.strategy.starts_all_set() {
+            self.arm_leaves(env, &track);
         }
+        self.track = Some(track);
+    }
+
+    fn arm_leaves(&mut self, env: &mut Env<'_>, track: &Tracking) {
         for page in 1..self.arena.end() {
             let level = self.arena.header(page).role.level();
             let mut entries = self.arena.present(page);
@@ -56,7 +60,7 @@ impl Mmu {
                 if !spte.is_leaf(level) || spte.frame() < self.config.first_tracked {
                     continue;
                 }
-                let armed = strategy.arm(spte, level);
+                let armed = track.strategy.arm(track, spte, level);
                 if armed != spte {
                     self.arena.set(at, armed);
                     if armed.access() == spte.access() {

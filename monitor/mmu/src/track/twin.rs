@@ -87,7 +87,9 @@ impl Mmu {
     /// Closes all leaves that were copied, marks what differs from its copy, and frees the copies.
     pub(super) fn compare_twins(&mut self, env: &mut Env<'_>) {
         let Some(track) = &mut self.track else { return };
-        let twins = std::mem::take(&mut track.twins);
+        let mut twins = std::mem::take(&mut track.twins);
+        // Neighbours are closed together.
+        twins.sort_unstable_by_key(|twin| twin.first);
         if !self.defect(Defect::TwinLeftOpen) {
             for twin in &twins {
                 self.close_leaves(env, twin.first, Level::M2);
@@ -132,7 +134,7 @@ impl Strategy for Twin {
         Ok(())
     }
 
-    fn arm(&self, spte: Spte, _: Level) -> Spte {
+    fn arm(&self, _: &Tracking, spte: Spte, _: Level) -> Spte {
         spte.closed()
     }
 
@@ -148,7 +150,7 @@ impl Strategy for Twin {
         true
     }
 
-    fn traps_huge(&self, track: &Tracking, level: Level) -> bool {
+    fn traps_huge(&self, track: &Tracking, _: Frame, level: Level) -> bool {
         level == Level::M2 && track.has_room_for_twin()
     }
 

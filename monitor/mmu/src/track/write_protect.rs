@@ -16,7 +16,7 @@ impl Strategy for WriteProtect {
         "write-protect"
     }
 
-    fn arm(&self, spte: Spte, _: Level) -> Spte {
+    fn arm(&self, _: &Tracking, spte: Spte, _: Level) -> Spte {
         spte.closed()
     }
 
