@@ -22,6 +22,7 @@ pub mod means;
 pub mod memory;
 mod reserve;
 mod shadow;
+mod slots;
 pub mod source;
 mod vcpu;
 pub mod windows;
