@@ -100,18 +100,10 @@ lab-%: build shelf ## any scenario in the lab (lab-dirty-log, lab-soak, ...), wi
 lab-vmx-%: build shelf packages-vmx ## the same in the lab's Intel machine, with EPT and PML (lab-vmx-dirty-log, ...)
 	@$(UMBRA) lab --machine vmx $* $(ARGS)
 
-# The tables of bench-nested, a boot each.
-NESTED := '--memory 16M --backing anonymous' \
-          '--memory 16M --backing anonymous --accessed-dirty preset' \
-          '--memory 16M --backing thp --leaf 2m' \
-          '--memory 16M --backing anonymous --alias 2 --alias-kind scattered' \
-          '--memory 16M --backing anonymous --alias 2 --remaps 32' \
-          '--memory 4M --backing anonymous --accessed-dirty preset --fill-batch 8'
 .PHONY: bench-nested
 bench-nested: build shelf ## what a guest's guest costs: on Umbra's shadow MMU, under KVM's own nesting, beside L1's own writes; in the lab
-	@for options in $(NESTED); do
-	    $(UMBRA) lab nested --tracker bitmap,clear+init-set --strategy log,write-protect $$options $(ARGS)
-	done
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/nested.toml --out target/bench/nested.json $(ARGS)
 
 .PHONY: edits
 edits: build shelf ## 10,000 random edits of L1's table: what L2 sees, on KVM's nested SVM, Umbra's shadow MMU and its walker, in the lab
@@ -160,6 +152,11 @@ bench-peer: build ## Umbra beside the kernel's own dirty_log_perf_test, phase by
 bench-history: build ## what a page costs on every kernel of the shelf, 5.10 to 7.3-rc
 	@mkdir -p target/bench
 	$(UMBRA) lab matrix --spec images/specs/history.toml --out target/bench/history.json
+
+.PHONY: bench-matrix
+bench-matrix: build ## forty boots, two at a time: how near their time comes to half of its sum (on a quiet machine at most 1.1 times)
+	@mkdir -p target/bench
+	$(UMBRA) lab matrix --spec images/specs/forty.toml --out target/bench/forty.json
 
 .PHONY: bench-collapse
 bench-collapse: build ## what logging leaves behind: huge mappings and speed after a stop, on every kernel and on the shadow MMU

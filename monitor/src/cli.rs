@@ -182,12 +182,16 @@ pub struct RunArgs {
     /// Pages that one CLEAR covers, a multiple of 64 (default: the whole slot).
     #[arg(long)]
     pub chunk: Option<u64>,
-    /// What `roots` changes, there and back, separated by commas; with @all by every vCPU (default: all that this host has).
+    /// What `roots` changes, there and back, separated by commas; with @all by every vCPU in turn, with @once by all of them at once (default: all that this
+    /// host has).
     #[arg(long, value_delimiter = ',')]
     pub toggle: Vec<String>,
     /// The script of `roots`' row of that name: a file, or text:LINES (default: the changes of a Linux boot).
     #[arg(long, value_parser = read_script)]
     pub script: Option<ScriptText>,
+    /// Whether the observed pass of `roots` logs which roots KVM makes and tears down: on, off (on).
+    #[arg(long, value_enum)]
+    pub role_log: Option<Switch>,
     /// SMIs of `roots`' row smm:storm.
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub smis: u64,
@@ -211,6 +215,15 @@ pub struct RunArgs {
     pub out: Option<PathBuf>,
 }
 
+/// On or off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
+}
+
 /// How `nested` runs L2. What L2's memory is stands among the options of L1's table ([`ShadowArgs`]).
 #[derive(Clone, Debug, Default, PartialEq, Eq, Args)]
 pub struct NestedArgs {
@@ -232,6 +245,9 @@ pub struct NestedArgs {
     /// When L2 touches its pages for the first time: before (logging), or logged, in the first round (before).
     #[arg(long)]
     pub first_touch: Option<String>,
+    /// Whether KVM's log of umbra's L2 tells a page that is first mapped by a read from a written one: exact, or counted, as KVM has it (exact).
+    #[arg(long)]
+    pub first_reads: Option<String>,
     /// What makes the strategies of umbra effective, separated by commas: mprotect, uffd-wp, kvm-bitmap, kvm-clear (default: all that this host has).
     #[arg(long, value_delimiter = ',')]
     pub mechanism: Vec<String>,
@@ -251,7 +267,8 @@ impl NestedArgs {
         let remaps = self.remaps.map(|number| ("remaps", number.into()));
         let edits = self.edits.map(|number| ("edits", number.into()));
         let first_touch = self.first_touch.clone().map(|text| ("first-touch", text.into()));
-        [nesting, accessed_dirty, fill_batch, remaps, edits, first_touch, mechanism, fault_source]
+        let first_reads = self.first_reads.clone().map(|text| ("first-reads", text.into()));
+        [nesting, accessed_dirty, fill_batch, remaps, edits, first_touch, first_reads, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))
@@ -402,6 +419,9 @@ impl RunArgs {
         }
         if !self.toggle.is_empty() {
             config.insert("toggle".into(), self.toggle.join(",").into());
+        }
+        if self.role_log == Some(Switch::Off) {
+            config.insert("role-log".into(), "off".into());
         }
         if let Some(chunk) = self.chunk {
             config.insert("chunk".into(), chunk.into());

@@ -6,6 +6,7 @@
 use crate::PAGE_SIZE;
 use crate::gfn::L2Gfn;
 use crate::nested::Format;
+use crate::role::Role;
 use core::fmt;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -40,6 +41,8 @@ pub struct ControlPage {
     pub intercept: u64,
     /// What L2 is to do; the monitor does not look at it.
     pub work: u64,
+    /// The [`Role`] that L2 is in. L1 says where it begins; L2 changes it and rings [`Doorbell::ChangeRole`](crate::protocol::Doorbell::ChangeRole).
+    pub role: u64,
     /// Why L2 was left: [`Exit`]. Written by the monitor, as all that follows.
     pub exit: u64,
     /// With [`Exit::Violation`]: the L2 physical address.
@@ -134,6 +137,8 @@ pub struct Entry {
     count: usize,
     /// L2's own page tables: first frame and frames.
     pub tables: Window,
+    /// L2's role.
+    pub role: Role,
     /// L2's state, if it begins.
     pub start: Option<State>,
 }
@@ -159,6 +164,8 @@ pub enum Refusal {
     Window(usize),
     /// The tables lie in no window, or are too large.
     Tables(u64),
+    /// No [`Role`].
+    Role(u64),
 }
 
 impl fmt::Display for Refusal {
@@ -171,6 +178,7 @@ impl fmt::Display for Refusal {
                 f,
                 "window {index} overlaps the one before it, ends beyond frame {FRAME_LIMIT:#x}, or brings L2 over {MAX_FRAMES:#x} frames"
             ),
+            Self::Role(word) => write!(f, "L2 is in role {word:#x}; a role has 9 bits"),
             Self::Tables(address) => {
                 write!(f, "L2's page tables at {address:#x} lie in no window, or have over {MAX_TABLE_BYTES:#x} bytes")
             }
@@ -189,6 +197,7 @@ impl ControlPage {
             return Err(Refusal::AccessedDirty(self.accessed_dirty));
         }
         let mut entry = Entry {
+            role: Role::from_word(self.role).ok_or(Refusal::Role(self.role))?,
             root: self.root,
             format,
             accessed_dirty: self.accessed_dirty == 1,
@@ -264,6 +273,7 @@ mod tests {
         };
         assert_eq!(fault(|page| page.format = 5), Refusal::Format(5));
         assert_eq!(fault(|page| page.accessed_dirty = 2), Refusal::AccessedDirty(2));
+        assert_eq!(fault(|page| page.role = 1 << 9), Refusal::Role(1 << 9));
         assert_eq!(fault(|page| page.windows[0] = [0, 0]), Refusal::NoWindow);
         assert_eq!(fault(|page| page.windows[1][0] = 0x3ff), Refusal::Window(1));
         assert_eq!(fault(|page| page.windows[1][1] = MAX_FRAMES), Refusal::Window(1));

@@ -16,6 +16,7 @@ pub mod nested;
 pub mod paging;
 pub mod pattern;
 pub mod protocol;
+pub mod role;
 pub mod smm;
 pub mod toggle;
 pub mod violation;

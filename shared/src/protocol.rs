@@ -41,6 +41,10 @@ pub enum Doorbell {
     Invalidate = 9,
     /// L2 has done its work: it is left, and L1 goes on.
     Yield = 10,
+    /// L2 is in another role from here on, which its control page names.
+    ChangeRole = 11,
+    /// This vCPU waits for another one, which may want to run.
+    Wait = 12,
 }
 
 impl Doorbell {
@@ -58,6 +62,8 @@ impl Doorbell {
             8 => Some(Self::EnterL2),
             9 => Some(Self::Invalidate),
             10 => Some(Self::Yield),
+            11 => Some(Self::ChangeRole),
+            12 => Some(Self::Wait),
             _ => None,
         }
     }
@@ -137,7 +143,9 @@ pub enum Command {
     Enter = 7,
     /// L1 alone: make all entries of its table for L2's pages that are not there yet.
     Fill = 8,
-    /// Change the vCPU's mode there and back: [`crate::toggle::Toggle`] number `argument`. [`Mailbox::ticks`] is what that took.
+    /// Change the vCPU's mode there and back: the [`crate::toggle::Toggle`] whose number is the lower half of `argument`. If the upper half is not 0, wait
+    /// in between until so many vCPUs have come there since the boot (a bit's toggles alone). [`Mailbox::ticks`] is what that took. An L2 of the monitor's
+    /// announces the roles that it passes through instead, and the ticks are those of L1, from the entry to the exit.
     Toggle = 9,
     /// Write the first pages, as many as the lower half of `argument` says, with the stamp of the round in its upper half.
     Touch = 10,
@@ -156,6 +164,14 @@ pub enum Command {
     Renew = 16,
     /// L1 alone, a malicious one: case `argument` of [`crate::hostile`].
     Attack = 17,
+    /// An L2 of the monitor's alone: announce that it is in role `argument` ([`crate::role::Role`]). Ticks as for `Toggle`.
+    Role = 18,
+    /// Leave long mode, write all tracked pages with the stamp of the round in the upper half of `argument`, change the bit of the
+    /// [`crate::toggle::Toggle`] in its lower half there and back, write the pages again, and come back. [`Doorbell::Ready`] is rung after each of the
+    /// first three, and what is commanded then is ignored. [`Mailbox::ticks`] is what the change took. One slot, below 4 GiB.
+    Unpaged = 19,
+    /// Nothing: what was begun goes on.
+    GoOn = 20,
 }
 
 impl Command {
@@ -180,6 +196,9 @@ impl Command {
             15 => Some(Self::Probe),
             16 => Some(Self::Renew),
             17 => Some(Self::Attack),
+            18 => Some(Self::Role),
+            19 => Some(Self::Unpaged),
+            20 => Some(Self::GoOn),
             _ => None,
         }
     }
@@ -248,7 +267,7 @@ mod tests {
 
     #[test]
     fn numbers_and_names_agree() {
-        for number in 0..20 {
+        for number in 0..32 {
             assert!(Doorbell::from_number(number).is_none_or(|doorbell| doorbell as u32 == number));
             assert!(Command::from_number(number.into()).is_none_or(|command| command as u64 == u64::from(number)));
         }

@@ -39,6 +39,13 @@ macro_rules! toggles {
                 matches!(self, Self::Smm | Self::SmmShared)
             }
 
+            /// Whether it changes one bit of a register, without leaving long mode.
+            #[must_use]
+            pub const fn is_of_a_bit(self) -> bool {
+                use Toggle::{Cr0Wp, Nxe, Pge, Pke, Pse, Smap, Smep};
+                matches!(self, Cr0Wp | Pse | Pge | Smep | Smap | Pke | Nxe)
+            }
+
             /// What the vCPU's CPUID must say (Intel SDM 2A, CPUID; AMD APM 3, appendix E); `None` where every CPU with long mode will do.
             #[must_use]
             pub const fn needs(self) -> Option<CpuidBit> {

@@ -91,6 +91,7 @@ fn program(name: &str) -> Result<(String, u64), umbra::guest::Error> {
         smm: None,
         image: Arc::new(Image::load(Some(&image(name))).expect("an image of ours")),
         timer: Timer::new(Clock::Nanoseconds),
+        patience: Duration::from_secs(120),
     })
 }
 

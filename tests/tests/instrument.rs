@@ -44,7 +44,7 @@ fn spec(directory: &Path) -> PathBuf {
     let text = format!(
         "[axes]\nmemory = \"4M\"\ntracker = \"bitmap,clear\"\n\n[[run]]\nkernel = \"6.12\"\n\n[[run]]\n{own}\n\
          [[run]]\n{own}scenario = \"collapse\"\ntracker = \"bitmap\"\n\n\
-         [[run]]\n{own}scenario = \"dirty-rate\"\nrate = 50\ntracker = \"bitmap,pagemap-2step\"\n\n\
+         [[run]]\n{own}scenario = \"dirty-rate\"\nrate = 50\ntracker = \"bitmap,pagemap-2step\"\nstrategy = \"write-protect\"\n\n\
          [[run]]\n{own}guest-paging = [\"pae\", \"32bit\"]\nbacking = \"anonymous\"\nslots = 2\npattern = \"random\"\n\
          write-percent = 50\n\n\
          [[run]]\nkernel = \"6.12\"\n\"kvm.no_such_parameter\" = \"1\"\n"
@@ -117,7 +117,7 @@ fn huge_pages_come_back(collapse: &Record) {
     }
 }
 
-/// KVM's log and the pagemap find the rate to 2%; sampling has a row.
+/// KVM's log, the pagemap and the shadow MMU find the rate to 2%; sampling has a row. What the shadow MMU split is whole again only if it collapses.
 fn rates_are_right(record: &Record) {
     for row in record.measured() {
         let rate = row.rate.as_ref().expect("a rate");
@@ -126,7 +126,13 @@ fn rates_are_right(record: &Record) {
             assert!(rate.error_permille.abs() <= 20, "{}: {rate:?}", row.name);
         }
     }
-    assert_eq!(record.measured().count(), 3);
+    let huge = |name: &str| {
+        let row = record.measured().find(|row| row.name == name).expect("a row of the shadow MMU");
+        (row.counters["pages_2m_before"].value, row.counters["pages_2m_left"].value)
+    };
+    assert_eq!(huge("umbra:write-protect no collapse"), (2, 0));
+    assert_eq!(huge("umbra:write-protect in-place"), (2, 2));
+    assert_eq!(record.measured().count(), 5);
 }
 
 /// `a` and `b` are the same work in images that are merely shifted.
@@ -189,4 +195,12 @@ fn specs_and_kernels_that_are_none_are_refused() {
     refused(&["lab", "--kernel", words(&image), "dirty-log"], 2, &["not a bzImage", "no boot header"]);
     refused(&[&["lab", "ab", "--kernel", words(&image)], WORK].concat(), 2, &["not a bzImage"]);
     refused(&[&["lab", "ab", "--kernel", "6.12", "--b-kernel", "2.4"], WORK].concat(), 2, &["kernel 2.4"]);
+    // A real kernel, built without KVM for this machine as far as its modules tell.
+    let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&Progress::stderr()).expect("the kernel");
+    for module in kernel.modules().iter().filter(|module| module.name != "kvm_amd") {
+        fs::copy(kernel.module(module), directory.path().join(format!("{}.ko", module.name))).unwrap();
+    }
+    let image = kernel.vmlinuz();
+    let own = ["lab", "--kernel", words(&image), "--modules", words(directory.path()), "dirty-log"];
+    refused(&own, 2, &["no kvm-amd", "neither kvm_amd.ko nor a modules.builtin"]);
 }

@@ -6,11 +6,14 @@
 //!
 //! L1 is at ring 0, where interrupts are off, from an entry to the exit after it and no longer.
 
+use super::modes;
 use super::paging::Format;
 use core::fmt;
 use umbra_shared::L2Gfn;
 use umbra_shared::hostile::Control;
 use umbra_shared::nested::Nested;
+use umbra_shared::role::Role;
+use umbra_shared::toggle::Toggle;
 
 /// A CPU's extension, with the one L2 that this vCPU has on it.
 pub trait Extension: Sized {
@@ -40,6 +43,16 @@ pub trait Extension: Sized {
 
     /// Forgets translations by L1's table, after rights or entries were taken away in it.
     fn forget(&mut self);
+
+    /// Executed by L2: changes its mode there and back.
+    fn toggle(toggle: Toggle) {
+        let _ = modes::toggle(toggle, None);
+    }
+
+    /// Executed by L2: says which role it is in. Panics where nobody wants to know.
+    fn announce(role: Role) {
+        panic!("an L2 of the monitor's alone can announce {role:?}");
+    }
 
     /// L2's hypercall, executed by L2: returns what it then finds in RAX.
     ///

@@ -1,4 +1,4 @@
-//! The tracked memory touched in a paging mode before long mode (PAE, 32-bit paging): out of long mode, one loop in 32-bit code, and back.
+//! The tracked memory touched in a paging mode before long mode (PAE, 32-bit paging, none): out of long mode, one loop in 32-bit code, and back.
 //!
 //! A mode change is a dozen exits to KVM, which the monitor's window has and [`Executed::ticks`] has not. A write is two stores, both to the page
 //! that its first one has brought in.
@@ -16,6 +16,8 @@ use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::{self, LEGACY_BASE, Slot};
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::Pattern;
+use umbra_shared::protocol::{DOORBELL_PORT, Doorbell};
+use umbra_shared::toggle::Toggle;
 use umbra_shared::{Level, PAGE_SIZE};
 
 /// CR3 of the mode, 0 before [`create`].
@@ -30,6 +32,7 @@ const POPULATE: u32 = 2;
 const NOT_TIMED: u32 = u32::MAX;
 
 /// What the 32-bit code is asked to do, and what it leaves.
+#[derive(Default)]
 #[repr(C)]
 struct Request {
     cr3: u32,
@@ -46,6 +49,9 @@ struct Request {
     before: u32,
     begin: [u32; 2],
     end: [u32; 2],
+    /// For [`touch_unpaged`]: the routine between its two touches, and the ticks that it took.
+    change: u32,
+    changed: u32,
 }
 
 /// The tracked memory in such a mode.
@@ -139,11 +145,7 @@ impl Legacy {
             count,
             base: LEGACY_BASE as u32,
             stamp: (Pattern::stamp(round, 0) >> 32) as u32,
-            writes: 0,
-            cr4: 0,
-            before: 0,
-            begin: [0; 2],
-            end: [0; 2],
+            ..Request::default()
         };
         let argument = (&raw mut request).expose_provenance() as u64;
         ring0::call(&mut || {
@@ -156,6 +158,68 @@ impl Legacy {
         let ticks = |[low, high]: [u32; 2]| u64::from(low) | u64::from(high) << 32;
         Executed { writes: request.writes.into(), ticks: ticks(request.end).wrapping_sub(ticks(request.begin)) }
     }
+}
+
+/// With paging off: writes the `pages` pages from `base` with the stamp of `round`, changes the toggle's bit there and back, and writes them again. Rings
+/// [`Doorbell::Ready`] after each of the three. Returns the ticks of the change.
+#[must_use]
+pub fn touch_unpaged(toggle: Toggle, base: u64, pages: u64, round: u64) -> u64 {
+    let end = base.saturating_add(pages.saturating_mul(PAGE_SIZE));
+    assert!((LEGACY_BASE..=layout::LEGACY_LIMIT).contains(&base) && end <= layout::LEGACY_LIMIT, "pages above 3 GiB");
+    let mut request = Request {
+        what: POPULATE,
+        count: pages as u32,
+        base: base as u32,
+        stamp: (Pattern::stamp(round, 0) >> 32) as u32,
+        change: unpaged::change(toggle),
+        ..Request::default()
+    };
+    let argument = (&raw mut request).expose_provenance() as u64;
+    ring0::call(&mut || {
+        // SAFETY: at ring 0 with interrupts off, on a stack below 4 GiB. Without paging the code, its stack and the request are where they are, and so
+        // are the pages, which are nobody else's.
+        unsafe { unpaged::call(stay_and_touch as *const () as u64, argument) };
+    });
+    // SAFETY: a valid Request, which the 32-bit code has written behind the compiler's back.
+    u64::from(unsafe { (&raw const request).read_volatile() }.changed)
+}
+
+/// The 32-bit code of [`touch_unpaged`], which never leaves unpaged mode. ESI is the request's address; it keeps EBX, EBP and EDI.
+#[unsafe(naked)]
+unsafe extern "C" fn stay_and_touch() {
+    core::arch::naked_asm!(
+        ".code32",
+        "push ebx",
+        "push ebp",
+        "push edi",
+        "call {access}",
+        "mov edx, {port}",
+        "mov eax, {ready}",
+        "out dx, eax",
+        "rdtsc",
+        "mov ebx, eax",
+        "call dword ptr [esi + {change}]",
+        "rdtsc",
+        "sub eax, ebx",
+        "mov [esi + {changed}], eax",
+        "mov edx, {port}",
+        "mov eax, {ready}",
+        "out dx, eax",
+        "call {access}",
+        "mov edx, {port}",
+        "mov eax, {ready}",
+        "out dx, eax",
+        "pop edi",
+        "pop ebp",
+        "pop ebx",
+        "ret",
+        ".code64",
+        access = sym access,
+        port = const DOORBELL_PORT,
+        ready = const Doorbell::Ready as u32,
+        change = const offset_of!(Request, change),
+        changed = const offset_of!(Request, changed),
+    )
 }
 
 /// The 32-bit code: switches the mode on, has the pages touched, and switches it off. ESI is the request's address; it keeps EBX, EBP and EDI.

@@ -4,6 +4,8 @@
 //! reach a page that is open to ring 3, as all of the final tables' are. They are there at link time, so that they need no pool.
 
 use super::{ring0, smm, unpaged};
+use core::sync::atomic::AtomicU32;
+use umbra_shared::protocol::{DOORBELL_PORT, Doorbell};
 use umbra_shared::toggle::Toggle;
 
 const CR0_WP: u64 = 1 << 16;
@@ -37,14 +39,18 @@ core::arch::global_asm!(
     ".popsection",
 );
 
+/// vCPUs that have come to a meeting since the boot.
+static MET: AtomicU32 = AtomicU32::new(0);
+
 /// A function that changes the bits of `mask` in a register and changes them back, on ring 0's tables, and returns the TSC ticks from before the
-/// first change to after the second. RDX is free between the instructions of `read` and `write`, which use RAX (and RDX for an MSR's upper half).
+/// first change to after the second. In between it comes to the meeting at `met`, if that is not null, and waits until it counts `all`. RDX is free between the instructions of `read` and `write`, which use RAX (and RDX for an MSR's upper half).
 macro_rules! flip {
     ($(#[$doc:meta])* $name:ident, [$($read:literal),*], [$($write:literal),*]) => {
         $(#[$doc])*
         #[unsafe(naked)]
-        unsafe extern "C" fn $name(mask: u64) -> u64 {
+        unsafe extern "C" fn $name(mask: u64, met: *const AtomicU32, all: u32) -> u64 {
             core::arch::naked_asm!(
+                "mov r9d, edx",
                 "mov r10, cr3",
                 "lea rax, [rip + ring0_pml4]",
                 "mov cr3, rax",
@@ -55,6 +61,22 @@ macro_rules! flip {
                 $($read,)*
                 "xor rax, rdi",
                 $($write,)*
+                "test rsi, rsi",
+                "jz 4f",
+                "push rax",
+                "push rdx",
+                "lock inc dword ptr [rsi]",
+                "2:",
+                "cmp dword ptr [rsi], r9d",
+                "jae 3f",
+                "mov edx, {port}",
+                "mov eax, {wait}",
+                "out dx, eax",
+                "jmp 2b",
+                "3:",
+                "pop rdx",
+                "pop rax",
+                "4:",
                 "xor rax, rdi",
                 $($write,)*
                 "rdtsc",
@@ -64,6 +86,8 @@ macro_rules! flip {
                 "mov cr3, r10",
                 "ret",
                 efer = const EFER,
+                port = const DOORBELL_PORT,
+                wait = const Doorbell::Wait as u32,
             )
         }
     };
@@ -86,9 +110,11 @@ flip! {
 }
 
 /// Makes the toggle once and returns what it took in TSC ticks. The caller has asked CPUID whether this CPU has it ([`Toggle::needs`]); one that
-/// has not ends in #GP.
+/// has not ends in #GP. With `all` the vCPUs meet in between, until so many have come since the boot; of a bit's toggles alone.
 #[must_use]
-pub fn toggle(toggle: Toggle) -> u64 {
+pub fn toggle(toggle: Toggle, all: Option<u32>) -> u64 {
+    assert!(all.is_none() || toggle.is_of_a_bit(), "{} is made by one vCPU at a time", toggle.name());
+    let (met, all) = all.map_or((core::ptr::null(), 0), |all| (&raw const MET, all));
     if toggle.is_smm() {
         return smm::visit();
     }
@@ -98,14 +124,14 @@ pub fn toggle(toggle: Toggle) -> u64 {
         // those bits is one that long mode needs, and the ways through `unpaged` come back.
         ticks = unsafe {
             match toggle {
-                Toggle::None | Toggle::Smm | Toggle::SmmShared => cr0(0),
-                Toggle::Cr0Wp => cr0(CR0_WP),
-                Toggle::Pse => cr4(CR4_PSE),
-                Toggle::Pge => cr4(CR4_PGE),
-                Toggle::Smep => cr4(CR4_SMEP),
-                Toggle::Smap => cr4(CR4_SMAP),
-                Toggle::Pke => cr4(CR4_PKE),
-                Toggle::Nxe => efer(EFER_NXE),
+                Toggle::None | Toggle::Smm | Toggle::SmmShared => cr0(0, met, all),
+                Toggle::Cr0Wp => cr0(CR0_WP, met, all),
+                Toggle::Pse => cr4(CR4_PSE, met, all),
+                Toggle::Pge => cr4(CR4_PGE, met, all),
+                Toggle::Smep => cr4(CR4_SMEP, met, all),
+                Toggle::Smap => cr4(CR4_SMAP, met, all),
+                Toggle::Pke => cr4(CR4_PKE, met, all),
+                Toggle::Nxe => efer(EFER_NXE, met, all),
                 Toggle::Cr0Pg => unpaged::visit(unpaged::Stay::Bare),
                 Toggle::Pae => unpaged::visit(unpaged::Stay::Pae),
                 Toggle::Bits32 => unpaged::visit(unpaged::Stay::Bits32),

@@ -16,6 +16,8 @@ use umbra_shared::hostile::Control;
 use umbra_shared::layout::{MAX_VCPUS, SYSTEM_LIMIT, vcpu_area, vcpu_area as area};
 use umbra_shared::nested::{self, Flags, L2_BASE, Nested};
 use umbra_shared::protocol::Doorbell;
+use umbra_shared::role::Role;
+use umbra_shared::toggle::Toggle;
 
 const WORDS: usize = size_of::<ControlPage>() / 8;
 
@@ -142,6 +144,21 @@ impl Extension for Paravirtual {
 
     fn forget(&mut self) {
         port::ring(Doorbell::Invalidate);
+    }
+
+    /// Ring 0 is nowhere here: L2 says what it would be.
+    fn toggle(toggle: Toggle) {
+        for &role in toggle.visits() {
+            Self::announce(role);
+        }
+        if !toggle.visits().is_empty() {
+            Self::announce(Role::HOME);
+        }
+    }
+
+    fn announce(role: Role) {
+        LiveControl::of(vcpu::current()).word(offset_of!(ControlPage, role)).store(role.word(), Relaxed);
+        port::ring(Doorbell::ChangeRole);
     }
 
     unsafe fn hypercall() -> u64 {

@@ -4,6 +4,7 @@
 //! while it is off is a [`Stay`]; two of them switch on PAE or 32-bit paging for a moment, on tables that are there at link time.
 
 use super::gdt::{KERNEL_CODE, KERNEL_CODE_32, KERNEL_DATA};
+use umbra_shared::toggle::Toggle;
 
 /// CR0.PG.
 pub(super) const PAGING: u32 = 1 << 31;
@@ -143,6 +144,16 @@ unsafe extern "C" fn leave_and_return(routine: u64, argument: u64) -> u64 {
         paging = const PAGING,
         no_paging = const !PAGING,
     )
+}
+
+/// The 32-bit routine that changes a bit of long mode's there and back, by its address; of other toggles one that changes nothing.
+pub(super) fn change(toggle: Toggle) -> u32 {
+    let routine: unsafe extern "C" fn() = match toggle {
+        Toggle::La57 => la57,
+        Toggle::Lme => lme,
+        _ => bare,
+    };
+    (routine as *const ()).addr() as u32
 }
 
 #[unsafe(naked)]

@@ -3,7 +3,7 @@
 pub mod plan;
 
 use crate::arch::l2::Extension;
-use crate::arch::legacy::Legacy;
+use crate::arch::legacy::{self, Legacy};
 use crate::arch::mailbox::LiveMailbox;
 use crate::arch::paravirtual::Paravirtual;
 use crate::arch::svm::Svm;
@@ -13,6 +13,7 @@ use crate::arch::{modes, port, tsc, vcpu};
 use crate::boot::Setup;
 use crate::nested::Hypervisor;
 use crate::{console, selftest};
+use core::num::NonZeroU32;
 use core::ops::Range;
 use core::sync::atomic::Ordering::{Relaxed, Release};
 use plan::Plan;
@@ -20,6 +21,7 @@ use umbra_shared::histogram::Histogram;
 use umbra_shared::nested::{Nested, Way};
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{Command, Doorbell};
+use umbra_shared::role::Role;
 use umbra_shared::toggle::Toggle;
 use umbra_shared::violation::CASES;
 
@@ -40,6 +42,8 @@ pub struct Worker {
     pub tracked: Tracked,
     /// The same memory in a mode before long mode, where that is asked for.
     legacy: Option<Legacy>,
+    /// The first tracked slot's physical address.
+    first_slot: u64,
     /// TSC ticks between the accesses of a paced run.
     pace: u64,
     /// This vCPU's index, and how many take part.
@@ -66,6 +70,7 @@ impl Worker {
             pattern: setup.pattern,
             tracked,
             legacy: Legacy::enter(setup.mode),
+            first_slot: setup.slots().next().map_or(0, |slot| slot.base.address()),
             pace: setup.page.pace,
             vcpu,
             vcpus,
@@ -107,8 +112,8 @@ impl Worker {
             }
             Command::Touch => self.tracked.populate(0..argument & u64::from(u32::MAX), argument >> 32),
             Command::Toggle => {
-                let Some(toggle) = Toggle::from_number(argument) else { panic!("there is no toggle {argument}") };
-                Executed { writes: 0, ticks: modes::toggle(toggle) }
+                let all = NonZeroU32::new((argument >> 32) as u32).map(NonZeroU32::get);
+                Executed { writes: 0, ticks: modes::toggle(toggle(argument), all) }
             }
             // What only a hypervisor does.
             Command::Enter
@@ -118,8 +123,17 @@ impl Worker {
             | Command::Play
             | Command::Probe
             | Command::Renew
-            | Command::Attack => Executed::default(),
+            | Command::Attack
+            | Command::Role
+            | Command::GoOn => Executed::default(),
+            Command::Unpaged => self.touch_unpaged(argument),
         }
+    }
+
+    fn touch_unpaged(&self, argument: u64) -> Executed {
+        let toggle = toggle(argument);
+        let ticks = legacy::touch_unpaged(toggle, self.first_slot, self.pattern.pages, argument >> 32);
+        Executed { writes: 2 * self.pattern.pages, ticks }
     }
 
     fn timed(&mut self) -> Executed {
@@ -229,6 +243,14 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
         Command::Enter => hypervisor.enter(argument),
         Command::Fill => hypervisor.fill(),
         Command::Edit => hypervisor.edit(nested, argument),
+        Command::Toggle => {
+            let toggle = toggle(argument);
+            Executed { writes: 0, ticks: hypervisor.run(&mut || E::toggle(toggle)) }
+        }
+        Command::Role => {
+            let Some(role) = Role::from_word(argument) else { panic!("there is no role {argument:#x}") };
+            Executed { writes: 0, ticks: hypervisor.run(&mut || E::announce(role)) }
+        }
         Command::Play => hypervisor.play(setup, nested, argument),
         Command::Probe => hypervisor.probe(),
         Command::Renew => hypervisor.renew(setup, nested),
@@ -244,6 +266,12 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
             executed
         }
     })
+}
+
+/// The toggle that the lower half of an argument names.
+fn toggle(argument: u64) -> Toggle {
+    let number = argument & u64::from(u32::MAX);
+    Toggle::from_number(number).unwrap_or_else(|| panic!("there is no toggle {number}"))
 }
 
 fn commands(mailbox: &LiveMailbox, mut execute: impl FnMut(Command, u64) -> Executed) -> ! {

@@ -118,8 +118,16 @@ fn leads_straight_on(words: &[u64; BLOCK]) -> bool {
 
 /// How many entries of the block are there already, if those are what would be mapped, and no other page is listed.
 fn count_fitting(sptes: &[Spte], heads: &[Head], leaf: Spte, at: SpteRef) -> Option<u16> {
-    if Spte::are_empty(sptes) && Head::are_empty(heads) {
-        return Some(0);
+    // Mostly the block is empty, or holds the one leaf that a fault has just mapped.
+    let first = sptes.iter().position(|spte| *spte != Spte::default()).unwrap_or(sptes.len());
+    let (before, rest) = heads.split_at_checked(first)?;
+    let others = sptes.get(first + 1..).unwrap_or_default();
+    let listed = rest.get(1..).unwrap_or_default();
+    if Spte::are_empty(others) && Head::are_empty(before) && Head::are_empty(listed) {
+        let (Some(spte), Some(head)) = (sptes.get(first), rest.first()) else { return Some(0) };
+        let expected = Spte(leaf.0 + ((first as u64) << 12));
+        let fits = *spte == expected && *head == Head::one(SpteRef(at.0 + u32::try_from(first).ok()?));
+        return fits.then_some(1);
     }
     let (mut present, mut differs) = (0_u16, false);
     for ((spte, head), offset) in sptes.iter().zip(heads).zip(0_u32..) {
@@ -130,4 +138,86 @@ fn count_fitting(sptes: &[Spte], heads: &[Head], leaf: Spte, at: SpteRef) -> Opt
         differs |= *spte != expected || *head != listed;
     }
     (!differs).then_some(present)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::access::Request;
+    use crate::config::Config;
+    use crate::fault::Outcome;
+    use crate::format::Format;
+    use crate::memory::{NoMapper, Slot};
+    use crate::role::RootRole;
+    use crate::stateful::Rng;
+    use crate::track::WriteProtect;
+    use crate::walker::PlainMemory;
+    use umbra_shared::L2Gfn;
+    use umbra_shared::paging::ept::{RIGHTS, WRITE, WRITE_BACK};
+
+    /// EPT12's root; the tables below follow. Its leaf table begins with a block that leads to frames 64 and on.
+    const ROOT: u64 = 1;
+    const FIRST: u64 = 64;
+
+    fn straight() -> [u64; BLOCK] {
+        let mut words = [0; BLOCK];
+        for (word, frame) in words.iter_mut().zip(FIRST..) {
+            *word = frame << 12 | RIGHTS | WRITE_BACK;
+        }
+        words
+    }
+
+    #[test]
+    fn consecutive_frames_alone_lead_straight_on() {
+        assert!(leads_straight_on(&straight()));
+        for (at, change) in [(0, 1 << 12), (1, WRITE), (63, 1 << 12), (31, 1 << 63), (5, u64::MAX)] {
+            let mut words = straight();
+            words[at] ^= change;
+            assert!(!leads_straight_on(&words), "{at} {change:#x}");
+        }
+    }
+
+    /// One block under EPT12 with entry `at` changed by `change`, and one fault at `touched`. What is mapped is what EPT12 has, entry by entry, and
+    /// nothing of a page that it has not.
+    fn check_block(at: usize, change: u64, touched: u64, request: Request) {
+        let mut words = straight();
+        words[at] ^= change;
+        let mut memory = PlainMemory::new(512, 0);
+        for table in [ROOT, ROOT + 1, ROOT + 2] {
+            memory.write(Frame(table), 0, ((table + 1) << 12) | RIGHTS);
+        }
+        for (offset, word) in (0..).step_by(8).zip(words) {
+            memory.write(Frame(ROOT + 3), offset, word);
+        }
+        let config = Config { extent: 64, ..Config::new(512, &WriteProtect) };
+        let mut mmu = Mmu::new(config, &[Slot::identity(512)]).unwrap();
+        let mut mapper = NoMapper;
+        let mut env = Env { memory: &mut memory, mapper: &mut mapper };
+        let role = RootRole::new(Format::Ept { five_levels: false, accessed_dirty: false });
+        let root = mmu.load_root(&mut env, role, ROOT << 12).unwrap();
+        let outcome = mmu.fault(&mut env, root, touched << 12, request).unwrap();
+        let done = matches!(outcome, Outcome::Mapped { .. });
+        assert!(done || change != 0 && touched == at as u64, "{at} {change:#x} {touched}: {outcome:?}");
+        let mut count = 0;
+        for (page, &word) in (0..).zip(&words) {
+            let Some((frame, _, access)) = mmu.peek(root, L2Gfn(page)).unwrap() else { continue };
+            count += 1;
+            assert_eq!(frame.0, word >> 12 & 0xff_ffff_ffff, "{at} {change:#x} {touched}: page {page}");
+            let bits = access.bits();
+            assert!(bits != 0 && word & RIGHTS & bits == bits, "{at} {change:#x} {touched}: page {page}");
+        }
+        assert!(count >= u64::from(done) && (change != 0 || count == 64), "{at} {change:#x} {touched}: {count} mapped");
+    }
+
+    #[test]
+    fn a_block_is_mapped_as_its_entries_are() {
+        let mut rng = Rng(1);
+        let bits = [0, 1, 2, 3, 12, 14, 20, 45, 51];
+        for _ in 0..3000 {
+            let change = if rng.once_in(4) { 0 } else { 1 << rng.pick(&bits) };
+            let at = usize::try_from(rng.below(64)).unwrap();
+            let touched = if rng.once_in(3) { at as u64 } else { rng.below(64) };
+            check_block(at, change, touched, rng.pick(&[Request::READ, Request::WRITE]));
+        }
+    }
 }

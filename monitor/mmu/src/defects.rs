@@ -37,6 +37,10 @@ defects! {
     AliasNotProtected = "alias-not-protected",
     /// A root is found by its table alone, whatever the flags of its format.
     StaleRole = "stale-role",
+    /// A root is found whatever L2's role is: mode, and SMM.
+    RoleNotTold = "role-not-told",
+    /// A root that nobody uses goes, whatever the policy.
+    KeptRootZapped = "kept-root-zapped",
     /// Dropping a root forgets to count down.
     CountLeak = "count-leak",
     /// Entries beyond the log's 512 are lost.

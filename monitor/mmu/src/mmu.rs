@@ -198,7 +198,10 @@ impl Mmu {
             return Err(MmuError::BadTable(table));
         }
         let mode = if self.config.roots == RootPolicy::AddressSpace { ModeBits(0) } else { role.mode };
-        let role = RootRole { mode, ..role };
+        let mut role = RootRole { mode, ..role };
+        if self.defect(Defect::RoleNotTold) {
+            role = RootRole { mode: ModeBits(0), smm: false, ..role };
+        }
         let offset = ((table & 0xfff) >> 5) as u8;
         let (gfn, page_role) = (Gfn::containing(table), Role::root(role, offset));
         let mut found = self.arena.find(gfn, page_role).map(|page| self.arena.header(page).root());
@@ -249,7 +252,8 @@ impl Mmu {
             return Ok(());
         }
         let left = self.roots.unload(root.index()).unwrap_or(0);
-        if left == 0 && matches!(self.config.roots, RootPolicy::Drop | RootPolicy::AddressSpace) {
+        let drops = matches!(self.config.roots, RootPolicy::Drop | RootPolicy::AddressSpace);
+        if left == 0 && (drops || self.defect(Defect::KeptRootZapped)) {
             self.zap_root(env, root.index());
             self.finish(env);
         }

@@ -5,12 +5,13 @@ use crate::kvm::Backing;
 use crate::kvm::clock::Timer;
 use crate::nested;
 use std::sync::Arc;
+use std::time::Duration;
 use umbra_shared::layout::{self, Slot};
 use umbra_shared::nested::{Map, Nested, WORDS};
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage};
-use umbra_shared::{Level, PAGE_SIZE, smm};
+use umbra_shared::{Gfn, Level, PAGE_SIZE, smm};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::IntoBytes;
 
@@ -43,9 +44,17 @@ pub struct Plan {
     pub image: Arc<Image>,
     /// The clock of windows.
     pub timer: Timer,
+    /// How long the guest may be silent inside one command. In the lab that is virtual time.
+    pub patience: Duration,
 }
 
 impl Plan {
+    /// The first tracked frame.
+    #[must_use]
+    pub fn first_tracked(&self) -> Gfn {
+        self.slots.first().map_or(Gfn::containing(layout::TRACKED_GPA), |slot| slot.base)
+    }
+
     /// Which tracked page each of the pattern's is.
     #[must_use]
     pub fn map(&self) -> Map {

@@ -1,7 +1,7 @@
 //! SMIs into a running guest: a vCPU is kicked out of `KVM_RUN`, gets an SMI, and goes on. What the CPU saved is held against what the vCPU was.
 
 use super::Error;
-use super::machine::{Machine, PATIENCE};
+use super::machine::Machine;
 use crate::kvm::clock::Window;
 use crate::kvm::urgent::Urgent;
 use crate::kvm::vcpu::{Exit, Interrupted};
@@ -52,7 +52,7 @@ impl Machine {
         while let Some(first) = targets.iter().position(|target| !target.done) {
             let Some(stop) = self.stop_within(pace) else {
                 silence += pace;
-                if silence > PATIENCE {
+                if silence > self.patience {
                     return Err(self.silent(first, "a command under SMIs"));
                 }
                 turn = (turn + 1) % targets.len();

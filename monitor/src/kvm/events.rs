@@ -23,13 +23,13 @@ const SAMPLE: u32 = 9;
 
 /// An event to record: its folder below `events`, and the fields that are wanted.
 #[derive(Clone, Copy, Debug)]
-pub struct Wanted {
+pub struct Wanted<'a> {
     /// As `kvmmmu/kvm_mmu_get_page`.
-    pub event: &'static str,
+    pub event: &'a str,
     /// Names of unsigned fields of 1 to 8 bytes.
     pub fields: &'static [&'static str],
     /// Which hits, by a filter on fields.
-    pub filter: Option<&'static str>,
+    pub filter: Option<&'a str>,
 }
 
 /// A recorded hit.

@@ -1,6 +1,7 @@
 //! Everything that talks to /dev/kvm: capabilities, VM, vCPUs, memory, dirty log, dirty ring, statistics.
 
 pub mod capabilities;
+pub mod carry;
 pub mod clock;
 pub mod copies;
 pub mod events;
@@ -10,6 +11,7 @@ pub mod footprint;
 pub(crate) mod ioctls;
 pub mod log;
 pub mod memory;
+pub mod probes;
 pub mod registers;
 pub mod ring;
 pub mod stats;

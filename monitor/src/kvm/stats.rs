@@ -1,18 +1,30 @@
-//! KVM's binary statistics (Documentation/virt/kvm/api.rst, 4.133; since Linux 5.14).
+//! KVM's binary statistics (Documentation/virt/kvm/api.rst, 4.133; since Linux 5.14), and what older kernels have of them in debugfs.
 
 use super::{Error, ioctls};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 /// The scalar statistics of one VM or vCPU: names and places are read once, values whenever asked.
 #[derive(Debug)]
-pub struct Stats {
-    file: File,
-    /// Name and offset in the file.
-    places: Vec<(String, u64)>,
+pub enum Stats {
+    /// The binary ones.
+    Binary {
+        /// All of it.
+        file: File,
+        /// Name and offset in the file.
+        places: Vec<(String, u64)>,
+    },
+    /// Those of a whole VM before Linux 5.14: each a file, by the name that it has today.
+    Files(Vec<(&'static str, PathBuf)>),
 }
+
+/// Files of debugfs (5.10: arch/x86/kvm/x86.c, `debugfs_entries`) that count what binary statistics count too. There `largepages` are those
+/// of 2 MiB and of 1 GiB; `pf_taken` has no counterpart.
+const IN_DEBUGFS: &[(&str, &str)] =
+    &[("pages_2m", "largepages"), ("pf_fixed", "pf_fixed"), ("remote_tlb_flush", "remote_tlb_flush")];
 
 /// `flags & 0xf` of a descriptor: cumulative, instant and peak are plain numbers, the others histograms.
 const TYPE_MASK: u32 = 0xf;
@@ -51,7 +63,17 @@ impl Stats {
                 Some((String::from_utf8_lossy(name).into_owned(), data as u64 + u64::from(offset)))
             })
             .collect();
-        Ok(Self { file, places })
+        Ok(Self::Binary { file, places })
+    }
+
+    /// Finds the statistics of a VM in debugfs: a directory that is named after the process and its descriptor.
+    #[must_use]
+    pub fn in_debugfs(vm: &impl AsRawFd) -> Option<Self> {
+        let name = format!("{}-{}", std::process::id(), vm.as_raw_fd());
+        let directory = PathBuf::from("/sys/kernel/debug/kvm").join(name);
+        let files = IN_DEBUGFS.iter().map(|&(name, file)| (name, directory.join(file)));
+        let files: Vec<_> = files.filter(|(_, file)| file.exists()).collect();
+        (!files.is_empty()).then_some(Self::Files(files))
     }
 
     /// All values now.
@@ -59,15 +81,24 @@ impl Stats {
     /// # Errors
     /// The system's.
     pub fn read(&self) -> Result<BTreeMap<String, u64>, Error> {
-        self.places
-            .iter()
-            .map(|(name, offset)| {
-                let mut value = [0; 8];
-                self.file
-                    .read_exact_at(&mut value, *offset)
-                    .map_err(|source| Error::Call { what: "reading KVM's statistics", source })?;
-                Ok((name.clone(), u64::from_ne_bytes(value)))
-            })
-            .collect()
+        let unreadable = |source| Error::Call { what: "reading KVM's statistics", source };
+        match self {
+            Self::Binary { file, places } => {
+                let value = |(name, offset): &(String, u64)| {
+                    let mut value = [0; 8];
+                    file.read_exact_at(&mut value, *offset).map_err(unreadable)?;
+                    Ok((name.clone(), u64::from_ne_bytes(value)))
+                };
+                places.iter().map(value).collect()
+            }
+            Self::Files(files) => {
+                let value = |(name, file): &(&str, PathBuf)| {
+                    let text = std::fs::read_to_string(file).map_err(unreadable)?;
+                    let value = text.trim().parse().map_err(|error| unreadable(std::io::Error::other(error)))?;
+                    Ok(((*name).to_owned(), value))
+                };
+                files.iter().map(value).collect()
+            }
+        }
     }
 }

@@ -40,6 +40,8 @@ pub enum Exit {
     Kicked {
         /// The instruction pointer.
         rip: u64,
+        /// In words, if it is in system management mode; else empty.
+        mode: String,
     },
 }
 
@@ -265,6 +267,7 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
                             break failed("KVM_SMI")(error).to_string();
                         }
                     }
+                    Some(Doorbell::Wait) => std::thread::yield_now(),
                     Some(doorbell @ (Doorbell::EnterL2 | Doorbell::Invalidate | Doorbell::Yield)) => {
                         let Some(below) = &mut vcpu.below else { break format!("it rang {doorbell:?}, and has no L2") };
                         if let Err(error) = below.answer(doorbell) {
@@ -313,7 +316,7 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
             break error.to_string();
         }
         if wishes.kicked.swap(false, Ordering::AcqRel) {
-            return Exit::Kicked { rip: rip(&vcpu.fd) };
+            return Exit::Kicked { rip: rip(&vcpu.fd), mode: in_smm(&vcpu.fd) };
         }
     };
     Exit::Broken { what: what + &in_smm(&vcpu.fd), rip: rip(&vcpu.fd) }

@@ -5,7 +5,7 @@ use super::source::{Closed, begins_with};
 use super::windows::{Page, Window};
 use std::fs;
 use std::os::fd::AsFd;
-use umbra_mmu::{Access, Frame};
+use umbra_mmu::{Access, Frame, RootId};
 use umbra_shared::PAGE_SIZE;
 
 /// A line of /proc/self/maps (`proc_pid_maps(5)`).
@@ -46,16 +46,18 @@ impl Shadow {
     /// # Errors
     /// The first page that differs, in words.
     pub fn audit(&self) -> Result<(), String> {
-        self.windows.windows().iter().try_for_each(|window| {
-            self.audit_grants(window)?;
-            self.audit_mappings(window)
+        self.places.all().iter().try_for_each(|place| {
+            place.windows().iter().try_for_each(|window| {
+                self.audit_grants(place.root(), window)?;
+                self.audit_mappings(window)
+            })
         })
     }
 
-    fn audit_grants(&self, window: &Window) -> Result<(), String> {
+    fn audit_grants(&self, root: Option<RootId>, window: &Window) -> Result<(), String> {
         for (gfn, page) in (0..).map(|page| window.first.plus(page)).zip(&window.pages) {
             let Some(frame) = page.frame() else { continue };
-            let granted = self.root().and_then(|root| self.mmu.peek(root, gfn).ok().flatten());
+            let granted = root.and_then(|root| self.mmu.peek(root, gfn).ok().flatten());
             let fits = granted.is_some_and(|(granted, _, access)| {
                 granted == frame && (access.allows(Access::WRITE) || !page.writable())
             });
@@ -87,7 +89,7 @@ impl Shadow {
 
     /// Nothing is mapped in `pages`.
     fn audit_closed(&self, window: &Window, mut pages: std::ops::Range<u64>) -> Result<(), String> {
-        let holes = self.windows.source().closed() == Closed::Hole;
+        let holes = self.places.here().source().closed() == Closed::Hole;
         match pages.find(|&page| !holes || page_of(window, page) != Page::CLOSED) {
             None => Ok(()),
             Some(page) => Err(format!(
@@ -102,7 +104,7 @@ impl Shadow {
     fn is_closed(&self, window: &Window, pages: std::ops::Range<u64>, mapping: &Mapping) -> bool {
         let range = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
         let pages = window.pages.get(range(pages.start)..range(pages.end)).unwrap_or_default();
-        self.windows.source().closed() == Closed::Empty
+        self.places.here().source().closed() == Closed::Empty
             && mapping.name.contains(Closed::NAME)
             && pages.iter().all(|page| *page == Page::CLOSED)
     }
@@ -110,7 +112,7 @@ impl Shadow {
     fn audit_page(&self, window: &Window, number: u64, mapping: &Mapping) -> Result<(), String> {
         let page = page_of(window, number);
         let offset = mapping.offset + (number * PAGE_SIZE + window.place().start.0 - mapping.start);
-        let closed = self.windows.source().closed();
+        let closed = self.places.here().source().closed();
         let right = match page.frame() {
             None => closed != Closed::Hole && mapping.name.contains(Closed::NAME),
             Some(frame) if page.gathered() => {

@@ -78,7 +78,7 @@ impl Windows {
     }
 
     fn map_parts(&mut self, queue: &Queue) -> io::Result<()> {
-        if queue.is_scattered() && queue.writable && self.log.is_none() && self.gather(queue)? {
+        if queue.is_scattered() && queue.writable && !self.tells_apart() && self.gather(queue)? {
             return Ok(());
         }
         let mut at = queue.start;
@@ -93,8 +93,8 @@ impl Windows {
     /// Maps scattered pages through udmabufs, none of which covers 2 MiB. False if that cannot be: then nothing has changed that a mapping for each
     /// part does not replace.
     ///
-    /// Read-only pages are not mapped so: KVM makes a write to one an exit for MMIO, where the fault sources need a failed `KVM_RUN`. And not while KVM
-    /// logs, since [`Tables::ToldApart`] is not to be had.
+    /// Read-only pages are not mapped so: KVM makes a write to one an exit for MMIO, where the fault sources need a failed `KVM_RUN`. And not where
+    /// reads are to be told apart: [`Tables::ToldApart`] is not to be had.
     fn gather(&mut self, queue: &Queue) -> io::Result<bool> {
         let Some(mut udmabuf) = self.udmabuf.take() else { return Ok(false) };
         let gathered = self.gather_by(&mut udmabuf, queue);

@@ -208,3 +208,49 @@ impl L1Memory for View {
         part.and_then(|(part, page)| part.memory.changed_since(page, pages, By::here())).unwrap_or([u64::MAX; 8])
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two parts with a gap between their page indices, each word its own number.
+    fn view() -> View {
+        let part = |base: u64, first: u64, pages: u64| {
+            let memory = HostMemory::new(pages * PAGE_SIZE, Backing::Anonymous.shared()).unwrap();
+            for page in 0..pages {
+                for word in 0..512 {
+                    memory.word(page, word * 8).unwrap().store((first + page) << 9 | word, Ordering::Relaxed);
+                }
+            }
+            Part { base: Gfn(base), first: Frame(first), pages, memory: Arc::new(memory) }
+        };
+        let parts = vec![part(0, 0, 3), part(0x10_0000, 512, 2)];
+        View(Arc::new(L1Pages { parts, frames: 1024, first_tracked: Frame(512), resident: AtomicBool::new(false) }))
+    }
+
+    #[test]
+    fn a_block_is_its_words() {
+        let view = view();
+        for frame in [0, 2, 512, 513] {
+            for offset in (0..PAGE_SIZE).step_by(512) {
+                let mut block = [0; 64];
+                view.read_block(Frame(frame), offset, &mut block);
+                for (number, word) in (0..).zip(block) {
+                    assert_eq!(word, view.read(Frame(frame), offset + number * 8), "{frame} {offset}");
+                    assert_eq!(word, frame << 9 | (offset / 8 + number));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn where_there_is_no_memory_a_block_is_zeroes() {
+        let view = view();
+        // In the gap, behind the last part, and beyond a page's end.
+        for (frame, offset) in [(3, 0), (511, 512), (514, 0), (u64::MAX, 0), (2, PAGE_SIZE - 256), (2, PAGE_SIZE)] {
+            let mut block = [7; 64];
+            view.read_block(Frame(frame), offset, &mut block);
+            assert_eq!(block, [0; 64], "{frame} {offset}");
+        }
+    }
+}

@@ -20,7 +20,9 @@ mod gather;
 pub mod log;
 pub mod means;
 pub mod memory;
+pub mod places;
 mod reserve;
+mod roots_log;
 mod shadow;
 mod slots;
 pub mod source;
@@ -28,17 +30,19 @@ mod vcpu;
 pub mod windows;
 
 pub use means::{Means, Mechanism};
+pub use roots_log::{Life, RootsLog};
 pub use shadow::Shadow;
 pub use vcpu::L2Vcpu;
 
-use crate::kvm::ring::{DEFAULT_ENTRIES, RingSet};
+use crate::kvm::ring::DEFAULT_ENTRIES;
 use crate::kvm::{self, Error, Vm};
 use kvm_bindings::CpuId;
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::VcpuFd;
 use memory::L1Pages;
 use source::Kind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use umbra_mmu::RootPolicy;
 
 /// How an L2 is run.
 #[derive(Clone, Copy, Debug)]
@@ -53,13 +57,27 @@ pub struct Options {
     pub twins: u32,
     /// Single pages will change: no mapping is to cover 2 MiB.
     pub pieces: bool,
+    /// What becomes of roots that L2 is not on.
+    pub roots: RootPolicy,
+    /// What becomes of them is logged ([`Shadow::log`]).
+    pub log_roots: bool,
+    /// What KVM's log makes of pages that L2 reads first.
+    pub first_reads: FirstReads,
+}
+
+/// What KVM's log of L2's VM makes of a page that is first mapped by a read, while it logs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FirstReads {
+    /// It was not written. The first write to each page that is mapped while KVM logs costs a fault of the host's for that.
+    Exact,
+    /// It counts as written, as in any VM of KVM's.
+    Counted,
 }
 
 /// An L2: what its vCPUs and its trackers share.
 ///
-/// Field order matters: the VM is closed before what its slots lie on.
+/// Field order matters: the VMs are closed before what their slots lie on.
 pub struct Host {
-    vm: Arc<VmFd>,
     memory: Arc<L1Pages>,
     shadow: Mutex<Shadow>,
     /// An L2 that is kicked next is given back to its L1.
@@ -67,20 +85,14 @@ pub struct Host {
 }
 
 impl Host {
-    /// Makes L2's VM, beside `vm`, which is L1's.
+    /// Makes L2's first VM, beside `vm`, which is L1's.
     ///
     /// # Errors
     /// [`Error::Capability`] for what this host lacks; else the system's.
-    pub fn new(kvm: &Kvm, vm: &Vm, options: &Options) -> Result<Arc<Self>, Error> {
+    pub fn new(vm: &Vm, options: &Options) -> Result<Arc<Self>, Error> {
         let memory = Arc::new(L1Pages::of(vm)?);
-        let l2 = Arc::new(kvm::vm::create(kvm)?);
-        options.means.mechanism.prepare(&l2, options.source)?;
-        let source = options.source.open()?;
-        let mut shadow = Shadow::new(Arc::clone(&l2), Arc::clone(&memory), source, options)?;
-        if options.means.mechanism == Mechanism::KvmRing {
-            shadow.windows.rings = Some(RingSet::new(Arc::clone(&l2)));
-        }
-        Ok(Arc::new(Self { vm: l2, memory, shadow: Mutex::new(shadow), expelled: AtomicBool::new(false) }))
+        let shadow = Shadow::new(Arc::clone(&memory), options)?;
+        Ok(Arc::new(Self { memory, shadow: Mutex::new(shadow), expelled: AtomicBool::new(false) }))
     }
 
     /// Makes vCPU `index` of L2, which runs on the thread of L1's.
@@ -88,12 +100,22 @@ impl Host {
     /// # Errors
     /// The system's.
     pub fn vcpu(self: &Arc<Self>, index: usize, cpuid: &CpuId) -> Result<L2Vcpu, Error> {
-        let fd = self.vm.create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
+        L2Vcpu::new(Arc::clone(self), index, cpuid)
+    }
+
+    /// Makes vCPU `index` of the VM of a place.
+    ///
+    /// # Errors
+    /// The system's.
+    fn vcpu_at(&self, place: usize, index: usize, cpuid: &CpuId) -> Result<VcpuFd, Error> {
+        let mut shadow = self.shadow()?;
+        let Some(place) = shadow.places.get_mut(place) else { return Err(Error::Memory("L2 has no such VM".into())) };
+        let fd = place.vm().create_vcpu(index as u64).map_err(kvm::vm::failed("KVM_CREATE_VCPU"))?;
         fd.set_cpuid2(cpuid).map_err(kvm::vm::failed("KVM_SET_CPUID2"))?;
-        if let Some(rings) = &mut self.shadow()?.windows.rings {
+        if let Some(rings) = &mut place.rings {
             rings.add(&fd, DEFAULT_ENTRIES)?;
         }
-        Ok(L2Vcpu::new(Arc::clone(self), index, fd))
+        Ok(fd)
     }
 
     /// An L2 whose vCPU is kicked from now on ends for its L1 ([`umbra_shared::control::Exit::Ended`]), once.

@@ -1,21 +1,23 @@
 //! The shadow MMU of an L2, and the windows that make it effective, as one thing under one lock.
 
-use super::log::{Clearing, Log};
+use super::log::Clearing;
 use super::memory::{L1Pages, View};
-use super::source::{Fault, Place, Source};
+use super::places::{Places, Recipe};
+use super::roots_log::RootsLog;
+use super::source::{Fault, Place};
 use super::windows::{Page, Windows};
 use super::{Means, Mechanism, Options};
 use crate::kvm::Error;
 use crate::pages::PageSet;
-use kvm_ioctls::VmFd;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use umbra_mmu::guest::Reflection;
 use umbra_mmu::track::{WriteProtect, strategy};
 use umbra_mmu::{
-    Config, Env, Format, Invalidation, Kind, Memory, Mmu, MmuError, Outcome, Request, RootId, RootRole, Split,
+    Config, Env, Format, Invalidation, Kind, Memory, Mmu, MmuError, ModeBits, Outcome, Request, RootId, RootRole, Slot,
+    Split,
 };
 use umbra_shared::control::{Entry, Exit};
+use umbra_shared::role::Role;
 use umbra_shared::{L2Gfn, Level, nested};
 
 /// Pages that an invalidation maps again at most: the cost of a doorbell is bounded.
@@ -45,8 +47,10 @@ pub enum Handled {
 pub struct Shadow {
     /// The MMU.
     pub mmu: Mmu,
-    /// The windows.
-    pub windows: Windows,
+    /// The windows, of each root that has some.
+    pub places: Places,
+    /// What became of roots, if somebody wants to know.
+    pub log: Option<RootsLog>,
     view: View,
     means: Means,
     loaded: Option<Loaded>,
@@ -62,12 +66,7 @@ pub struct Shadow {
 }
 
 impl Shadow {
-    pub(super) fn new(
-        vm: Arc<VmFd>,
-        memory: Arc<L1Pages>,
-        source: Box<dyn Source>,
-        options: &Options,
-    ) -> Result<Self, Error> {
+    pub(super) fn new(memory: Arc<L1Pages>, options: &Options) -> Result<Self, Error> {
         let means = options.means;
         let strategy = if means.traps() { strategy(means.strategy) } else { None };
         let config = Config {
@@ -75,6 +74,7 @@ impl Shadow {
             first_tracked: memory.first_tracked(),
             split: Split::Shatter,
             max_twins: options.twins,
+            roots: options.roots,
             logs_huge: means.traps() && means.logs(),
             ..Config::new(memory.frames(), strategy.unwrap_or(&WriteProtect))
         };
@@ -87,11 +87,12 @@ impl Shadow {
             })?;
         }
         let found = umbra_mmu::PageSet::new(memory.frames());
-        let mut windows = Windows::new(vm, Arc::clone(&memory), source, options.pieces);
-        windows.unlogged = (means.traps() && means.logs()).then(BTreeSet::new);
+        let recipe = Recipe { memory: Arc::clone(&memory), options: *options };
+        let places = Places::new(recipe)?;
         let view = View(memory);
         let far = u64::from(options.extent / ONE_TABLE).max(1);
-        Ok(Self { mmu, windows, view, means, loaded: None, far, tracking: false, running: 0, found, faults: 0 })
+        let log = options.log_roots.then(RootsLog::default);
+        Ok(Self { mmu, places, log, view, means, loaded: None, far, tracking: false, running: 0, found, faults: 0 })
     }
 
     /// The root that L2 runs on.
@@ -110,15 +111,9 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub(super) fn enter(&mut self, entry: &Entry) -> Result<bool, Error> {
-        let role = RootRole::new(match entry.format {
-            nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: entry.accessed_dirty },
-            nested::Format::Npt => Format::Npt { five_levels: false, nx: true },
-            nested::Format::Pae => Format::Pae { nx: true },
-            nested::Format::ThirtyTwoBit => Format::Bits32 { pse: true },
-        });
-        let windows = self.windows.windows();
+        let windows = self.places.here().windows();
         if windows.is_empty() {
-            self.windows.create(entry.windows(), entry.tables)?;
+            self.places.here_mut().create(entry.windows(), entry.tables)?;
         } else if !windows
             .iter()
             .map(|window| (window.first, window.pages.len() as u64))
@@ -126,8 +121,9 @@ impl Shadow {
         {
             return Ok(false);
         }
+        let role = root_role(entry);
         let same = self.loaded.is_some_and(|loaded| (loaded.table, loaded.role) == (entry.root, role));
-        if !same && (self.running > 0 || self.load(entry.root, role).is_err()) {
+        if !same && (self.running > 0 || !self.load(entry.root, role)?) {
             return Ok(false);
         }
         self.map_tables()?;
@@ -135,32 +131,73 @@ impl Shadow {
         Ok(true)
     }
 
-    /// Makes another root the one that L2 runs on. If it cannot be loaded, the old one stays, and what the windows map is still what it grants.
-    fn load(&mut self, table: u64, role: RootRole) -> Result<(), MmuError> {
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
-        let root = self.mmu.load_root(&mut env, role, table)?;
-        self.windows.switch(root);
-        if let Some(old) = self.loaded.replace(Loaded { root, table, role }) {
-            let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
-            self.mmu.drop_root(&mut env, old.root)?;
+    /// A vCPU inside L2 is in another role. False: another vCPU is in L2 as well, and would be without its root.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn change_role(&mut self, role: Role) -> Result<bool, Error> {
+        let Some(loaded) = self.loaded else { return Ok(false) };
+        let new = RootRole { smm: role.is_smm(), mode: ModeBits(role.mode()), ..loaded.role };
+        if new != loaded.role && (self.running > 1 || !self.load(loaded.table, new)?) {
+            return Ok(false);
         }
-        Ok(())
+        self.map_tables()?;
+        Ok(true)
+    }
+
+    /// Makes another root the one that L2 runs on, then lets go of the one before: where both are one, it stays. False if it cannot be loaded: the old
+    /// one stays, and what the windows map is still what it grants.
+    fn load(&mut self, table: u64, role: RootRole) -> Result<bool, Error> {
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+        let Ok(root) = self.mmu.load_root(&mut env, role, table) else { return Ok(false) };
+        if let Some(log) = &mut self.log {
+            log.loads(root, role, &self.places);
+        }
+        if let Some(old) = self.loaded.replace(Loaded { root, table, role }) {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+            self.mmu.drop_root(&mut env, old.root).map_err(|error| lost(&error))?;
+        }
+        let alive = |root| self.mmu.load_count(root).is_ok();
+        if let Some(log) = &mut self.log {
+            log.ends(alive);
+        }
+        self.places.switch(root, alive)?;
+        self.check_windows()?;
+        Ok(true)
+    }
+
+    /// L1's tracked memory goes away and comes back, as a memory slot that is deleted and made again.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn replace_memory(&mut self) -> Result<(), Error> {
+        if let Some(log) = &mut self.log {
+            log.empties(&self.places);
+        }
+        let all = self.view.0.slots();
+        let first = self.view.0.first_tracked();
+        let others: Vec<Slot> = all.iter().filter(|slot| slot.first < first).copied().collect();
+        for map in [others, all] {
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
+            self.mmu.memory_changed(&mut env, &map).map_err(|error| lost(&error))?;
+        }
+        self.check_windows()
     }
 
     /// Maps L2's own page tables: some hosts cannot handle a fault of the processor's walk.
     fn map_tables(&mut self) -> Result<(), Error> {
-        if self.windows.tables_mapped {
+        if self.places.here().tables_mapped {
             return Ok(());
         }
         let mut all = true;
-        for gfn in self.windows.tables() {
-            if self.windows.page(L2Gfn(gfn)).is_some_and(|page| page == Page::CLOSED) {
+        for gfn in self.places.here().tables() {
+            if self.places.here().page(L2Gfn(gfn)).is_some_and(|page| page == Page::CLOSED) {
                 let request = Request { table_walk: true, ..Request::READ };
                 all &= self.resolve(L2Gfn(gfn).address(), request)? == Handled::Resume;
             }
         }
         // What EPT12 does not permit is tried again at each entry.
-        self.windows.tables_mapped = all;
+        self.places.here_mut().tables_mapped = all;
         Ok(())
     }
 
@@ -177,18 +214,18 @@ impl Shadow {
         self.faults += 1;
         let address = match fault.place {
             Place::Gpa(address) => Some(address),
-            Place::Hva(at) => self.windows.gfn_at(at).map(L2Gfn::address),
+            Place::Hva(at) => self.places.here().gfn_at(at).map(L2Gfn::address),
         };
         let Some(address) = address else { return Ok(None) };
         let handled = self.resolve(address, fault.request());
-        self.windows.source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
+        self.places.here().source().settled(fault).map_err(|error| Error::call("settling a fault of L2", error))?;
         handled.map(Some)
     }
 
     /// Asks the MMU for an access, and makes its answer effective.
     fn resolve(&mut self, address: u64, request: Request) -> Result<Handled, Error> {
         let Some(loaded) = self.loaded else { return Err(Error::Memory("L2 runs without EPT12".into())) };
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         let outcome = self.mmu.fault(&mut env, loaded.root, address, request).map_err(|error| lost(&error))?;
         if let Outcome::Mapped { .. } = outcome {
             self.map_ahead(address)?;
@@ -217,7 +254,7 @@ impl Shadow {
         if can_grant(&self.mmu) {
             return Ok(true);
         }
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         let outcome = self.mmu.fault(&mut env, root, address, Request::EXECUTE).map_err(|error| lost(&error))?;
         self.check_windows()?;
         Ok(matches!(outcome, Outcome::Mapped { .. } | Outcome::Retry) && can_grant(&self.mmu))
@@ -243,7 +280,7 @@ impl Shadow {
     /// windows after [`Self::check_windows`].
     fn prefetch(&mut self, address: u64) -> Result<bool, Error> {
         let Some(loaded) = self.loaded else { return Ok(false) };
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.prefetch(&mut env, loaded.root, address).map_err(|error| lost(&error))
     }
 
@@ -258,7 +295,7 @@ impl Shadow {
 
     /// What the mapper could not do.
     fn check_windows(&mut self) -> Result<(), Error> {
-        match self.windows.settle() {
+        match self.places.settle() {
             None => Ok(()),
             Some(error) => Err(Error::call("mapping L1's memory into a window of L2", error)),
         }
@@ -269,11 +306,11 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub(super) fn invalidate(&mut self) -> Result<(), Error> {
-        self.windows.invalidated = Vec::with_capacity(AHEAD);
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        self.places.here_mut().invalidated = Vec::with_capacity(AHEAD);
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.invalidate(&mut env, Invalidation::All);
         self.check_windows()?;
-        for gfn in std::mem::take(&mut self.windows.invalidated) {
+        for gfn in std::mem::take(&mut self.places.here_mut().invalidated) {
             self.prefetch(gfn.address())?;
         }
         self.check_windows()
@@ -291,11 +328,10 @@ impl Shadow {
                 Mechanism::KvmRing => Clearing::Ring,
                 _ => Clearing::ByGet,
             };
-            let log = Log::new(self.windows.windows(), clearing, self.view.0.first_tracked(), self.view.0.frames());
-            self.windows.start_log(log)?;
+            self.places.start_log(clearing)?;
         }
         if self.means.traps() {
-            let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
             self.mmu.start(&mut env).map_err(|error| lost(&error))?;
         }
         self.check_windows()
@@ -307,18 +343,18 @@ impl Shadow {
     /// The system's.
     pub fn harvest(&mut self) -> Result<(), Error> {
         if self.means.logs() {
-            self.windows.harvest_log()?;
+            self.places.harvest_log()?;
         }
         if !self.means.traps() {
             return Ok(());
         }
-        if let Some(log) = &self.windows.log {
-            let first = self.view.0.first_tracked();
+        let first = self.view.0.first_tracked();
+        for log in self.places.logs() {
             for (word, place) in log.found().words().iter().zip((0..).step_by(64)).filter(|(word, _)| **word != 0) {
                 self.mmu.mark_logged(first.plus(place), *word);
             }
         }
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
         self.check_windows()
     }
@@ -329,13 +365,13 @@ impl Shadow {
     /// The system's.
     pub fn clear(&mut self) -> Result<(), Error> {
         if self.means.logs() {
-            self.windows.clear_log()?;
+            self.places.clear_log()?;
         }
         if !self.means.traps() {
             return Ok(());
         }
         let first = self.view.0.first_tracked();
-        let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+        let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.clear(&mut env, first, u64::MAX).map_err(|error| lost(&error))?;
         self.check_windows()
     }
@@ -347,11 +383,11 @@ impl Shadow {
     pub fn stop(&mut self) -> Result<(), Error> {
         self.tracking = false;
         if self.means.traps() {
-            let mut env = Env { memory: &mut self.view, mapper: &mut self.windows };
+            let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
             self.mmu.stop(&mut env).map_err(|error| lost(&error))?;
         }
         if self.means.logs() {
-            self.windows.stop_log()?;
+            self.places.stop_log()?;
         }
         self.check_windows()
     }
@@ -369,9 +405,10 @@ impl Shadow {
         for (first, number, pages) in memory.tracked() {
             for page in 0..pages {
                 let frame = first.plus(page);
-                let found = match &self.windows.log {
-                    Some(log) if !self.means.traps() => log.found().contains(frame.0 - base.0),
-                    _ => self.found.contains(frame),
+                let found = if self.means.traps() {
+                    self.found.contains(frame)
+                } else {
+                    self.places.logs().any(|log| log.found().contains(frame.0 - base.0))
                 };
                 if found {
                     into.insert(number + page);
@@ -383,7 +420,7 @@ impl Shadow {
     /// What was counted since L2 was made, by name.
     #[must_use]
     pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        let (mmu, windows) = (self.mmu.stats(), self.windows.counts);
+        let (mmu, windows) = (self.mmu.stats(), self.places.counts());
         let mut counters = vec![
             ("l2_faults", self.faults),
             ("l2_reflected", mmu.reflected),
@@ -400,9 +437,9 @@ impl Shadow {
             counters.push(("twin_bytes", self.mmu.twin_bytes()));
             counters.push(("made_dense", mmu.made_dense));
         }
-        if let Some(log) = &self.windows.log {
-            counters.push(("log_transfers", log.transfers));
-            counters.push(("ring_full_exits", log.ring_exits));
+        if self.places.here().log.is_some() {
+            counters.push(("log_transfers", self.places.logs().map(|log| log.transfers).sum()));
+            counters.push(("ring_full_exits", self.places.logs().map(|log| log.ring_exits).sum()));
         }
         counters
     }
@@ -412,6 +449,17 @@ impl Shadow {
     pub fn memory(&self) -> Memory {
         self.mmu.memory_in_use()
     }
+}
+
+/// What L1 says about L2's root.
+fn root_role(entry: &Entry) -> RootRole {
+    let format = match entry.format {
+        nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: entry.accessed_dirty },
+        nested::Format::Npt => Format::Npt { five_levels: false, nx: true },
+        nested::Format::Pae => Format::Pae { nx: true },
+        nested::Format::ThirtyTwoBit => Format::Bits32 { pse: true },
+    };
+    RootRole { smm: entry.role.is_smm(), mode: ModeBits(entry.role.mode()), ..RootRole::new(format) }
 }
 
 fn lost(error: &MmuError) -> Error {

@@ -3,11 +3,12 @@
 use super::Host;
 use super::shadow::Handled;
 use super::source::{Fault, Place, Told};
+use crate::kvm::carry::{carry, finish_exit};
 use crate::kvm::fault_trace::{FaultTrace, Traced};
 use crate::kvm::registers::{LongMode, Table};
 use crate::kvm::vcpu::{Below, Exit};
 use crate::kvm::{Error, ioctls, ring, vm};
-use kvm_bindings::{kvm_regs, kvm_vcpu_events};
+use kvm_bindings::{CpuId, kvm_regs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -25,11 +26,15 @@ const PATIENCE: u32 = 10_000;
 pub struct L2Vcpu {
     host: Arc<Host>,
     index: usize,
-    fd: VcpuFd,
+    cpuid: CpuId,
+    /// One for each place that it was on, in the order of their numbers.
+    fds: Vec<VcpuFd>,
+    /// The place that it is on.
+    at: usize,
     /// L1 waits for it.
     inside: bool,
-    /// The fault source knows its thread.
-    enlisted: bool,
+    /// Places whose fault source knows its thread.
+    enlisted: usize,
     /// Entries that failed one after the other.
     failed: u32,
     /// Where L2 did something outside of all windows that `KVM_RUN` has yet to complete.
@@ -71,19 +76,55 @@ enum Next {
 }
 
 impl L2Vcpu {
-    pub(super) const fn new(host: Arc<Host>, index: usize, fd: VcpuFd) -> Self {
-        Self {
+    pub(super) fn new(host: Arc<Host>, index: usize, cpuid: &CpuId) -> Result<Self, Error> {
+        let fds = vec![host.vcpu_at(0, index, cpuid)?];
+        Ok(Self {
             host,
             index,
-            fd,
+            cpuid: cpuid.clone(),
+            fds,
+            at: 0,
             inside: false,
-            enlisted: false,
+            enlisted: 0,
             failed: 0,
             pending: None,
             trace: None,
             armed: false,
             asked: None,
+        })
+    }
+
+    /// Goes where its root is: L2's state moves to the vCPU of that VM.
+    fn follow(&mut self) -> Result<(), Error> {
+        let place = self.host.shadow()?.places.number();
+        while self.fds.len() <= place {
+            let fd = self.host.vcpu_at(self.fds.len(), self.index, &self.cpuid)?;
+            self.fds.push(fd);
         }
+        for (place, fd) in self.host.shadow()?.places.all().iter().zip(&self.fds).skip(self.enlisted) {
+            place.source().enlist(fd)?;
+            self.enlisted += 1;
+        }
+        if let Ok([from, to]) = self.fds.get_disjoint_mut([self.at, place]) {
+            carry(from, to)?;
+        }
+        self.at = place;
+        Ok(())
+    }
+
+    /// L2 is in another role.
+    fn change_role(&mut self) -> Result<Next, Error> {
+        let page = self.read_control()?;
+        let refused = match page.check() {
+            Err(refusal) => Some(refusal.to_string()),
+            Ok(entry) if self.host.shadow()?.change_role(entry.role)? => None,
+            Ok(_) => Some("another vCPU is in L2 as well, and the shadow MMU has one root loaded".to_owned()),
+        };
+        if let Some(why) = refused {
+            return self.next(Left::Ended(format!("L2 announced role {:#x}: {why}", page.role)));
+        }
+        self.follow()?;
+        Ok(Next::L2)
     }
 
     /// A word of L1's control page.
@@ -111,7 +152,7 @@ impl L2Vcpu {
     fn enter(&mut self) -> Result<(), Error> {
         let Ok(entry) = self.read_control()?.check() else { return self.tell(control::Exit::Refused, 0, 0) };
         if let Some(state) = &entry.start
-            && (self.complete().is_err() || load(&self.fd, state).is_err())
+            && (self.complete().is_err() || load(&self.fds[self.at], state).is_err())
         {
             // KVM knows which states a processor cannot be in.
             return self.tell(control::Exit::Refused, 0, 1);
@@ -121,30 +162,20 @@ impl L2Vcpu {
             drop(shadow);
             return self.tell(control::Exit::Refused, 0, 2);
         }
-        if !self.enlisted {
-            shadow.windows.source().enlist(&self.fd)?;
-            self.enlisted = true;
-        }
         if let (Some(address), None) = (self.asked.take(), &entry.start) {
             // Most likely L1 has made it possible meanwhile; L2 does it again first of all.
             shadow.answered(address)?;
         }
         drop(shadow);
         (self.inside, self.failed) = (true, 0);
-        Ok(())
+        self.follow()
     }
 
     /// Lets KVM complete an access outside of all windows, after which other registers can be loaded (Documentation/virt/kvm/api.rst, 5, "The `kvm_run`
     /// structure": pending operations are completed by an entry with `immediate_exit`).
     fn complete(&mut self) -> Result<(), Error> {
         if self.pending.take().is_some() {
-            self.fd.set_kvm_immediate_exit(1);
-            let done = self.fd.run().map(|_| ());
-            self.fd.set_kvm_immediate_exit(0);
-            return done.or_else(|error| match error.errno() {
-                libc::EINTR | libc::EAGAIN => Ok(()),
-                _ => Err(vm::failed("KVM_RUN of L2")(error)),
-            });
+            finish_exit(&mut self.fds[self.at])?;
         }
         Ok(())
     }
@@ -164,7 +195,7 @@ impl L2Vcpu {
             }
             if kicked.swap(false, Ordering::AcqRel) {
                 if !self.host.expelled.swap(false, Ordering::AcqRel) {
-                    return Ok(Some(Exit::Kicked { rip: self.rip() }));
+                    return Ok(Some(Exit::Kicked { rip: self.rip(), mode: String::new() }));
                 }
                 if self.inside {
                     self.leave(control::Exit::Ended, 0, 0)?;
@@ -183,7 +214,7 @@ impl L2Vcpu {
 
     /// One `KVM_RUN`.
     fn run_once(&mut self) -> Left {
-        match self.fd.run() {
+        match self.fds[self.at].run() {
             Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => Left::Rang(data.try_into().map_or(0, u32::from_le_bytes)),
             Ok(VcpuExit::MmioRead(gpa, data)) => {
                 data.fill(0);
@@ -210,7 +241,7 @@ impl L2Vcpu {
             Left::Interrupted => return self.interrupted(),
             Left::Fault => return self.fault(),
             Left::RingFull => {
-                self.host.shadow()?.windows.empty_rings()?;
+                self.host.shadow()?.places.here_mut().empty_rings()?;
                 return Ok(Next::L2);
             }
             Left::Beyond { gpa, write } => {
@@ -218,6 +249,7 @@ impl L2Vcpu {
                 return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1));
             }
             Left::Rang(number) => match Doorbell::from_number(number) {
+                Some(Doorbell::ChangeRole) => return self.change_role(),
                 Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),
                 Some(doorbell) if doorbell.is_of_any_guest() => return self.ended(Exit::Doorbell(doorbell)),
                 _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
@@ -238,13 +270,13 @@ impl L2Vcpu {
 
     /// A signal ended `KVM_RUN`: a fault of L2's that is told so, or somebody wants the thread.
     fn interrupted(&mut self) -> Result<Next, Error> {
-        let fault = self.host.shadow()?.windows.source().interrupted();
+        let fault = self.host.shadow()?.places.here().source().interrupted();
         fault.map_or(Ok(Next::L2), |fault| self.handle(&fault))
     }
 
     /// `KVM_RUN` failed: L2 touched a page that it may not, or not yet.
     fn fault(&mut self) -> Result<Next, Error> {
-        let told = self.host.shadow()?.windows.source().told();
+        let told = self.host.shadow()?.places.here().source().told();
         match told {
             Told::At(fault) => self.handle(&fault),
             Told::Trace => self.traced(),
@@ -259,7 +291,7 @@ impl L2Vcpu {
 
     /// `KVM_RUN` failed, and the source knows nothing about it.
     fn unknown(&mut self) -> Result<Next, Error> {
-        let silence = self.host.shadow()?.windows.source().silence();
+        let silence = self.host.shadow()?.places.here().source().silence();
         self.next(Left::Broken(silence.to_owned()))
     }
 
@@ -325,15 +357,16 @@ impl L2Vcpu {
     /// as written. Then L2's faults are many, and none is to pay for being recorded.
     fn prepare(&mut self) -> Result<(), Error> {
         let mut shadow = self.host.shadow()?;
-        let fresh = std::mem::take(&mut shadow.windows.fresh);
-        if shadow.windows.log.is_some() {
+        let here = shadow.places.here_mut();
+        let fresh = std::mem::take(&mut here.fresh);
+        if here.log.is_some() {
             drop(shadow);
             return self.disarm();
         }
         // Under the lock, so that nobody closes what KVM is about to map: over a poisoned page the call would not end.
         for (start, frames) in fresh {
             // It is a hint: what it does not do, a fault will.
-            let _ = ioctls::pre_fault_memory(&self.fd, start.address(), frames * PAGE_SIZE);
+            let _ = ioctls::pre_fault_memory(&self.fds[self.at], start.address(), frames * PAGE_SIZE);
         }
         if let Some(trace) = self.trace.as_ref().filter(|_| self.armed) {
             trace.forget();
@@ -342,7 +375,7 @@ impl L2Vcpu {
     }
 
     fn rip(&self) -> u64 {
-        self.fd.get_regs().map_or(0, |registers| registers.rip)
+        self.fds[self.at].get_regs().map_or(0, |registers| registers.rip)
     }
 }
 

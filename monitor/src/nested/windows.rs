@@ -9,6 +9,7 @@ use super::memory::L1Pages;
 use super::reserve::Reserved;
 use super::slots::{Slot, leaf_granule};
 use super::source::{Mapped, Source, Tables};
+use super::{FirstReads, Options};
 use crate::hostmm::udmabuf::Udmabuf;
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::ring::RingSet;
@@ -142,19 +143,39 @@ pub struct Counts {
     pub closes: u64,
     /// Pages that were closed because the process had too many mappings.
     pub evicted_pages: u64,
+    /// Tracked ones among the mapped pages.
+    pub tracked_pages: u64,
 }
 
-/// All windows.
+impl Counts {
+    /// Both.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            maps: self.maps + other.maps,
+            mapped_pages: self.mapped_pages + other.mapped_pages,
+            gathered_pages: self.gathered_pages + other.gathered_pages,
+            protects: self.protects + other.protects,
+            closes: self.closes + other.closes,
+            evicted_pages: self.evicted_pages + other.evicted_pages,
+            tracked_pages: self.tracked_pages + other.tracked_pages,
+        }
+    }
+}
+
+/// All windows of one VM.
 pub struct Windows {
     pub(super) vm: Arc<VmFd>,
     pub(super) memory: Arc<L1Pages>,
     /// Before the windows' addresses: its thread may look at them.
     pub(super) source: Box<dyn Source>,
     pub(super) all: Vec<Window>,
-    /// The root that L2 runs on; changes of others concern nobody.
+    /// The root that they are of; changes of others do not concern them.
     root: Option<RootId>,
     /// No mapping is to cover 2 MiB.
     pieces: bool,
+    /// What KVM's log makes of pages that L2 reads first.
+    first_reads: FirstReads,
     /// Where each leaf of 2 MiB is a slot, so that it is logged or not by itself: 2 MiB of L1's memory that need not be logged, by number.
     pub unlogged: Option<BTreeSet<u64>>,
     /// What is to be mapped, and is not yet.
@@ -183,12 +204,13 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// No windows. With `pieces` none of their mappings will cover 2 MiB.
+    /// No windows.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, pieces: bool) -> Self {
+    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, options: &Options) -> Self {
         Self {
-            pieces,
-            unlogged: None,
+            pieces: options.pieces,
+            first_reads: options.first_reads,
+            unlogged: (options.means.traps() && options.means.logs()).then(BTreeSet::new),
             queue: Queue::default(),
             udmabuf: Udmabuf::open().ok(),
             pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
@@ -279,15 +301,46 @@ impl Windows {
         })
     }
 
-    /// Makes another root the one that L2 runs on: what the old one mapped goes.
-    pub fn switch(&mut self, root: RootId) {
-        if self.root == Some(root) {
-            return;
-        }
-        if let Some(old) = self.root {
-            self.unmap(Extent { root: old, start: L2Gfn(0), frames: u64::MAX });
-        }
+    /// The VM.
+    #[must_use]
+    pub const fn vm(&self) -> &Arc<VmFd> {
+        &self.vm
+    }
+
+    /// The root that they are of.
+    #[must_use]
+    pub const fn root(&self) -> Option<RootId> {
+        self.root
+    }
+
+    /// They are `root`'s from now on. What another one mapped is gone already.
+    pub const fn serve(&mut self, root: RootId) {
         self.root = Some(root);
+    }
+
+    /// Closes everything. Whether anything was mapped.
+    pub fn close_all(&mut self) -> bool {
+        let mapped = self.all.iter().any(|window| window.pages.iter().any(|page| *page != Page::CLOSED));
+        if let Some(root) = self.root {
+            self.unmap(Extent { root, start: L2Gfn(0), frames: u64::MAX });
+        }
+        mapped
+    }
+
+    /// What [`Self::create`] was asked for.
+    #[must_use]
+    pub fn wanted(&self) -> (Vec<control::Window>, control::Window) {
+        let window = |first: u64, frames: u64| control::Window { first: L2Gfn(first), frames };
+        let all = self.all.iter().map(|it| window(it.first.0, it.pages.len() as u64)).collect();
+        (all, window(self.tables.start, self.tables.end - self.tables.start))
+    }
+
+    /// Pages of tracked memory that are mapped now.
+    #[must_use]
+    pub fn tracked_now(&self) -> u64 {
+        let first = self.memory.first_tracked();
+        let pages = self.all.iter().flat_map(|window| &window.pages);
+        pages.filter(|page| page.frame().is_some_and(|frame| frame >= first)).count() as u64
     }
 
     /// Maps what was posted and not mapped yet. Gives what went wrong first since this was last asked.
@@ -350,6 +403,11 @@ impl Windows {
         self.failed.get_or_insert(failed);
     }
 
+    /// Whether what is mapped now must tell KVM's log a read from a write.
+    pub(super) fn tells_apart(&self) -> bool {
+        self.log.is_some() && self.first_reads == FirstReads::Exact
+    }
+
     /// Maps pages `pages` of window `index` to `frame` and those after it.
     pub(super) fn map_run(
         &mut self,
@@ -358,6 +416,7 @@ impl Windows {
         frame: Frame,
         writable: bool,
     ) -> io::Result<()> {
+        let (told_apart, left) = (self.tells_apart(), self.pre_faults && self.log.is_none());
         let (source, memory) = (&*self.source, &*self.memory);
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         let mut at = pages.start;
@@ -373,14 +432,18 @@ impl Windows {
                 end = end.min(at + PIECE - piece % PIECE);
             }
             let alone = self.pieces && piece / PIECE % 2 == 1;
-            let tables = match (logged, self.pre_faults && self.log.is_none()) {
+            let tables = match (told_apart && logged, left) {
                 (true, _) => Tables::ToldApart,
+                (false, true) if writable && !part.small && memory.is_resident() => Tables::Written,
                 (false, true) => Tables::Left,
                 (false, false) => Tables::Filled,
             };
             source.map(window.stretch(&(at..end)), part, Mapped { writable, alone, tables })?;
             self.counts.maps += 1;
             self.counts.mapped_pages += (end - at) as u64;
+            if first >= memory.first_tracked() {
+                self.counts.tracked_pages += (end - at) as u64;
+            }
             Page::fill(window.pages.get_mut(at..end).unwrap_or_default(), first, writable);
             at = end;
         }

@@ -255,7 +255,7 @@ fn cells(line: &Line, title: &str) -> [String; 6] {
 /// What tells this run from the others of its spec: the kernel, and the parameters that were not left as they are.
 fn place(record: &Record) -> String {
     let host = &record.host;
-    let kernel = host.kernel.split(['+', '-']).next().unwrap_or_default();
+    let kernel = host.kernel_version();
     let off = host.params.iter().filter(|(name, value)| {
         matches!((name.as_str(), value.as_str()), ("kvm.tdp_mmu" | "kvm.eager_page_split" | "kvm_amd.npt", "N" | "0"))
     });

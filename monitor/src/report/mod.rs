@@ -1,5 +1,6 @@
 //! What a run leaves: the Record (JSON), and its table on the terminal.
 
+mod boots;
 pub mod compare;
 pub mod file;
 pub mod known;

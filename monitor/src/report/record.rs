@@ -59,6 +59,22 @@ pub struct Host {
     pub firmware_sha256: String,
 }
 
+impl Host {
+    /// The kernel's version as a table names it: that of its package (`6.1.192`), since Debian's releases say `6.1.0` for all of a series; else the
+    /// release without what a distribution puts behind it.
+    #[must_use]
+    pub fn kernel_version(&self) -> &str {
+        let package = self.kernel_package.as_deref().and_then(|package| {
+            let mut words = package.split(' ');
+            // A kernel of the user's own has its release there.
+            (words.next()? != "own").then(|| words.next())?
+        });
+        // Debian's version ends with its own revision.
+        let of_package = package.and_then(|version| Some(version.rsplit_once('-')?.0));
+        of_package.unwrap_or_else(|| self.kernel.split(['+', '-']).next().unwrap_or_default())
+    }
+}
+
 /// A row: measured, or why not.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
@@ -360,6 +376,33 @@ impl Record {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kernel_is_named_by_its_package_or_else_by_its_release() {
+        let host = |kernel: &str, package: Option<&str>| Host {
+            kernel: kernel.into(),
+            kernel_package: package.map(str::to_owned),
+            ..Host::default()
+        };
+        for (kernel, package, name) in [
+            ("6.1.0-56-cloud-amd64", Some("linux-image-6.1.0-56-cloud-amd64 6.1.192-2 abc"), "6.1.192"),
+            (
+                "6.12.111+deb12-cloud-amd64",
+                Some("linux-image-6.12.111+deb12-cloud-amd64 6.12.111-1~deb12u1 a"),
+                "6.12.111",
+            ),
+            (
+                "7.3-cloud-amd64",
+                Some("linux-binary-unsigned-7.3-cloud-amd64 7.3~rc7-1~exp1 a, linux-modules b"),
+                "7.3~rc7",
+            ),
+            ("6.19.0-me", Some("own 6.19.0-me abc"), "6.19.0"),
+            ("6.18.5-pvm", None, "6.18.5"),
+            ("6.18.5", Some(""), "6.18.5"),
+        ] {
+            assert_eq!(host(kernel, package).kernel_version(), name, "{kernel}");
+        }
+    }
 
     #[test]
     fn a_record_survives_its_file() {

@@ -1,13 +1,20 @@
 //! The table of scenario `roots`: what a toggle costs, and what it costs afterwards.
 
+use super::boots;
 use super::record::{Record, Row, Rows};
 use super::table::{heading_cell, pages, plain_table, right, scaled};
 use comfy_table::{Cell, Table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 
-/// What the columns are, on the shadow MMU.
-pub const SHADOW_FOOTNOTES: &str = "\
+/// What the columns are, where an L2 on the shadow MMU makes the changes.
+pub const L2_FOOTNOTES: &str = "\
+toggle: L2 announces the roles that it passes through, by doorbells, and is back; by L1's clock, its entry into L2 and the exit included. Deleting a slot
+is the monitor's. touch again: every page once, by L2. Each the cheapest of the rounds, timed pass. refaults: tracked pages that the shadow MMU mapped
+again in that touch; KVM's faults: page faults of L2's VMs then, observed pass. shadow pages, bytes, VMs: at their most. A root that is kept has a VM.
+";
+/// What the columns are, on the software walker.
+pub const WALKER_FOOTNOTES: &str = "\
 toggle: the roots of the roles that it passes through are loaded, and those before let go. touch again: every page once. Each the cheapest of the rounds.
 refaults: of the shadow MMU, in that touch. shadow pages, bytes: at their most. 12-roles: each of twelve touches all pages, in turn.
 ";
@@ -16,6 +23,13 @@ pub const FOOTNOTES: &str = "\
 toggle: there and back; of the firmware's by its own clock, of the monitor's around its system calls (what KVM does about them at the next entry is
 in the touch). touch again: every page once. Each the cheapest of the rounds, timed pass. refaults: page faults of that touch, observed pass.
 Roots by role: from the kernel's events in the observed passes of all rows, machines' ends left out; pages are tracked ones.
+";
+
+/// What stands under the table of many runs.
+const SERIES_FOOTNOTES: &str = "\
+The cheapest of the rounds. script: all of its toggles. L2 on umbra-mmu: the toggles that it announces; refaults are the shadow MMU's, behind the stroke
+KVM's own. walker: the same without KVM. An empty cell: that one has no such toggle; @all: by each vCPU in turn; @once: by all of them at once, none of
+which comes back before all have gone.
 ";
 
 /// The cheapest of a phase's clean rounds in the timed pass; where none is clean, the cheapest of all.
@@ -30,8 +44,14 @@ fn cost(row: &Row, phase: &str) -> String {
         .map_or_else(|| "-".to_owned(), |(value, clean)| format!("{}{}", scaled(value), if clean { "" } else { "*" }))
 }
 
-fn count(row: &Row, name: &str) -> String {
+pub(super) fn count(row: &Row, name: &str) -> String {
     row.counters.get(name).map_or_else(|| "-".to_owned(), |counter| counter.value.to_string())
+}
+
+/// The refaults of a row, and behind a stroke KVM's own faults where they are counted apart.
+pub(super) fn refaults(row: &Row) -> String {
+    let of_kvm = row.counters.get("kvm_faults").map_or_else(String::new, |it| format!(" / {}", it.value));
+    count(row, "refaults") + &of_kvm
 }
 
 /// A paragraph for each row that is a storm of SMIs, rather than a toggle.
@@ -87,13 +107,13 @@ pub fn roles(record: &Record) -> Option<Table> {
     for life in record.measured().flat_map(|row| &row.roles) {
         let role = roles.entry(&life.role).or_default();
         role.made += 1;
-        if let Some(length) = life.life {
+        if let Some(cause) = &life.ended_by {
             role.torn_down += 1;
             role.mapped += life.mapped;
-            role.shortest = Some(role.shortest.map_or(length, |shortest| shortest.min(length)));
-        }
-        if let Some(cause) = &life.ended_by {
             *role.causes.entry(cause).or_default() += 1;
+        }
+        if let Some(length) = life.life {
+            role.shortest = Some(role.shortest.map_or(length, |shortest| shortest.min(length)));
         }
     }
     if roles.is_empty() {
@@ -155,20 +175,32 @@ pub fn table(record: &Record) -> Option<Table> {
     let unit = &record.host.clock;
     let refaults = format!("refaults\nof {} pages", pages(record));
     let unit = record.measured().flat_map(|row| &row.phases).next().map_or(unit.as_str(), |phase| &phase.unit);
-    let on_shadow_mmu = is_on_shadow_mmu(record);
+    let (on_l2, on_shadow_mmu) = (is_on_l2(record), is_on_shadow_mmu(record));
     let mut titles = vec![unit, "populate", "toggle", "touch again", &refaults];
+    if on_l2 {
+        titles.push("KVM's\nfaults");
+    }
     if on_shadow_mmu {
         titles.extend(["shadow\npages", "bytes of\ntables", "of rmaps"]);
+    }
+    if on_l2 {
+        titles.push("VMs");
     }
     table.set_header(titles.into_iter().map(heading_cell));
     for row in record.measured().filter(|row| !is_storm(row)) {
         let cells = [cost(row, "populate"), cost(row, "toggle"), cost(row, "refault"), count(row, "refaults")];
         let mut line = vec![Cell::new(format!("{}{}", row.name, if row.failed() { " TRUTH FAILED" } else { "" }))];
         line.extend(cells.map(right));
+        if on_l2 {
+            line.push(right(count(row, "kvm_faults")));
+        }
         if on_shadow_mmu {
             let bytes = row.memory.unwrap_or_default();
             let held = [bytes.table_bytes, bytes.rmap_bytes].map(|bytes| bytes.to_string());
             line.extend([count(row, "shadow_pages")].into_iter().chain(held).map(right));
+        }
+        if on_l2 {
+            line.push(right(count(row, "vms")));
         }
         table.add_row(line);
     }
@@ -188,7 +220,7 @@ pub fn series(records: &[&Record]) -> String {
     let mut header = vec![heading_cell("toggle there and back\nrefaults after it")];
     header.extend(records.iter().map(|record| heading_cell(&place(record))));
     table.set_header(header);
-    let mut failed = false;
+    let (mut failed, mut rest) = (false, String::new());
     for name in names {
         let mut line = vec![Cell::new(name)];
         for record in records {
@@ -200,10 +232,13 @@ pub fn series(records: &[&Record]) -> String {
                     if is_storm(row) {
                         format!("{} SMIs{mark}\n{} in the loop", count(row, "smis"), count(row, "smis_in_write_loop"))
                     } else {
-                        format!("{}{mark}\n{}", cost(row, "toggle"), count(row, "refaults"))
+                        format!("{}{mark}\n{}", cost(row, "toggle"), refaults(row))
                     }
                 }
-                Some(Rows::NotHere { .. }) => "not here".to_owned(),
+                Some(Rows::NotHere { not_here, .. }) => {
+                    let _ = writeln!(rest, "{}: {name}: not here: {not_here}", place(record).replace('\n', ", "));
+                    "not here".to_owned()
+                }
                 None => String::new(),
             };
             line.push(right(text));
@@ -213,7 +248,7 @@ pub fn series(records: &[&Record]) -> String {
     let sizes: BTreeSet<u64> = records.iter().map(|record| pages(record)).collect();
     let sizes: Vec<_> = sizes.iter().map(u64::to_string).collect();
     let mut text = format!(
-        "roots: {} pages, every one of them touched before and after the toggle\n\n{table}\n",
+        "roots: {} pages, every one of them touched before and after the toggle\n\n{table}\n{rest}",
         sizes.join(" and ")
     );
     for record in records.iter().filter(|record| is_on_shadow_mmu(record)) {
@@ -231,7 +266,8 @@ pub fn series(records: &[&Record]) -> String {
             );
         }
     }
-    text.push_str("The cheapest of the rounds. shadow MMU: Umbra's own on the software walker, no KVM under L2; refaults are its own. script: all of its toggles.\n");
+    text.push_str(SERIES_FOOTNOTES);
+    text.push_str(&boots::table(records));
     if failed {
         text.push_str("TRUTH FAILED: memory or registers were not what they had to be.\n");
     }
@@ -239,17 +275,27 @@ pub fn series(records: &[&Record]) -> String {
 }
 
 /// What tells a run from the others, in two lines.
-fn place(record: &Record) -> String {
+pub(super) fn place(record: &Record) -> String {
     let host = &record.host;
-    let kernel = host.kernel.split(['+', '-']).next().unwrap_or_default();
+    let kernel = host.kernel_version();
     if is_on_shadow_mmu(record) {
         let policy = record.config.get("roots").and_then(serde_json::Value::as_str).unwrap_or_default();
-        return format!("shadow MMU\n{policy}");
+        return format!("{}\n{policy}", if is_on_l2(record) { "L2 on umbra-mmu" } else { "walker" });
     }
     let older = host.params.get("kvm.tdp_mmu").is_some_and(|value| value == "N");
     let vcpus = record.config.get("vcpus").and_then(serde_json::Value::as_u64).unwrap_or(1);
     let mmu = if older { "older MMU" } else { "TDP MMU" };
     format!("{kernel}\n{mmu}{}", if vcpus > 1 { format!(", {vcpus} vCPUs") } else { String::new() })
+}
+
+/// What stands under a table.
+#[must_use]
+pub fn footnotes(record: &Record) -> &'static str {
+    match (is_on_l2(record), is_on_shadow_mmu(record)) {
+        (true, _) => L2_FOOTNOTES,
+        (_, true) => WALKER_FOOTNOTES,
+        _ => FOOTNOTES,
+    }
 }
 
 /// Whether the changes were made on Umbra's own shadow MMU.
@@ -258,18 +304,27 @@ pub fn is_on_shadow_mmu(record: &Record) -> bool {
     record.config.contains_key("roots")
 }
 
+/// Whether an L2 on it made them.
+#[must_use]
+pub fn is_on_l2(record: &Record) -> bool {
+    is_on_shadow_mmu(record) && record.config.get("mechanism").is_none_or(|value| value != "walker")
+}
+
 /// What a run on the shadow MMU was about.
 #[must_use]
 pub fn shadow_heading(record: &Record) -> String {
     let place = match record.host.ground.as_str() {
         "lab" => format!("in the lab, Linux {}", record.host.kernel),
+        "kvm" => format!("this machine, Linux {}, KVM on {}", record.host.kernel, record.host.vendor),
         _ => "no clock".to_owned(),
     };
     let policy = record.config.get("roots").and_then(serde_json::Value::as_str).unwrap_or_default();
-    format!(
-        "roots: Umbra's shadow MMU on the software walker ({place}), no KVM under L2; root policy {policy}; {} pages\n",
-        pages(record)
-    )
+    let who = if is_on_l2(record) {
+        "an L2 on Umbra's shadow MMU"
+    } else {
+        "Umbra's shadow MMU on the software walker, no KVM under L2"
+    };
+    format!("roots: {who} ({place}); root policy {policy}; {} pages\n", pages(record))
 }
 
 #[cfg(test)]

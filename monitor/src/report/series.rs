@@ -144,7 +144,7 @@ fn place(record: &Record) -> BTreeMap<String, String> {
     let host = &record.host;
     let mut place: BTreeMap<String, String> =
         host.params.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
-    place.insert("kernel".to_owned(), host.kernel.split(['+', '-']).next().unwrap_or_default().to_owned());
+    place.insert("kernel".to_owned(), host.kernel_version().to_owned());
     place.insert("clock".to_owned(), host.clock.clone());
     place.insert("vendor".to_owned(), host.vendor.clone());
     for (name, value) in &record.config {

@@ -30,7 +30,7 @@ pub fn render(record: &Record) -> String {
         }
         let _ = write!(text, "{}{}", roots::scripts(record), roots::storms(record));
         text.push_str(&missing(record));
-        text.push_str(if roots::is_on_shadow_mmu(record) { roots::SHADOW_FOOTNOTES } else { roots::FOOTNOTES });
+        text.push_str(roots::footnotes(record));
         text.push_str(&about_clock(record, &measured));
         return text;
     }

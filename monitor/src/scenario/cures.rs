@@ -1,4 +1,4 @@
-//! `roots` with `--roots`: the same changes on Umbra's own shadow MMU, where what becomes of an unused root is an option. On the software walker: L2's
+//! `roots` with `--roots` and `--mechanism walker`: the same changes on Umbra's own shadow MMU, where what becomes of an unused root is an option. L2's
 //! accesses are executed in software, and no KVM is needed.
 //!
 //! A role is the paging-mode bits that an L2 announces and whether it is in SMM. A toggle loads the roots of the roles that it passes through.
@@ -17,58 +17,8 @@ use crate::report::record::{Bytes, Counter, Phase, Record, Row, Rows, SCHEMA};
 use umbra_mmu::model::{Model, ModelConfig, NoHooks, PageAccess, Phase as Events};
 use umbra_mmu::track::strategy;
 use umbra_mmu::{Config, Format, ModeBits, RootPolicy};
-use umbra_shared::toggle::Toggle;
+use umbra_shared::role::Role;
 use umbra_shared::{Level, PAGE_SIZE};
-
-/// Bits of a role's paging mode: CR0.WP, CR0.PG clear, CR4.PSE, PGE, SMEP, SMAP, PKE, and EFER.NXE.
-const WP: u8 = 1 << 0;
-const UNPAGED: u8 = 1 << 1;
-const PSE: u8 = 1 << 2;
-const PGE: u8 = 1 << 3;
-const SMEP: u8 = 1 << 4;
-const SMAP: u8 = 1 << 5;
-const PKE: u8 = 1 << 6;
-const NXE: u8 = 1 << 7;
-
-/// A role that L2 can be in: its mode, and whether that is SMM.
-type Mode = (u8, bool);
-/// The role that L2 is in between changes.
-const HOME: Mode = (0, false);
-
-/// The roles that a toggle passes through on its way back.
-fn visited(toggle: Toggle) -> &'static [Mode] {
-    match toggle {
-        Toggle::None => &[],
-        Toggle::Cr0Wp => &[(WP, false)],
-        // LA57 and LME change while paging is off, when they are in no role.
-        Toggle::Cr0Pg | Toggle::La57 | Toggle::Lme => &[(UNPAGED, false)],
-        Toggle::Pae => &[(UNPAGED, false), (PGE | PKE, false), (UNPAGED, false)],
-        Toggle::Bits32 => &[(UNPAGED, false), (PSE | PKE, false), (UNPAGED, false)],
-        Toggle::Pse => &[(PSE, false)],
-        Toggle::Pge => &[(PGE, false)],
-        Toggle::Smep => &[(SMEP, false)],
-        Toggle::Smap => &[(SMAP, false)],
-        Toggle::Pke => &[(PKE, false)],
-        Toggle::Nxe => &[(NXE, false)],
-        Toggle::Smm | Toggle::SmmShared => &[(0, true)],
-    }
-}
-
-/// Twelve roles, as the seed has it: "just thrashing between two roles, or 12 different roles?"
-const TWELVE: [Mode; 12] = [
-    HOME,
-    (WP, false),
-    (WP | NXE, false),
-    (WP | NXE | PGE, false),
-    (WP | NXE | PGE | SMEP, false),
-    (WP | NXE | PGE | SMEP | SMAP, false),
-    (WP | NXE | PGE | SMEP | SMAP | PKE, false),
-    (UNPAGED, false),
-    (UNPAGED | PSE, false),
-    (PSE, false),
-    (0, true),
-    (WP, true),
-];
 
 /// A checked run.
 struct Plan {
@@ -100,7 +50,7 @@ impl Plan {
             Ground::Lab(clock) => Some(Timer::new(clock)),
         };
         Ok(Self {
-            toggles: Toggles::new(&args.toggle, args.vcpus, On::ShadowMmu)?,
+            toggles: Toggles::new(&args.toggle, args.vcpus, On::Walker)?,
             script: Script::read(args.script.as_ref())?,
             config,
             rounds: args.rounds,
@@ -178,8 +128,8 @@ impl Run<'_> {
         let mut most = 0;
         for round in 0..=self.plan.rounds {
             let mut refaults = 0;
-            for mode in TWELVE {
-                self.phase("toggle", round, |run| run.enter(mode))?;
+            for role in Role::TWELVE {
+                self.phase("toggle", round, |run| run.enter(role))?;
                 let events = self.phase("refault", round, |run| run.touch(all))?;
                 refaults += events.stats.faults;
             }
@@ -220,19 +170,19 @@ impl Run<'_> {
         self.model.round((0..pages).map(|page| PageAccess { page, write: true }), &mut NoHooks)
     }
 
-    fn enter(&mut self, (mode, smm): Mode) -> Result<Events, String> {
-        self.model.change_role(ModeBits(mode), smm)
+    fn enter(&mut self, role: Role) -> Result<Events, String> {
+        self.model.change_role(ModeBits(role.mode()), role.is_smm())
     }
 
     /// A change there and back.
     fn change(&mut self, change: Change) -> Result<Events, String> {
         match change {
             Change::Firmware(toggle) => {
-                let roles = visited(toggle);
-                for &mode in roles {
-                    self.enter(mode)?;
+                let roles = toggle.visits();
+                for &role in roles {
+                    self.enter(role)?;
                 }
-                if roles.is_empty() { Ok(Events::default()) } else { self.enter(HOME) }
+                if roles.is_empty() { Ok(Events::default()) } else { self.enter(Role::HOME) }
             }
             Change::SlotDelete | Change::SlotMove => self.model.replace_memory(),
             other => Err(format!("{other:?} is none of the shadow MMU's")),

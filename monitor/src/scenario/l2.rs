@@ -1,16 +1,16 @@
 //! The options of an L2, checked.
 
 use super::setup;
-use crate::cli::RunArgs;
+use crate::cli::{NestedArgs, RunArgs};
 use crate::failure::Failure;
 use crate::kvm::Backing;
-use crate::nested::{self, Means, Mechanism, source};
+use crate::nested::{self, FirstReads, Means, Mechanism, source};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
-use umbra_mmu::DEFAULT_TWINS;
 use umbra_mmu::track::STRATEGIES;
+use umbra_mmu::{DEFAULT_TWINS, RootPolicy};
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, MapError, Nested, Way};
 use umbra_shared::{Level, PAGE_SIZE};
 
@@ -95,6 +95,8 @@ pub struct L2Options {
     pub edits: u64,
     /// When L2 touches its pages for the first time.
     pub first_touch: FirstTouch,
+    /// What KVM's log of umbra's L2 makes of pages that are first mapped by a read.
+    first_reads: FirstReads,
     /// Umbra's rows: a strategy each, and what makes it effective.
     pub means: Vec<Means>,
     /// Whether mechanisms were asked for by name.
@@ -124,9 +126,7 @@ impl L2Options {
         let flags = given.accessed_dirty.as_deref().map(|text| named("accessed-dirty", text, &flags)).transpose()?;
         let formats = Format::ALL.map(|format| (format.name(), format));
         let format = table.format.as_deref().map(|format| named("format", format, &formats)).transpose()?;
-        let sources = source::Kind::ALL.map(|kind| (kind.name(), Some(kind)));
-        let sources: Vec<_> = sources.into_iter().chain([("auto", None)]).collect();
-        let source = given.fault_source.as_deref().map_or(Ok(None), |text| named("fault-source", text, &sources))?;
+        let source = fault_source(given)?;
         let means = means(&table.strategy, &given.mechanism)?;
         let remaps = given.remaps.unwrap_or(0);
         if remaps > MAX_REMAPS {
@@ -176,16 +176,7 @@ impl L2Options {
             check_edits(args, level, alias_kind)?;
             config.insert("edits".to_owned(), edits.into());
         }
-        let first_touch = given.first_touch.as_deref().unwrap_or("before");
-        config.insert("first-touch".to_owned(), first_touch.into());
-        let first_touch =
-            named("first-touch", first_touch, &[("before", FirstTouch::Before), ("logged", FirstTouch::Logged)])?;
-        if first_touch == FirstTouch::Logged && (fill_batch > 0 || args.write_percent < 100) {
-            return Err(Failure::Input(
-                "--first-touch logged: L1 fills its table before, and every page is written (no --fill-batch, no --write-percent): KVM counts a page that it first maps for a read as written"
-                    .to_owned(),
-            ));
-        }
+        let (first_touch, first_reads) = first(args, config)?;
         let means_by_name = !given.mechanism.is_empty();
         let (extent, twins) = (table.extent, table.twins);
         Ok(Self {
@@ -197,6 +188,7 @@ impl L2Options {
             remaps,
             edits,
             first_touch,
+            first_reads,
             means,
             means_by_name,
             source,
@@ -242,7 +234,8 @@ impl L2Options {
         let extent = self.extent.unwrap_or(if backing.is_huge() { 4096 } else { 64 });
         let pieces = !backing.is_huge() || self.remaps + self.edits > 0 && self.map.leaf() == Level::K4;
         let twins = self.twins.unwrap_or(DEFAULT_TWINS);
-        nested::Options { means, source, extent, twins, pieces }
+        let (roots, log_roots) = (RootPolicy::default(), false);
+        nested::Options { means, source, extent, twins, pieces, first_reads: self.first_reads, roots, log_roots }
     }
 }
 
@@ -269,6 +262,44 @@ fn check_edits(args: &RunArgs, leaf: Level, kind: AliasKind) -> Result<(), Failu
         (None | Some(0), None | Some(0)) => Ok(()),
         _ => wrong("--fill-batch and --remaps".to_owned()),
     }
+}
+
+/// What `--fault-source` asks for; `None` for the cheapest that the host has.
+///
+/// # Errors
+/// [`Failure::Input`] with what there is.
+pub fn fault_source(given: &NestedArgs) -> Result<Option<source::Kind>, Failure> {
+    let sources = source::Kind::ALL.map(|kind| (kind.name(), Some(kind)));
+    let sources: Vec<_> = sources.into_iter().chain([("auto", None)]).collect();
+    given.fault_source.as_deref().map_or(Ok(None), |text| named("fault-source", text, &sources))
+}
+
+/// When L2's pages are first touched, and what is made of it; into `config` too.
+fn first(args: &RunArgs, config: &mut BTreeMap<String, Value>) -> Result<(FirstTouch, FirstReads), Failure> {
+    let given = &args.nested;
+    let first_touch = given.first_touch.as_deref().unwrap_or("before");
+    config.insert("first-touch".to_owned(), first_touch.into());
+    let first_touch =
+        named("first-touch", first_touch, &[("before", FirstTouch::Before), ("logged", FirstTouch::Logged)])?;
+    if first_touch == FirstTouch::Logged
+        && (given.fill_batch.is_some_and(|batch| batch > 0) || args.write_percent < 100)
+    {
+        return Err(Failure::Input(
+            "--first-touch logged: L1 fills its table before, and every page is written (no --fill-batch, no --write-percent): KVM counts a page that it first maps for a read as written"
+                .to_owned(),
+        ));
+    }
+    let first_reads = given.first_reads.as_deref().unwrap_or("exact");
+    config.insert("first-reads".to_owned(), first_reads.into());
+    let first_reads =
+        named("first-reads", first_reads, &[("exact", FirstReads::Exact), ("counted", FirstReads::Counted)])?;
+    if first_reads == FirstReads::Counted && args.write_percent < 100 {
+        return Err(Failure::Input(format!(
+            "--write-percent {}: with --first-reads counted pages that are read may be reported as well",
+            args.write_percent
+        )));
+    }
+    Ok((first_touch, first_reads))
 }
 
 /// The strategies and mechanisms that fit each other and were asked for.

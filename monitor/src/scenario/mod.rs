@@ -14,12 +14,14 @@ mod pass;
 mod replay;
 mod role_log;
 mod roots;
+mod roots_l2;
 mod script;
 mod setup;
 mod snapshot;
 mod soak;
 mod storm;
 mod toggles;
+mod unpaged;
 mod violations;
 
 pub use setup::{Options, Setup};
@@ -49,7 +51,7 @@ enum Work {
     Kvm(fn(&Setup, &Progress) -> Result<Record, Failure>),
     /// On the software walker: no KVM is needed.
     Model,
-    /// As the first, or as the second where there is a root policy: only the shadow MMU has those.
+    /// As the first, or as the second where the mechanism is the walker.
     Roots,
 }
 
@@ -74,7 +76,7 @@ pub const ALL: &[Scenario] = &[
         work: Work::Kvm(collapse::run),
     },
     Scenario {
-        name: "dirty-rate",
+        name: setup::DIRTY_RATE,
         description: "how fast a guest dirties its memory, by each tracker and by sampling: the error, the guest's loss, what stays behind",
         trackers: &track::ALL,
         work: Work::Kvm(dirty_rate::run),
@@ -146,8 +148,8 @@ pub fn run(args: &RunArgs, ground: Ground, progress: &Progress) -> Result<Record
     no_stray_options(args)?;
     match scenario.work {
         Work::Kvm(run) => on_kvm(args, ground, run, progress),
-        Work::Roots if args.shadow.roots.is_none() => on_kvm(args, ground, roots::run, progress),
-        Work::Roots => cures::run(args, ground, progress),
+        Work::Roots if roots_l2::is_on_walker(args) => cures::run(args, ground, progress),
+        Work::Roots => on_kvm(args, ground, roots::run, progress),
         Work::Model => model::run(args, ground, progress),
     }
 }
@@ -176,7 +178,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     if name == MODEL && (args.guest_paging.is_some() || args.irqchip.is_some()) {
         return Err(Failure::Input("model: it runs no guest, so --guest-paging and --irqchip mean nothing".to_owned()));
     }
-    if args.rate.is_some() && name != "dirty-rate" {
+    if args.rate.is_some() && name != setup::DIRTY_RATE {
         return Err(Failure::Input(format!(
             "{name}: it touches as fast as it can, so --rate means nothing (dirty-rate has one)"
         )));
@@ -188,12 +190,17 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
         )));
     }
     let has_l2 = setup::has_l2(name);
-    if !has_l2 && args.nested != NestedArgs::default() {
+    let has_toggles = name == setup::ROOTS;
+    if has_toggles {
+        roots_l2::no_stray_options(args)?;
+    } else if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
             "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --edits, --mechanism and --fault-source mean nothing (nested does)"
         )));
     }
-    let has_toggles = name == setup::ROOTS;
+    if !has_toggles && args.role_log.is_some() {
+        return Err(Failure::Input(format!("{name}: it logs no roots, so --role-log means nothing (roots does)")));
+    }
     if !has_toggles && !args.toggle.is_empty() {
         return Err(Failure::Input(format!("{name}: it changes no mode, so --toggle means nothing (roots does)")));
     }
@@ -206,14 +213,14 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
         return Err(Failure::Input("roots: it tracks no page, so --tracker and --chunk mean nothing".into()));
     }
     let has_fault = |fault: &str| match fault {
-        "break-smm" => has_toggles,
+        "break-smm" | "loop-smm" => has_toggles,
         "lose-edit" => name == setup::EDITS,
         "stray-page" => name == setup::HOSTILE,
         _ => !has_toggles && !setup::has_edits(name),
     };
     if let Some(fault) = args.inject.as_deref().filter(|&fault| !has_fault(fault)) {
         return Err(Failure::Input(format!(
-            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm is of roots, lose-edit of edits, stray-page of hostile)"
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm and loop-smm are of roots, lose-edit of edits, stray-page of hostile)"
         )));
     }
     if args.nested.edits.is_some() && !setup::has_edits(name) {
@@ -230,6 +237,14 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     if has_l2 || has_toggles || name == MODEL || args.shadow == ShadowArgs::default() {
         return Ok(());
     }
+    if name == setup::DIRTY_RATE {
+        if args.shadow == (ShadowArgs { strategy: args.shadow.strategy.clone(), ..ShadowArgs::default() }) {
+            return Ok(());
+        }
+        return Err(Failure::Input(
+            "dirty-rate: of the shadow MMU's options it has --strategy alone (model has the others)".into(),
+        ));
+    }
     Err(Failure::Input(format!(
         "{name}: it has no shadow MMU, so --strategy, --split, --format and their kin mean nothing (model has one)"
     )))
@@ -241,7 +256,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
 /// [`Failure::Input`].
 pub fn check(args: &RunArgs) -> Result<(), Failure> {
     match find(args)?.work {
-        Work::Roots if args.shadow.roots.is_some() => no_stray_options(args).and_then(|()| cures::check(args)),
+        Work::Roots if roots_l2::is_on_walker(args) => no_stray_options(args).and_then(|()| cures::check(args)),
         Work::Kvm(_) | Work::Roots => no_stray_options(args).and_then(|()| Options::new(args)).map(|_| ()),
         Work::Model => no_stray_options(args).and_then(|()| model::check(args)),
     }

@@ -95,6 +95,12 @@ pub fn roots(given: Option<&str>) -> Result<RootPolicy, Failure> {
         .map_err(|_| input("roots", given.unwrap_or_default(), "drop, address-space, keep, quota=N"))
 }
 
+/// The strategies of those names.
+pub fn named_strategies(names: &[String]) -> Result<Vec<&'static dyn Strategy>, Failure> {
+    let all = || STRATEGIES.map(Strategy::name).join(", ");
+    names.iter().map(|name| strategy(name).ok_or_else(|| input("strategy", name, &all()))).collect()
+}
+
 fn caches(given: Option<&str>) -> Result<Caches, Failure> {
     let Some(text) = given else { return Ok(Caches::default()) };
     let size = text
@@ -107,10 +113,7 @@ fn caches(given: Option<&str>) -> Result<Caches, Failure> {
 impl Plan {
     fn new(args: &RunArgs) -> Result<Self, Failure> {
         let shadow = &args.shadow;
-        let wanted = shadow.strategy.iter().map(|name| {
-            strategy(name).ok_or_else(|| input("strategy", name, &STRATEGIES.map(Strategy::name).join(", ")))
-        });
-        let mut strategies = wanted.collect::<Result<Vec<_>, _>>()?;
+        let mut strategies = named_strategies(&shadow.strategy)?;
         let by_name = !strategies.is_empty();
         if !by_name {
             strategies = STRATEGIES.to_vec();
@@ -250,7 +253,8 @@ impl Hooks for Stopwatch {
     }
 }
 
-fn broken(error: impl std::fmt::Display) -> Failure {
+/// The model did what it cannot do.
+pub fn broken(error: impl std::fmt::Display) -> Failure {
     Failure::Check(format!("the model is broken: {error}"))
 }
 

@@ -4,12 +4,11 @@
 
 use super::Setup;
 use super::pass::Pass;
-use super::roots::Run;
+use super::roots::{Faults, Run};
 use super::script::Step;
-use super::toggles::Toggling;
+use super::toggles::{By, Toggling};
 use crate::failure::Failure;
 use crate::kvm;
-use crate::report::record::Counter;
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::Command;
 use umbra_shared::smm::View;
@@ -20,7 +19,7 @@ struct Sums {
     toggles: u64,
     touches: u64,
     clean: bool,
-    refaults: u64,
+    refaults: Faults,
     teardowns: u64,
 }
 
@@ -42,30 +41,36 @@ pub fn replay(run: &mut Run) -> Result<(), Failure> {
                 run.log("growth")?;
                 sums.touches += cost;
                 sums.clean &= clean;
-                sums.again(faults, pages - used);
+                // An L2's extents reach beyond what it touched: what is mapped here is new, or was mapped ahead.
+                sums.again(Faults {
+                    kvm: faults.kvm.map(|faults| faults.saturating_sub(pages - used)),
+                    shadow: faults.shadow.map(|_| 0),
+                });
                 used = pages;
             }
             Step::Toggle(change) => {
                 round += 1;
                 run.step("change", round, changes);
-                let toggling = Toggling { change, by_all: false };
-                let (cost, _, clean) = run.change(toggling)?;
+                let toggling = Toggling { change, by: By::First };
+                run.about_to(&toggling.to_string())?;
+                let (cost, _, clean) = run.change(toggling, round)?;
                 sums.toggles += cost;
                 run.log(&toggling.to_string())?;
                 let (more, clean_touch, faults) = touch(run, round, used)?;
                 run.log("touch")?;
                 sums.touches += more;
                 sums.clean &= clean && clean_touch;
-                sums.again(faults, 0);
+                sums.again(Faults { shadow: faults.shadow.map(|mapped| mapped.min(used)), ..faults });
             }
         }
     }
     run.phase("toggle", 0, sums.toggles, sums.clean);
     run.phase("refault", 0, sums.touches, sums.clean);
     if run.pass == Pass::Observed {
-        for (name, value) in [("refaults", sums.refaults), ("teardowns", sums.teardowns), ("changes", changes)] {
-            let source = run.counting.source().to_owned();
-            run.row.counters.insert(name.to_owned(), Counter { value, source, pass: run.pass.name().to_owned() });
+        run.count_faults(Some(sums.refaults));
+        let source = if run.l2.is_some() { "umbra-mmu" } else { "umbra" };
+        for (name, value) in [("teardowns", sums.teardowns), ("changes", changes)] {
+            run.count(name, value, source);
         }
     }
     run.row.truth.pages.written += used;
@@ -80,20 +85,20 @@ pub fn replay(run: &mut Run) -> Result<(), Failure> {
 }
 
 impl Sums {
-    /// A touch took `faults`, `new` of which were its first ones.
-    fn again(&mut self, faults: Option<u64>, new: u64) {
-        let again = faults.unwrap_or(0).saturating_sub(new);
-        self.refaults += again;
-        self.teardowns += u64::from(again > 0);
+    /// A touch faulted so often on pages that it had touched before.
+    fn again(&mut self, again: Faults) {
+        self.refaults = self.refaults.plus(again);
+        self.teardowns += u64::from(again.refaults().is_some_and(|faults| faults > 0));
     }
 }
 
 /// The first vCPU touches the first `pages`: what it took, whether that is a figure, and its faults where they are counted.
-fn touch(run: &Run, round: u64, pages: u64) -> Result<(u64, bool, Option<u64>), Failure> {
-    let before = run.counting.read(&run.machine)?;
+fn touch(run: &mut Run, round: u64, pages: u64) -> Result<(u64, bool, Faults), Failure> {
+    let before = run.faults()?;
     let window = run.machine.command_of(0..1, Command::Touch, round << 32 | pages)?;
-    let after = run.counting.read(&run.machine)?;
-    Ok((window.length(), window.clean, after.zip(before).map(|(after, before)| after.wrapping_sub(before))))
+    let faults = run.faults()?.since(before);
+    run.look()?;
+    Ok((window.length(), window.clean, faults))
 }
 
 /// Whether every change of the script can be made here.
@@ -101,10 +106,10 @@ fn touch(run: &Run, round: u64, pages: u64) -> Result<(u64, bool, Option<u64>), 
 /// # Errors
 /// That of the first that cannot.
 pub fn check(setup: &Setup) -> Result<(), kvm::Error> {
-    setup.script.changes().into_iter().try_for_each(|change| Toggling { change, by_all: false }.check())
+    setup.script.changes().into_iter().try_for_each(|change| Toggling { change, by: By::First }.check())
 }
 
 /// What SMM must see for the script.
 pub fn smm(setup: &Setup) -> Option<View> {
-    setup.script.changes().into_iter().find_map(|change| Toggling { change, by_all: false }.smm())
+    setup.script.changes().into_iter().find_map(|change| Toggling { change, by: By::First }.smm())
 }

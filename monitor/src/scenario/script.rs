@@ -6,7 +6,7 @@
 //! cr0.wp         a toggle, as --toggle names it, there and back; then everything that was touched so far is touched again
 //! ```
 
-use super::toggles::{Change, Toggling};
+use super::toggles::{By, Change, Toggling};
 use crate::cli::ScriptText;
 use crate::failure::Failure;
 
@@ -106,8 +106,10 @@ fn step(line: &str) -> Result<Step, String> {
     }
     let toggling: Toggling = line.parse().map_err(|why: String| why.trim_start_matches("--toggle ").to_owned())?;
     match toggling.change {
-        _ if toggling.by_all => Err(format!("{line}: a script is the first vCPU's (leave @all away)")),
-        Change::Nested | Change::SmiStorm | Change::Script | Change::TwelveRoles => {
+        _ if toggling.by != By::First => {
+            Err(format!("{line}: a script is the first vCPU's (leave @all or @once away)"))
+        }
+        Change::Nested | Change::SmiStorm | Change::Script | Change::TwelveRoles | Change::Unpaged(_) => {
             Err(format!("{line}: a row of its own, no step of a script"))
         }
         change => Ok(Step::Toggle(change)),

@@ -1,9 +1,11 @@
 //! The options of a run, checked: everything that can be refused is refused here, before a VM exists.
 
+use super::dirty_rate;
 use super::l2::L2Options;
+use super::roots_l2::Cure;
 use super::script::Script;
 use super::toggles::{On, Toggles};
-use crate::cli::RunArgs;
+use crate::cli::{RunArgs, Switch};
 use crate::failure::Failure;
 use crate::ground::Ground;
 use crate::guest::{Image, Plan};
@@ -17,6 +19,8 @@ use kvm_ioctls::Cap;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
+use umbra_mmu::track::Strategy;
 use umbra_shared::layout::Slot;
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::{MAX_ACCESSES, Pattern};
@@ -35,6 +39,8 @@ pub enum Fault {
     StrayPage,
     /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
     BreakSmm,
+    /// Puts an endless loop there.
+    LoopSmm,
 }
 
 impl Fault {
@@ -43,14 +49,28 @@ impl Fault {
             "lose-page" => Ok(Self::LosePage),
             "extra-page" => Ok(Self::ExtraPage),
             "break-smm" => Ok(Self::BreakSmm),
+            "loop-smm" => Ok(Self::LoopSmm),
             "lose-edit" => Ok(Self::LoseEdit),
             "stray-page" => Ok(Self::StrayPage),
             other => Err(input(format!(
-                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm, (in edits) lose-edit and (in hostile) stray-page"
+                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm and loop-smm, (in edits) lose-edit and (in hostile) stray-page"
             ))),
         }
     }
+
+    /// The code that takes the place of SMM's handler: HLT, or a jump to itself.
+    pub const fn smm_code(self) -> Option<&'static [u8]> {
+        match self {
+            Self::BreakSmm => Some(&[0xf4]),
+            Self::LoopSmm => Some(&[0xeb, 0xfe]),
+            Self::LosePage | Self::ExtraPage | Self::LoseEdit | Self::StrayPage => None,
+        }
+    }
 }
+
+/// How long a guest may be silent inside one command; and one that is known to be.
+const PATIENCE: Duration = Duration::from_secs(120);
+const IMPATIENCE: Duration = Duration::from_secs(1);
 
 /// Accesses per million TSC ticks.
 const DEFAULT_RATE: u64 = 100;
@@ -63,6 +83,8 @@ pub const EDITS: &str = "edits";
 pub const HOSTILE: &str = "hostile";
 /// The last one.
 pub const VIOLATIONS: &str = "violations";
+/// The scenario that asks for a rate.
+pub const DIRTY_RATE: &str = "dirty-rate";
 /// The scenario that has toggles.
 pub const ROOTS: &str = "roots";
 
@@ -128,7 +150,9 @@ pub struct Options {
     image: Arc<Image>,
     trackers: Trackers,
     toggles: Option<Toggles>,
+    cure: Option<Cure>,
     script: Script,
+    strategies: Vec<&'static dyn Strategy>,
     inject: Option<Fault>,
     config: BTreeMap<String, Value>,
 }
@@ -175,8 +199,11 @@ impl Options {
             )));
         }
         let trackers = Trackers::parse(&args.tracker)?;
-        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, On::Kvm)).transpose()?;
+        let cure = if args.scenario == ROOTS { Cure::new(args)? } else { None };
+        let on = if cure.is_some() { On::L2 } else { On::Kvm };
+        let toggles = (args.scenario == ROOTS).then(|| Toggles::new(&args.toggle, args.vcpus, on)).transpose()?;
         let script = Script::read(args.script.as_ref())?;
+        let strategies = if args.scenario == DIRTY_RATE { dirty_rate::strategies(args)? } else { Vec::new() };
         let image = Arc::new(Image::load(args.firmware.as_deref())?);
         let mut config = args.config();
         let l2 = has_l2.then(|| L2Options::new(args, guest_page, &mut config)).transpose()?;
@@ -210,7 +237,9 @@ impl Options {
             image,
             trackers,
             toggles,
+            cure,
             script,
+            strategies,
             inject,
             config,
         })
@@ -220,11 +249,12 @@ impl Options {
     /// is what the host has.
     fn backing_here(&self, bytes: u64) -> Result<Backing, kvm::Error> {
         let backing = match (self.backing, &self.l2) {
-            (Some(backing), None) => backing,
+            (Some(backing), None) if self.cure.is_none() => backing,
             // A page is a fault there: with huge pages one would stand for 512.
+            (None, None) if self.cure.is_some() => Backing::Anonymous.shared(),
             (None, None) if self.toggles.is_some() => Backing::Anonymous,
             (None, None) => Backing::Thp,
-            (Some(backing), Some(_)) => backing.shared(),
+            (Some(backing), _) => backing.shared(),
             (None, Some(_)) if Backing::Thp.shared().check(bytes).is_ok() => Backing::Thp.shared(),
             (None, Some(_)) => Backing::Anonymous.shared(),
         };
@@ -298,8 +328,14 @@ pub struct Setup {
     pub l2: Option<L2Options>,
     /// What changes, in the scenario that changes something.
     pub toggles: Option<Toggles>,
+    /// Whether the observed pass logs the roots that KVM makes.
+    pub role_log: bool,
+    /// What becomes of roots, if an L2 on the shadow MMU makes the changes.
+    pub cure: Option<Cure>,
     /// The script of row `script`.
     pub script: Script,
+    /// Strategies of the shadow MMU that get rows, in the scenario that has them beside its trackers.
+    pub strategies: Vec<&'static dyn Strategy>,
     /// SMIs of a storm.
     pub smis: u64,
     trackers: Trackers,
@@ -348,6 +384,7 @@ impl Setup {
             smm: None,
             image: options.image,
             timer: Timer::new(ground.clock()),
+            patience: if options.inject == Some(Fault::LoopSmm) { IMPATIENCE } else { PATIENCE },
         };
         let mut trackers = options.trackers;
         if trackers.rows.is_empty() {
@@ -362,7 +399,10 @@ impl Setup {
             inject: options.inject,
             l2: options.l2,
             toggles: options.toggles,
+            role_log: args.role_log != Some(Switch::Off),
+            cure: options.cure,
             script: options.script,
+            strategies: options.strategies,
             trackers,
             scenario: args.scenario.clone(),
             host,

@@ -4,17 +4,19 @@ use crate::failure::Failure;
 use crate::host;
 use crate::kvm::vm::{failed, open};
 use crate::kvm::{Error, capabilities};
-use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use std::fmt;
 use std::str::FromStr;
 use umbra_shared::smm::View;
-use umbra_shared::toggle::{CpuidBit, Toggle};
+use umbra_shared::toggle::Toggle;
 
 /// What changes, and by whose hand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
     /// The firmware changes its vCPU's mode.
     Firmware(Toggle),
+    /// The firmware touches its pages without paging, changes that bit there and back, and touches them again before paging is on again (unpaged.rs).
+    Unpaged(Toggle),
     /// The monitor sets CR0.WP and clears it, by `KVM_SET_SREGS`.
     Sregs,
     /// The monitor takes a bit out of CPUID and puts it back.
@@ -45,12 +47,16 @@ impl Change {
             Self::Script,
             Self::TwelveRoles,
         ];
-        Toggle::ALL.iter().copied().map(Self::Firmware).chain(own)
+        let unpaged = [Toggle::None, Toggle::La57, Toggle::Lme].map(Self::Unpaged);
+        Toggle::ALL.iter().copied().map(Self::Firmware).chain(unpaged).chain(own)
     }
 
     const fn name(self) -> &'static str {
         match self {
             Self::Firmware(toggle) => toggle.name(),
+            Self::Unpaged(Toggle::La57) => "cr4.la57:unpaged",
+            Self::Unpaged(Toggle::Lme) => "efer.lme:unpaged",
+            Self::Unpaged(_) => "none:unpaged",
             Self::Sregs => "sregs",
             Self::Cpuid => "cpuid",
             Self::Nested => "nested",
@@ -62,14 +68,22 @@ impl Change {
         }
     }
 
-    /// Whether that ground has it: KVM, or Umbra's shadow MMU on the software walker, whose L2 has roles and no vCPU.
+    /// Whether that ground has it: KVM, or Umbra's shadow MMU, whose L2 announces roles and has no mode of its own.
     const fn is_on(self, ground: On) -> bool {
         match ground {
             On::Kvm => !matches!(self, Self::TwelveRoles),
-            On::ShadowMmu => {
+            On::L2 | On::Walker => {
                 matches!(self, Self::Firmware(_) | Self::SlotDelete | Self::Script | Self::TwelveRoles)
                     && !matches!(self, Self::Firmware(Toggle::SmmShared))
             }
+        }
+    }
+
+    const fn is_for(self, by: By) -> bool {
+        match by {
+            By::First => true,
+            By::Each => self.is_of_a_vcpu(),
+            By::Together => matches!(self, Self::Firmware(toggle) if toggle.is_of_a_bit()),
         }
     }
 
@@ -84,8 +98,31 @@ impl Change {
 pub enum On {
     /// A VM of this host's KVM.
     Kvm,
+    /// An L2 on Umbra's shadow MMU.
+    L2,
     /// The model: Umbra's shadow MMU on the software walker.
-    ShadowMmu,
+    Walker,
+}
+
+/// Which vCPUs make a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// The first alone, while the others hold what they have.
+    First,
+    /// All of them, one after the other.
+    Each,
+    /// All of them at once: none comes back before all have gone.
+    Together,
+}
+
+impl By {
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::First => "",
+            Self::Each => "@all",
+            Self::Together => "@once",
+        }
+    }
 }
 
 /// A change, and which vCPUs make it.
@@ -93,13 +130,13 @@ pub enum On {
 pub struct Toggling {
     /// What changes.
     pub change: Change,
-    /// All vCPUs make it, one after the other; else the first alone, while the others hold what they have.
-    pub by_all: bool,
+    /// Which vCPUs make it.
+    pub by: By,
 }
 
 impl fmt::Display for Toggling {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}{}", self.change.name(), if self.by_all { "@all" } else { "" })
+        write!(f, "{}{}", self.change.name(), self.by.suffix())
     }
 }
 
@@ -107,15 +144,21 @@ impl FromStr for Toggling {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (name, by_all) = text.strip_suffix("@all").map_or((text, false), |name| (name, true));
+        let several = [By::Each, By::Together].into_iter().find_map(|by| Some((text.strip_suffix(by.suffix())?, by)));
+        let (name, by) = several.unwrap_or((text, By::First));
         let Some(change) = Change::all().find(|change| change.name() == name) else {
             let names: Vec<_> = Change::all().map(Change::name).collect();
             return Err(format!("--toggle {text}: there is no such toggle; there are {}", names.join(", ")));
         };
-        if by_all && !change.is_of_a_vcpu() {
-            return Err(format!("--toggle {text}: it is about all vCPUs as it is (leave @all away)"));
+        if !change.is_for(by) {
+            return Err(match by {
+                By::Together => {
+                    format!("--toggle {text}: the toggles of a bit alone can be made at once (leave @once away)")
+                }
+                _ => format!("--toggle {text}: it is none that each vCPU makes (leave @all away)"),
+            });
         }
-        Ok(Self { change, by_all })
+        Ok(Self { change, by })
     }
 }
 
@@ -136,7 +179,7 @@ impl Toggling {
     /// [`Error::Capability`] with what is missing.
     pub fn check(self) -> Result<(), Error> {
         let toggle = match self.change {
-            Change::Firmware(toggle) => toggle,
+            Change::Firmware(toggle) | Change::Unpaged(toggle) => toggle,
             Change::SmiStorm => Toggle::Smm,
             Change::Nested => return capabilities::nested_svm(),
             _ => return Ok(()),
@@ -150,21 +193,22 @@ impl Toggling {
         if toggle.is_smm() {
             return capabilities::smm();
         }
-        match toggle.needs() {
-            Some(bit) if !offered(bit)? => Err(Error::Capability {
-                capability: toggle.name(),
-                consequence: format!("KVM offers guests no such bit here (CPUID {:#x})", bit.0),
-            }),
-            _ => Ok(()),
-        }
+        let cpuid = open()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
+        offered(toggle, cpuid.as_slice())
     }
 }
 
-/// Whether KVM offers guests that bit of CPUID here.
-fn offered((leaf, register, bit): CpuidBit) -> Result<bool, Error> {
-    let cpuid = open()?.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
-    let entry = cpuid.as_slice().iter().find(|entry| entry.function == leaf && entry.index == 0);
-    Ok(entry.is_some_and(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx][register] >> bit & 1 == 1))
+/// Whether a guest with that CPUID has what the toggle changes.
+fn offered(toggle: Toggle, cpuid: &[kvm_cpuid_entry2]) -> Result<(), Error> {
+    let Some((leaf, register, bit)) = toggle.needs() else { return Ok(()) };
+    let entry = cpuid.iter().find(|entry| entry.function == leaf && entry.index == 0);
+    if entry.is_some_and(|entry| [entry.eax, entry.ebx, entry.ecx, entry.edx][register] >> bit & 1 == 1) {
+        return Ok(());
+    }
+    Err(Error::Capability {
+        capability: toggle.name(),
+        consequence: format!("KVM offers guests no such bit here (CPUID {leaf:#x})"),
+    })
 }
 
 /// What `--toggle` asks for.
@@ -185,13 +229,14 @@ impl Toggles {
         let mut rows = Vec::new();
         for word in words {
             let toggling: Toggling = word.parse().map_err(Failure::Input)?;
-            if toggling.by_all && vcpus == 1 {
-                return Err(Failure::Input(format!("--toggle {word}: @all takes --vcpus 2 or more")));
+            if toggling.by != By::First && vcpus == 1 {
+                let suffix = toggling.by.suffix();
+                return Err(Failure::Input(format!("--toggle {word}: {suffix} takes --vcpus 2 or more")));
             }
             if !toggling.change.is_on(on) {
                 return Err(Failure::Input(match on {
                     On::Kvm => format!("--toggle {word}: Umbra's shadow MMU alone has it (--roots)"),
-                    On::ShadowMmu => {
+                    On::L2 | On::Walker => {
                         format!("--toggle {word}: it is KVM's; the shadow MMU of --roots has no such thing")
                     }
                 }));
@@ -203,10 +248,8 @@ impl Toggles {
         }
         if words.is_empty() {
             for change in Change::all().filter(|change| change.is_on(on)) {
-                rows.push(Toggling { change, by_all: false });
-                if vcpus > 1 && change.is_of_a_vcpu() {
-                    rows.push(Toggling { change, by_all: true });
-                }
+                let ways: &[By] = if vcpus > 1 { &[By::First, By::Each, By::Together] } else { &[By::First] };
+                rows.extend(ways.iter().filter(|&&by| change.is_for(by)).map(|&by| Toggling { change, by }));
             }
         }
         Ok(Self { rows, by_name: !words.is_empty() })
@@ -252,12 +295,21 @@ mod tests {
     #[test]
     fn names_are_read_as_they_are_written() {
         for change in Change::all() {
-            for by_all in [false, change.is_of_a_vcpu()] {
-                let toggling = Toggling { change, by_all };
+            for by in [By::First, By::Each, By::Together].into_iter().filter(|&by| change.is_for(by)) {
+                let toggling = Toggling { change, by };
                 assert_eq!(toggling.to_string().parse(), Ok(toggling));
             }
         }
         assert_eq!(toggles(&["cr0.wp@all", "slot-move"], 2).unwrap(), ["cr0.wp@all", "slot-move"]);
+    }
+
+    #[test]
+    fn a_bit_that_the_cpu_lacks_is_refused() {
+        let cpuid = |ecx| [kvm_cpuid_entry2 { function: 7, ecx, ..kvm_cpuid_entry2::default() }];
+        let why = offered(Toggle::La57, &cpuid(1 << 3)).unwrap_err().to_string();
+        assert!(why.contains("cr4.la57 is missing here") && why.contains("CPUID 0x7"), "{why}");
+        assert!(offered(Toggle::La57, &[]).is_err() && offered(Toggle::Cr0Wp, &[]).is_ok());
+        assert!(offered(Toggle::La57, &cpuid(1 << 16)).is_ok() && offered(Toggle::Pke, &cpuid(1 << 3)).is_ok());
     }
 
     #[test]
@@ -267,6 +319,8 @@ mod tests {
         );
         assert!(toggles(&["cr0.wp@all"], 1).unwrap_err().contains("--vcpus 2"));
         assert!(toggles(&["slot-delete@all"], 2).unwrap_err().contains("leave @all away"));
+        assert!(toggles(&["smm@once"], 2).unwrap_err().contains("leave @once away"));
+        assert!(toggles(&["cr4.pge@once"], 1).unwrap_err().contains("--vcpus 2"));
         assert!(toggles(&["cr0.wp", "cr0.wp"], 1).unwrap_err().contains("twice"));
     }
 
@@ -274,6 +328,6 @@ mod tests {
     fn by_default_there_are_all_and_with_two_vcpus_in_both_ways() {
         let (one, two) = (toggles(&[], 1).unwrap(), toggles(&[], 2).unwrap());
         assert_eq!(one.len(), Change::all().count() - 1);
-        assert_eq!(two.len(), 2 * one.len() - 4);
+        assert_eq!(two.len(), 2 * one.len() - 7 + 7, "seven are none of a vCPU's, and seven are of a bit");
     }
 }

@@ -153,6 +153,7 @@ impl Episode {
             (Action::Invalidate, 15),
             (Action::Load, 15),
             (Action::Drop, 12),
+            (Action::ChangeRole, 40),
             (Action::Start, 12),
             (Action::Harvest, 30),
             (Action::Clear, 15),

@@ -31,6 +31,8 @@ ops! {
     Load = "load",
     /// A vCPU lets go of a root.
     Drop = "drop",
+    /// L2 is in another role: its vCPU loads that one's root, then lets go of the one before.
+    ChangeRole = "change-role",
     /// Tracking starts.
     Start = "start",
     /// Dirty pages are reported.

@@ -219,6 +219,7 @@ impl World {
             }
             Action::Load => self.load(a, b),
             Action::Drop => self.drop_root(a),
+            Action::ChangeRole => self.change_role(a, b),
             Action::Start => self.start(),
             Action::Harvest => self.harvest(),
             Action::Clear => self.clear(u64::from(a) % self.setup.config.memory_frames, u64::from(b) % 3000),

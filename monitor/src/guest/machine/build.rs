@@ -28,7 +28,7 @@ impl Machine {
         let system = if plan.shadow.is_some() { plan.backing } else { Backing::Anonymous };
         let vm = Vm::new(&kvm, (place.bytes, system), plan.slots.iter().copied(), plan.backing, prepare)?;
         plan.image.write_to(vm.system())?;
-        let l2 = plan.shadow.as_ref().map(|options| nested::Host::new(&kvm, &vm, options)).transpose()?;
+        let l2 = plan.shadow.as_ref().map(|options| nested::Host::new(&vm, options)).transpose()?;
 
         let rings = ring_entries.map(|entries| {
             let mut slots = vec![(0, 0)];
@@ -71,6 +71,7 @@ impl Machine {
             image: Arc::clone(&plan.image),
             rings,
             clock: plan.timer.clock(),
+            patience: plan.patience,
             stats,
             tsc_khz,
             l2,
@@ -94,10 +95,10 @@ fn create_vcpu(vm: &Vm, plan: &Plan, index: usize, cpuid: &CpuId) -> Result<Vcpu
     Ok(vcpu)
 }
 
-/// Of the VM, then of each vCPU; none on kernels before 5.14, which have no statistics.
+/// Of the VM, then of each vCPU; on kernels before 5.14 what debugfs has of them, if it is there.
 fn open_stats(vm: &Vm, vcpus: &[VcpuFd]) -> Vec<Stats> {
     let all = std::iter::once(Stats::open(&**vm.fd())).chain(vcpus.iter().map(Stats::open));
-    all.collect::<Result<_, _>>().unwrap_or_default()
+    all.collect::<Result<_, _>>().unwrap_or_else(|_| Stats::in_debugfs(&**vm.fd()).into_iter().collect())
 }
 
 /// The state in which the firmware expects to be entered: ring 0, on the image's own page tables.

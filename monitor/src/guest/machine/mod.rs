@@ -23,9 +23,6 @@ use std::time::Duration;
 use umbra_shared::protocol::{Command, Doorbell, ExceptionReport, Mailbox};
 use umbra_shared::smm;
 
-/// How long a guest may be silent inside one command. In the lab these are virtual seconds.
-pub(super) const PATIENCE: Duration = Duration::from_secs(120);
-
 /// Between a machine's boot and its first phase: what the kernel has put off at the end of the machine before it (freeing its memory, on a
 /// kworker) is done by then.
 /// In the lab idle time costs nothing.
@@ -45,6 +42,7 @@ pub struct Machine {
     image: Arc<Image>,
     rings: Option<Arc<Mutex<Rings>>>,
     clock: Clock,
+    pub(super) patience: Duration,
     /// Of the VM, then of each vCPU.
     stats: Vec<Stats>,
     tsc_khz: u32,
@@ -134,7 +132,7 @@ impl Machine {
                 // A kick that came when L2 had just been left.
                 Ok(Stop { exit: Exit::Kicked { .. }, .. }) => self.threads[vcpu].run(),
                 Ok(stop) => return Err(self.broken(stop.vcpu, stop.exit)),
-                Err(_) if waited > PATIENCE => return Err(self.silent(vcpu, name(command))),
+                Err(_) if waited > self.patience => return Err(self.silent(vcpu, name(command))),
                 Err(_) => {
                     waited += wait;
                     expelled += 1;
@@ -257,7 +255,7 @@ impl Machine {
         let mut windows = Vec::with_capacity(vcpus.len());
         let mut waiting: Vec<usize> = vcpus.collect();
         while let Some(&first) = waiting.first() {
-            let Ok(stop) = self.stops.recv_timeout(PATIENCE) else { return Err(self.silent(first, what)) };
+            let Ok(stop) = self.stops.recv_timeout(self.patience) else { return Err(self.silent(first, what)) };
             match stop.exit {
                 Exit::Doorbell(Doorbell::Ready) | Exit::Worked => {
                     windows.push(stop.window);
@@ -280,12 +278,14 @@ impl Machine {
         let mut place = "an unknown place".to_owned();
         for _ in 0..100 {
             self.threads[vcpu].kick();
-            if let Ok(Stop { exit: Exit::Kicked { rip }, .. }) = self.stops.recv_timeout(Duration::from_millis(10)) {
-                place = self.image.place(rip);
+            if let Ok(Stop { exit: Exit::Kicked { rip, mode }, .. }) =
+                self.stops.recv_timeout(Duration::from_millis(10))
+            {
+                place = self.image.place(rip) + &mode;
                 break;
             }
         }
-        Error::Silent { vcpu, seconds: PATIENCE.as_secs(), command, place }
+        Error::Silent { vcpu, seconds: self.patience.as_secs(), command, place }
     }
 
     pub(super) fn broken(&self, vcpu: usize, exit: Exit) -> Error {
@@ -300,7 +300,7 @@ impl Machine {
             },
             Exit::Doorbell(doorbell) => format!("it rang {doorbell:?} where Ready was expected"),
             Exit::Broken { what, rip } => format!("{what} at {}", self.image.place(rip)),
-            Exit::Kicked { rip } => format!("it was stopped at {}", self.image.place(rip)),
+            Exit::Kicked { rip, mode } => format!("it was stopped at {}{mode}", self.image.place(rip)),
             Exit::NotHere { what } => what,
             Exit::Interrupted(_) => "it got an SMI that nobody sent".to_owned(),
             Exit::Worked => "it was not asked to work".to_owned(),
@@ -377,7 +377,9 @@ impl Machine {
         let machine = Self::unbooted(plan, None, |_| Ok(()))?;
         loop {
             machine.threads[0].run();
-            let Ok(stop) = machine.stops.recv_timeout(PATIENCE) else { return Err(machine.silent(0, "its program")) };
+            let Ok(stop) = machine.stops.recv_timeout(machine.patience) else {
+                return Err(machine.silent(0, "its program"));
+            };
             match stop.exit {
                 Exit::Doorbell(Doorbell::Print) => output.push_str(&machine.text(0)?),
                 Exit::Doorbell(Doorbell::Exit) => return Ok((output, machine.mailbox(0)?.exit_code)),
@@ -402,6 +404,8 @@ const fn name(command: Command) -> &'static str {
         Command::Edit => "editing L1's table",
         Command::Toggle => "a toggle",
         Command::Touch => "touching pages",
+        Command::Unpaged | Command::GoOn => "touching pages without paging",
+        Command::Role => "announcing a role",
         Command::Provoke => "provoking a violation",
         Command::Play => "random edits of L1's table",
         Command::Probe => "probing what they came to",

@@ -114,14 +114,14 @@ impl Machine {
         read(self.vm.smram(), smm::smbase(vcpu) + smm::LEDGER)
     }
 
-    /// Puts a HLT where every vCPU's handler begins.
+    /// Puts other code where every vCPU's handler begins.
     ///
     /// # Errors
     /// [`Error::Memory`] if there is no SMRAM.
-    pub fn break_smm(&self) -> Result<(), Error> {
+    pub fn break_smm(&self, code: &[u8]) -> Result<(), Error> {
         (0..self.threads.len()).try_for_each(|vcpu| {
             let at = GuestAddress(smm::smbase(vcpu) + smm::ENTRY);
-            self.vm.smram().write_slice(&[0xf4], at).map_err(|error| Error::Memory(error.to_string()))
+            self.vm.smram().write_slice(code, at).map_err(|error| Error::Memory(error.to_string()))
         })
     }
 

@@ -13,6 +13,7 @@ use spec::Boot;
 use std::collections::VecDeque;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use store::Store;
 
 /// How the boots of a matrix share the machine that they run on.
@@ -47,6 +48,7 @@ pub struct Outcome {
 /// [`Failure::Input`] for what no kernel could run, [`Failure::NotHere`] when the lab itself cannot be had or not one run could be made, and
 /// [`Failure::Interrupted`].
 pub fn run(runs: &[LabArgs], boots: Boots, out: Option<&Path>, progress: Arc<Progress>) -> Result<Outcome, Failure> {
+    let begun = Instant::now();
     interrupt::watch()?;
     let output = out.map(Output::check).transpose()?;
     let store = out.map(Store::open).transpose()?;
@@ -73,7 +75,7 @@ pub fn run(runs: &[LabArgs], boots: Boots, out: Option<&Path>, progress: Arc<Pro
     let work = Work {
         runs,
         all: groups.len(),
-        state: Mutex::new(State { groups, begun: 0, results, store, stop: None }),
+        state: Mutex::new(State { groups, begun: 0, spent: Duration::ZERO, results, store, stop: None }),
         progress,
     };
     std::thread::scope(|scope| {
@@ -81,8 +83,19 @@ pub fn run(runs: &[LabArgs], boots: Boots, out: Option<&Path>, progress: Arc<Pro
             scope.spawn(|| work.boot_until_done());
         }
     });
-    let state = work.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let (all, state) = (work.all, work.state.into_inner().unwrap_or_else(PoisonError::into_inner));
+    if all > 1 && state.stop.is_none() {
+        eprintln!("umbra: {}", pace(all, boots.at_a_time, begun.elapsed(), state.spent));
+    }
     finish(state, runs, output)
+}
+
+/// How long the boots took together, and how near that is to what so many at a time can do at best.
+fn pace(boots: usize, at_a_time: u64, all: Duration, sum: Duration) -> String {
+    #[allow(clippy::cast_precision_loss)] // A machine has few CPUs.
+    let best = sum.as_secs_f64() / at_a_time as f64;
+    let (all, sum) = (all.as_secs_f64(), sum.as_secs_f64());
+    format!("{boots} boots took {all:.0} s, {:.2} times their {sum:.0} s shared by {at_a_time}", all / best.max(1e-3))
 }
 
 fn finish(state: State, runs: &[LabArgs], output: Option<Output>) -> Result<Outcome, Failure> {
@@ -202,6 +215,8 @@ fn skipped(args: &LabArgs, why: &str) -> Record {
 struct State {
     groups: VecDeque<Group>,
     begun: usize,
+    /// The time of all boots so far, one after the other.
+    spent: Duration,
     results: Vec<Option<Result<Record, Failure>>>,
     store: Option<Store>,
     /// What ends the whole matrix.
@@ -229,9 +244,8 @@ impl Work<'_> {
                     return;
                 }
                 // The longest first, so that no long one is alone at the end.
-                let effort = |group: &Group| {
-                    group.runs.iter().map(|&run| plan::effort(&self.runs[run].run)).sum::<std::time::Duration>()
-                };
+                let effort =
+                    |group: &Group| group.runs.iter().map(|&run| plan::effort(&self.runs[run].run)).sum::<Duration>();
                 let longest = (0..state.groups.len()).rev().max_by_key(|&at| effort(&state.groups[at]));
                 let Some(group) = longest.and_then(|at| state.groups.remove(at)) else { return };
                 state.begun += 1;
@@ -240,8 +254,10 @@ impl Work<'_> {
             let name = format!("boot {number} of {}: {}", self.all, group.name);
             self.progress.step(&name);
             let jobs: Vec<RunArgs> = group.runs.iter().map(|&run| self.runs[run].run.clone()).collect();
+            let begun = Instant::now();
             let results =
                 boot_image(&group.machine, &jobs, &group.image, limits(&group.machine, &jobs), &self.inside(name));
+            self.state().spent += begun.elapsed();
             self.take(group, results);
         }
     }
@@ -312,6 +328,12 @@ mod tests {
         ];
         assert_eq!(shared(&runs, Boot::Shared), [vec![0, 2], vec![1, 4], vec![3], vec![5], vec![6]]);
         assert_eq!(shared(&runs, Boot::Each).len(), runs.len());
+    }
+
+    #[test]
+    fn the_pace_is_told_as_a_ratio() {
+        let seconds = Duration::from_secs;
+        assert_eq!(pace(40, 2, seconds(110), seconds(200)), "40 boots took 110 s, 1.10 times their 200 s shared by 2");
     }
 
     #[test]

@@ -56,13 +56,17 @@ pub fn map_part(
         return Err(io::ErrorKind::InvalidInput.into());
     }
     map(stretch, part.file, part.offset, Rights { write, populate: tables == Tables::Filled })?;
-    if tables != Tables::ToldApart {
-        return Ok(());
-    }
-    register(stretch)?;
+    let advice = match tables {
+        Tables::Left | Tables::Filled => return Ok(()),
+        Tables::Written => Advice::LinuxPopulateWrite,
+        Tables::ToldApart => {
+            register(stretch)?;
+            Advice::LinuxPopulateRead
+        }
+    };
     let (address, length) = at(stretch);
-    // SAFETY: as above. It reads, and a hint is all that it is.
-    let _ = unsafe { mm::madvise(address, length, Advice::LinuxPopulateRead) };
+    // SAFETY: as above. It changes no byte, and a hint is all that it is.
+    let _ = unsafe { mm::madvise(address, length, advice) };
     Ok(())
 }
 

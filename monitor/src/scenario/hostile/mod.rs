@@ -206,12 +206,15 @@ impl<'a> Siege<'a> {
     fn stray(&self) -> Result<(), Failure> {
         let mut shadow = self.host.shadow()?;
         let Some(root) = shadow.root() else { return Ok(()) };
-        let windows = shadow.windows.windows().iter();
+        let windows = shadow.places.here().windows().iter();
         let mut pages = windows.flat_map(|window| (0..window.pages.len() as u64).map(|page| window.first.plus(page)));
         let free = pages.find(|&gfn| shadow.mmu.peek(root, gfn).is_ok_and(|granted| granted.is_none()));
         if let Some(start) = free {
             let access = Access::READ.or(Access::WRITE).or(Access::EXECUTE);
-            shadow.windows.map(Extent { root, start, frames: 1 }, Frame(0), Level::K4, access);
+            shadow.places.here_mut().map(Extent { root, start, frames: 1 }, Frame(0), Level::K4, access);
+            if let Some(error) = shadow.places.settle() {
+                return Err(Failure::Check(format!("--inject stray-page: {error}")));
+            }
         }
         Ok(())
     }
@@ -251,7 +254,7 @@ impl<'a> Siege<'a> {
 
     /// Calls that changed the windows so far.
     fn calls(&self) -> Result<u64, Failure> {
-        let counts = self.host.shadow()?.windows.counts;
+        let counts = self.host.shadow()?.places.counts();
         Ok(counts.maps + counts.protects + counts.closes)
     }
 
@@ -261,7 +264,7 @@ impl<'a> Siege<'a> {
         let (pages, bytes) = {
             let shadow = self.host.shadow()?;
             let memory = shadow.memory();
-            let pages: usize = shadow.windows.windows().iter().map(|window| window.pages.len()).sum();
+            let pages: usize = shadow.places.here().windows().iter().map(|window| window.pages.len()).sum();
             (pages as u64, memory.total())
         };
         for (name, value) in [("most_calls", calls), ("most_bytes", bytes)] {

@@ -7,11 +7,12 @@ use umbra_shared::{Gfn, L2Gfn, Level};
 use super::super::draw::{DATA, Rng, Setup, TABLES};
 use super::{Loaded, PAGES, REGIONS, World, index};
 use crate::access::Access;
-use crate::config::MmuError;
+use crate::config::{MmuError, RootPolicy};
 use crate::format::Format;
 use crate::memory::L1Memory;
 use crate::reference::Context;
 use crate::role::{ModeBits, RootRole, below};
+use crate::roots::RootId;
 use crate::spte::Frame;
 use crate::sync::Invalidation;
 use crate::tables::{Tables, leaf_entry, place, table_entry};
@@ -125,24 +126,51 @@ impl World {
             let refused = self.mmu.load_root(&mut self.walker.env(), role, table | 8);
             return if refused == Err(MmuError::BadTable(table | 8)) { Ok(()) } else { Err(format!("{refused:?}")) };
         }
+        self.load_as(role, table).map(|_| ())
+    }
+
+    /// L2 is in another role, in any that there is.
+    pub(super) fn change_role(&mut self, a: u32, b: u32) -> Result<(), String> {
+        if self.loaded.is_empty() {
+            return self.load(a, b);
+        }
+        let at = index(a, self.loaded.len());
+        let (role, context) = &self.contexts[self.loaded[at].context];
+        let role = RootRole { smm: b.is_multiple_of(4), mode: ModeBits((b >> 4 & 3) as u8), ..*role };
+        let table = context.table;
+        if self.load_as(role, table)? { self.drop_at(at) } else { Ok(()) }
+    }
+
+    /// Loads the root of `table` in `role`. False: there is no memory, and need not be.
+    fn load_as(&mut self, role: RootRole, table: u64) -> Result<bool, String> {
         let id = match self.mmu.load_root(&mut self.walker.env(), role, table) {
             Ok(id) => id,
-            Err(MmuError::NoMemory) if self.starved => return Ok(()),
+            Err(MmuError::NoMemory) if self.starved => return Ok(false),
             Err(error) => return Err(error.to_string()),
         };
+        self.loaded_as(id, role, table)?;
+        Ok(true)
+    }
+
+    /// Root `id` was loaded for `table` in `role`.
+    fn loaded_as(&mut self, id: RootId, role: RootRole, table: u64) -> Result<(), String> {
         let now = self.history.now;
         let known = self.contexts.iter().position(|(known, context)| *known == role && context.table == table);
         let context = known.unwrap_or_else(|| {
-            let context = Context { format, table, since: now, violated: BTreeMap::new() };
+            let context = Context { format: role.format, table, since: now, violated: BTreeMap::new() };
             self.contexts.push((role, context));
             self.contexts.len() - 1
         });
         match self.loaded.iter_mut().find(|loaded| loaded.id == id) {
             Some(loaded) => {
                 // Roles that a policy does not tell apart share a root. It must then be of the same table and format.
-                let held = &self.contexts[loaded.context].1;
-                if (held.format, held.table) != (format, table) {
+                let (served, held) = &self.contexts[loaded.context];
+                if (held.format, held.table) != (role.format, table) {
                     return Err(format!("{id:?} serves two formats or tables"));
+                }
+                let by_mode = self.setup.config.roots != RootPolicy::AddressSpace;
+                if served.smm != role.smm || by_mode && served.mode != role.mode {
+                    return Err(format!("{id:?} serves {served:?} and {role:?}"));
                 }
                 loaded.count += 1;
                 // What applies to one applies to all that the root serves.
@@ -159,11 +187,23 @@ impl World {
         if self.loaded.is_empty() {
             return Ok(());
         }
-        let at = index(a, self.loaded.len());
-        self.mmu.drop_root(&mut self.walker.env(), self.loaded[at].id).map_err(|error| error.to_string())?;
+        self.drop_at(index(a, self.loaded.len()))
+    }
+
+    fn drop_at(&mut self, at: usize) -> Result<(), String> {
+        let id = self.loaded[at].id;
+        self.mmu.drop_root(&mut self.walker.env(), id).map_err(|error| error.to_string())?;
         self.loaded[at].count -= 1;
         if self.loaded[at].count == 0 {
             self.loaded.swap_remove(at);
+            let (policy, is_there) = (self.setup.config.roots, self.mmu.load_count(id).is_ok());
+            match policy {
+                RootPolicy::Keep if !is_there => return Err(format!("{id:?} is gone, and {policy:?} keeps it")),
+                RootPolicy::Drop | RootPolicy::AddressSpace if is_there => {
+                    return Err(format!("{id:?} is still there, and {policy:?} drops it"));
+                }
+                _ => {}
+            }
         }
         Ok(())
     }

@@ -5,7 +5,12 @@
 //!  |-- before --|-- start, wait, count, stop --|-- after --|      the guest writes, at most one access every `pace` ticks
 //! ```
 //! The truth is counted by the guest: each access has a number, so the pages of a stretch of time follow from the pattern. Its ends are not sharp
-//! (an access may fall beside the tool's call), so what is certain and what is possible bound the answer.
+//! (an access may fall beside the tool's call), so what is certain and what is possible bound the answer. A guest on Umbra's own shadow MMU has rows too
+//! ([`shadow`]).
+
+mod shadow;
+
+pub use shadow::strategies;
 
 use super::Setup;
 use crate::failure::Failure;
@@ -35,7 +40,7 @@ const SAMPLES_PER_GIB: u64 = 512;
 /// The row without a tracker.
 const SAMPLING: &str = "sampling";
 
-/// Runs the scenario: a row for each tracker, and one for page sampling.
+/// Runs the scenario: a row for each tracker, one for page sampling, and two for each strategy of the shadow MMU.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     setup.check_named()?;
     let mut rows = Vec::new();
@@ -45,6 +50,8 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     }
     progress.step("sampling: the rate of a running guest");
     rows.push(Rows::Measured(Box::new(by_samples(setup)?)));
+    progress.step("the shadow MMU: the rate of a running guest");
+    rows.extend(shadow::rows(setup)?);
     setup.record(rows)
 }
 
