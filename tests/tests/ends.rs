@@ -9,8 +9,7 @@ use umbra::guest::{Image, Machine, Plan};
 use umbra::kvm::Backing;
 use umbra::kvm::clock::Timer;
 use umbra::nested::source::{self, Kind};
-use umbra::nested::{FirstReads, Means, Mechanism, Options};
-use umbra_mmu::RootPolicy;
+use umbra::nested::{FirstReads, Means, Mechanism, Options, RootPolicy};
 use umbra_shared::nested::{AliasKind, Flags, Format, Map, Nested, Way};
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::{self, Pattern};
@@ -41,13 +40,13 @@ fn plan(source: Kind) -> Plan {
             twins: 4,
             pieces: true,
             first_reads: FirstReads::Exact,
-            roots: RootPolicy::default(),
+            roots: RootPolicy::Keep,
             log_roots: false,
         }),
         smm: None,
         image: Arc::new(Image::load(None).expect("the firmware")),
         timer: Timer::new(Clock::Nanoseconds),
-        patience: Duration::from_secs(60),
+        patience: Duration::from_secs(120),
     }
 }
 

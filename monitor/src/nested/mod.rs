@@ -24,6 +24,7 @@ pub mod places;
 mod reserve;
 mod roots_log;
 mod shadow;
+mod slots;
 pub mod source;
 mod vcpu;
 pub mod windows;
@@ -41,7 +42,7 @@ use memory::L1Pages;
 use source::Kind;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use umbra_mmu::RootPolicy;
+pub use umbra_mmu::RootPolicy;
 
 /// How an L2 is run.
 #[derive(Clone, Copy, Debug)]
