@@ -68,6 +68,14 @@ impl PageSet {
         self.words.get(usize::try_from(frame.0 >> 6).unwrap_or(usize::MAX)).copied().unwrap_or(0)
     }
 
+    /// How many of the 512 pages from `first` on, a multiple of 64, are in the set.
+    #[must_use]
+    pub fn count_region(&self, first: Frame) -> u32 {
+        let start = usize::try_from(first.0 >> 6).unwrap_or(usize::MAX);
+        let words = self.words.get(start..self.words.len().min(start.saturating_add(8))).unwrap_or_default();
+        words.iter().filter(|word| **word != 0).map(|word| word.count_ones()).sum()
+    }
+
     /// Adds `count` pages from `start`; what is beyond the room is left out.
     pub fn insert_range(&mut self, start: Frame, count: u64) {
         let end = start.0.saturating_add(count).min(self.words.len() as u64 * 64);
@@ -118,7 +126,10 @@ impl PageSet {
         let mut count = 0;
         for (index, word) in self.words.iter_mut().enumerate() {
             *word = other.words.get(index).copied().unwrap_or(0);
-            count += u64::from(word.count_ones());
+            // Most words have none, and to count costs.
+            if *word != 0 {
+                count += u64::from(word.count_ones());
+            }
         }
         count
     }

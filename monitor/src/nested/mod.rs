@@ -24,6 +24,7 @@ pub mod places;
 mod reserve;
 mod roots_log;
 mod shadow;
+mod slots;
 pub mod source;
 mod vcpu;
 pub mod windows;

@@ -7,13 +7,13 @@ use super::gather::Queue;
 use super::log::Log;
 use super::memory::L1Pages;
 use super::reserve::Reserved;
+use super::slots::{Slot, leaf_granule};
 use super::source::{Mapped, Source, Tables};
 use super::{FirstReads, Options};
 use crate::hostmm::udmabuf::Udmabuf;
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::ring::RingSet;
 use crate::kvm::{Error, vm};
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use std::collections::BTreeSet;
 use std::io;
@@ -58,6 +58,11 @@ impl Page {
         }
     }
 
+    /// What maps the memory `pages` behind this one's as this does its own.
+    pub(super) const fn plus(self, pages: u32) -> Self {
+        Self(self.0.wrapping_add(pages))
+    }
+
     /// The page of L1's memory.
     #[must_use]
     pub fn frame(self) -> Option<Frame> {
@@ -82,15 +87,6 @@ impl Page {
     }
 }
 
-/// A slot of KVM's: a window, or a part of one.
-#[derive(Debug)]
-struct Slot {
-    number: u32,
-    pages: Range<usize>,
-    /// Whether KVM logs it.
-    logged: bool,
-}
-
 /// A window.
 #[derive(Debug)]
 pub struct Window {
@@ -99,7 +95,7 @@ pub struct Window {
     /// What each page maps.
     pub pages: Vec<Page>,
     /// KVM's slots, one behind the other, with numbers that are so too.
-    slots: Vec<Slot>,
+    pub(super) slots: Vec<Slot>,
     /// Whether it has ever mapped tracked memory.
     tracked: bool,
     place: Reserved,
@@ -110,33 +106,6 @@ impl Window {
     #[must_use]
     pub const fn place(&self) -> Stretch {
         self.place.stretch()
-    }
-
-    /// The number of its first slot.
-    #[must_use]
-    pub fn first_slot(&self) -> u32 {
-        self.slots.first().map_or(0, |slot| slot.number)
-    }
-
-    /// Whether KVM logs any of it.
-    #[must_use]
-    pub fn logged(&self) -> bool {
-        self.slots.iter().any(|slot| slot.logged)
-    }
-
-    /// Its page that is page `offset` of KVM's slot `number`; `None` for another window's.
-    #[must_use]
-    pub fn page_of(&self, number: u32, offset: u64) -> Option<usize> {
-        let slot = self.slots.get(usize::try_from(number.checked_sub(self.first_slot())?).ok()?)?;
-        let page = slot.pages.start.checked_add(usize::try_from(offset).ok()?)?;
-        slot.pages.contains(&page).then_some(page)
-    }
-
-    /// Its slots that hold any of `pages`, by index.
-    fn slots_of(&self, pages: &Range<usize>) -> Range<usize> {
-        let first = self.slots.partition_point(|slot| slot.pages.end <= pages.start);
-        let end = self.slots.partition_point(|slot| slot.pages.start < pages.end);
-        first..end.max(first)
     }
 
     pub(super) fn stretch(&self, pages: &Range<usize>) -> Stretch {
@@ -156,17 +125,6 @@ impl Window {
         let end = extent.start.0.saturating_add(extent.frames).saturating_sub(self.first.0).min(count);
         #[allow(clippy::cast_possible_truncation)] // Both are at most the length of a Vec.
         (start as usize..end as usize)
-    }
-
-    fn region(&self, slot: &Slot, flags: u32) -> kvm_userspace_memory_region {
-        let place = self.stretch(&slot.pages);
-        kvm_userspace_memory_region {
-            slot: slot.number,
-            flags,
-            guest_phys_addr: self.first.plus(slot.pages.start as u64).address(),
-            memory_size: place.bytes(),
-            userspace_addr: place.start.0,
-        }
     }
 }
 
@@ -207,7 +165,7 @@ impl Counts {
 
 /// All windows of one VM.
 pub struct Windows {
-    vm: Arc<VmFd>,
+    pub(super) vm: Arc<VmFd>,
     pub(super) memory: Arc<L1Pages>,
     /// Before the windows' addresses: its thread may look at them.
     pub(super) source: Box<dyn Source>,
@@ -286,11 +244,8 @@ impl Windows {
             let mut pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
             // The host gives it memory here, not at L2's first touch.
             pages.iter_mut().step_by(1024).for_each(|page| *std::hint::black_box(page) = Page::CLOSED);
-            let slots: Vec<Slot> = parts(window.first, pages.len(), granule)
-                .zip(number..)
-                .map(|(pages, number)| Slot { number, pages, logged: false })
-                .collect();
-            number = slots.last().map_or(number, |slot| slot.number + 1);
+            let slots = Slot::of_window(window.first, pages.len(), granule, number);
+            number = slots.last().map_or(number, Slot::next);
             let window = Window { first: window.first, pages, slots, tracked: false, place };
             for slot in &window.slots {
                 // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
@@ -392,81 +347,6 @@ impl Windows {
     pub fn settle(&mut self) -> Option<io::Error> {
         self.map_queue();
         self.failed.take()
-    }
-
-    /// Switches KVM's log of a window on or off.
-    fn set_logged(&mut self, index: usize, on: bool) -> Result<(), Error> {
-        let slots = self.all.get(index).map_or(0, |window| window.slots.len());
-        (0..slots).try_for_each(|slot| self.set_slot_logged(index, slot, on))
-    }
-
-    /// Switches KVM's log of a slot on or off.
-    fn set_slot_logged(&mut self, index: usize, slot: usize, on: bool) -> Result<(), Error> {
-        let Some(window) = self.all.get_mut(index) else { return Ok(()) };
-        let Some(at) = window.slots.get(slot).filter(|slot| slot.logged != on) else { return Ok(()) };
-        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-        // SAFETY: the same addresses as when it was made.
-        unsafe { self.vm.set_user_memory_region(window.region(at, flags)) }
-            .map_err(vm::failed("KVM_SET_USER_MEMORY_REGION"))?;
-        if let Some(slot) = window.slots.get_mut(slot) {
-            slot.logged = on;
-        }
-        Ok(())
-    }
-
-    /// Whether what a slot maps has to be logged.
-    fn must_log(&self, index: usize, slot: usize) -> bool {
-        let Some(window) = self.all.get(index) else { return false };
-        let Some(slot) = window.slots.get(slot) else { return false };
-        let mapped = window.pages.get(slot.pages.clone()).unwrap_or_default().iter().filter_map(|page| page.frame());
-        mapped.into_iter().any(|frame| self.is_logged(frame))
-    }
-
-    fn is_logged(&self, frame: Frame) -> bool {
-        frame >= self.memory.first_tracked()
-            && !self.unlogged.as_ref().is_some_and(|unlogged| unlogged.contains(&(frame.0 >> 9)))
-    }
-
-    /// Logs a slot from now on, or no longer, and maps what it maps anew: told apart while it is logged, by huge pages while it is not.
-    fn switch_slot(&mut self, index: usize, slot: usize, on: bool) -> Result<(), Error> {
-        self.set_slot_logged(index, slot, on)?;
-        let Some(pages) = self.all.get(index).and_then(|window| Some(window.slots.get(slot)?.pages.clone())) else {
-            return Ok(());
-        };
-        let mut at = pages.start;
-        while at < pages.end {
-            let Some(rest) = self.all.get(index).and_then(|window| window.pages.get(at..pages.end)) else { break };
-            let first = rest.first().copied().unwrap_or_default();
-            let next = |(page, offset): (&Page, u32)| *page == Page(first.0.wrapping_add(offset));
-            let alike = rest.iter().zip(0..).take_while(|&pair| next(pair)).count().max(1);
-            let run = at..at + alike;
-            if let Some(frame) = first.frame().filter(|_| !first.gathered()) {
-                self.with_room(|windows| windows.map_run(index, run.clone(), frame, first.writable()))
-                    .map_err(|error| Error::call("mapping a leaf of L2 anew", error))?;
-            }
-            at += alike;
-        }
-        Ok(())
-    }
-
-    /// Pages `run` of window `index` are about to map `frame` and those after it: their slots are logged where they must be.
-    fn log_run(&mut self, index: usize, run: &Range<usize>, frame: Frame) -> Result<(), Error> {
-        if self.log.is_none() || self.unlogged.is_none() || run.is_empty() {
-            return Ok(());
-        }
-        let last = run.len() as u64 - 1;
-        let must = (0..last).step_by(512).chain([last]).any(|page| self.is_logged(frame.plus(page)));
-        let slots = self.all.get(index).map_or(0..0, |window| window.slots_of(run));
-        for slot in slots.filter(|_| must) {
-            if !self.is_slot_logged(index, slot) {
-                self.switch_slot(index, slot, true)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn is_slot_logged(&self, index: usize, slot: usize) -> bool {
-        self.all.get(index).and_then(|window| window.slots.get(slot)).is_some_and(|slot| slot.logged)
     }
 
     /// Begins to log the windows that map tracked memory; others join when they do.
@@ -769,32 +649,7 @@ impl Windows {
     }
 }
 
-/// KVM has 32,764 slots at most (`KVM_USER_MEM_SLOTS`); this is what leaves of all windows together may take.
-const LEAF_SLOTS: u64 = 16384;
-
-/// Pages of a slot, where each leaf of 2 MiB is to be one: more of them together where there would be too many.
-fn leaf_granule(windows: &[control::Window]) -> u64 {
-    let pages: u64 = windows.iter().map(|window| window.frames).fold(0, u64::saturating_add);
-    let mut granule = Level::M2.frames();
-    while pages / granule > LEAF_SLOTS {
-        granule *= 2;
-    }
-    granule
-}
-
-/// The parts of a window of `count` pages from `first` on, cut where frames are multiples of `granule`.
-fn parts(first: L2Gfn, count: usize, granule: u64) -> impl Iterator<Item = Range<usize>> {
-    let mut start = 0_usize;
-    std::iter::from_fn(move || {
-        let left = granule - (first.0 + start as u64) % granule;
-        let end = start.saturating_add(usize::try_from(left).unwrap_or(usize::MAX)).min(count);
-        let part = (start < count).then_some(start..end);
-        start = end;
-        part
-    })
-}
-
-fn call(error: &Error) -> io::Error {
+pub(super) fn call(error: &Error) -> io::Error {
     io::Error::other(error.to_string())
 }
 
@@ -846,28 +701,7 @@ impl Mapper for Windows {
     }
 
     fn log_writes(&mut self, first: Frame, on: bool) {
-        let region = first.0 >> 9;
-        let Some(unlogged) = &mut self.unlogged else { return };
-        let changed = if on { unlogged.remove(&region) } else { unlogged.insert(region) };
-        if !changed {
-            return;
-        }
-        for index in 0..self.all.len() {
-            let Some(window) = self.all.get(index) else { continue };
-            let maps = |page: &Page| page.frame().is_some_and(|frame| frame.0 >> 9 == region);
-            let concerned =
-                |slot: &Slot| window.pages.get(slot.pages.clone()).is_some_and(|pages| pages.iter().any(maps));
-            let slots: Vec<usize> =
-                window.slots.iter().enumerate().filter(|(_, slot)| concerned(slot)).map(|(number, _)| number).collect();
-            for slot in slots {
-                let want = self.must_log(index, slot);
-                if want != self.is_slot_logged(index, slot)
-                    && let Err(error) = self.switch_slot(index, slot, want)
-                {
-                    self.fail(call(&error));
-                }
-            }
-        }
+        self.log_region(first, on);
     }
 
     fn flush(&mut self, _: Flush) {

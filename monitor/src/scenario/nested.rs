@@ -12,6 +12,7 @@ use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
 use crate::host;
+use crate::hostmm::udmabuf::Udmabuf;
 use crate::kvm::{self, capabilities};
 use crate::nested::{Means, Options, source};
 use crate::progress::Progress;
@@ -19,7 +20,7 @@ use crate::report::Record;
 use crate::report::record::{Row, Rows};
 use crate::track::Kind;
 use umbra_shared::Level;
-use umbra_shared::nested::{Flags, Format, Nested, Way};
+use umbra_shared::nested::{AliasKind, Flags, Format, Nested, Way};
 use umbra_shared::protocol::Command;
 
 /// The first entry maps what every entry needs; this one is warm.
@@ -30,7 +31,14 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("nested: its options are missing".into())) };
     setup.check_named()?;
     let mut rows = Vec::new();
-    for nesting in l2.ways_here(host::vendor()) {
+    let ways = l2.ways_here(host::vendor());
+    if ways.contains(&Nesting::Umbra)
+        && l2.map.kind() == AliasKind::Scattered
+        && let Err(error) = Udmabuf::open()
+    {
+        progress.step(&format!("umbra: leaves that are scattered over L1's memory take a mapping each: {error}"));
+    }
+    for nesting in ways {
         let kinds: Vec<Kind> = match nesting {
             Nesting::Umbra => l2.means.iter().copied().map(Kind::Shadow).collect(),
             _ => setup.trackers().to_vec(),

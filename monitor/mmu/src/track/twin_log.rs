@@ -106,14 +106,14 @@ impl Mmu {
     /// way back needs a little less than the break-even: memory at the edge shall not go to and fro.
     fn choose_by_density(&mut self, env: &mut Env<'_>) {
         let break_even = self.config.break_even;
-        let regions = self.config.memory_frames.div_ceil(Level::M2.frames());
-        for first in (0..regions).map(|region| Frame(region << 9)) {
+        let regions = self.config.first_tracked.0.div_ceil(512)..self.config.memory_frames.div_ceil(512);
+        for first in regions.map(|region| Frame(region << 9)) {
             let Some(track) = &self.track else { return };
-            let written: u32 = (0..8).map(|word| track.dirty.word(first.plus(word * 64)).count_ones()).sum();
-            let dense = track.is_dense(first);
-            if written == 0 || first < self.config.first_tracked {
+            let written = track.dirty.count_region(first);
+            if written == 0 {
                 continue;
             }
+            let dense = track.is_dense(first);
             if dense && written < break_even - break_even / 8 {
                 self.set_dense(env, first, false);
             } else if !dense && written >= break_even && self.make_huge(env, first) {
