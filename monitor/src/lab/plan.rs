@@ -78,8 +78,10 @@ pub fn effort(args: &RunArgs) -> Duration {
     let rows = if args.scenario == "snapshot" { 9 } else { 1 };
     let touches =
         mib.saturating_mul(args.rounds.max(1)).saturating_mul(1 + args.accesses_per_page / 16).saturating_mul(rows);
-    // A row for each toggle, of four machines at most that come to rest in between; a thousandth of a second for an SMI.
-    let toggles = if args.scenario == "roots" { 120 + args.smis / 1000 } else { 0 };
+    // A row for each toggle, and several with several vCPUs, of four machines at most that come to rest in between; a script of a hundred and more, twice;
+    // a thousandth of a second for an SMI.
+    let rows = 200_u64.saturating_mul(args.rounds.max(1).saturating_add(args.vcpus as u64));
+    let toggles = if args.scenario == "roots" { rows.saturating_add(args.smis / 1000) } else { 0 };
     // An absurd size is refused inside; it must not overflow here.
     Duration::from_secs((touches / 4).saturating_add(args.seconds + toggles).min(1 << 20))
 }
