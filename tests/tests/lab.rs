@@ -215,7 +215,7 @@ fn figures_are_those_of_the_peer() {
 fn the_shadow_mmu_is_measured_in_instructions() {
     let [records, _] = twice();
     let record = &records[6];
-    assert_eq!((record.faults().len(), record.measured().count()), (0, 6));
+    assert_eq!((record.faults().len(), record.measured().count()), (0, 7));
     assert_eq!((&*record.host.ground, &*record.host.clock), ("lab", "instructions"));
     // A trapped write costs more than one that the hardware tracks.
     let later = |name| timed(row(record, name), "dirty", 2);
