@@ -122,7 +122,14 @@ fn every_page_is_right() {
 fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
     let record = results()[JOBS.len()].as_ref().unwrap_or_else(|failure| panic!("{EDITS}: {failure}"));
     assert_eq!(record.faults(), [""; 0]);
-    for name in ["svm", "umbra:log@kvm-bitmap", "umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
+    for name in [
+        "svm",
+        "umbra:log@kvm-bitmap",
+        "umbra:log@kvm-clear",
+        "umbra:log@kvm-ring",
+        "umbra:write-protect@mprotect",
+        "umbra:write-protect@uffd-wp",
+    ] {
         umbra_tests::edited(row(record, name), 500);
     }
 }

@@ -4,6 +4,7 @@ use super::module::Param;
 use crate::cli::{self, Command, RunArgs};
 use crate::failure::Failure;
 use crate::ground::Clock;
+use crate::scenario;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -82,8 +83,11 @@ pub fn effort(args: &RunArgs) -> Duration {
     // a thousandth of a second for an SMI.
     let rows = 200_u64.saturating_mul(args.rounds.max(1).saturating_add(args.vcpus as u64));
     let toggles = if args.scenario == "roots" { rows.saturating_add(args.smis / 1000) } else { 0 };
+    // Rows of up to sixteen ways to run an L2, each with machines that come to rest; an edit or a hostile case takes less than a twentieth of a second.
+    let edits = if scenario::has_edits(&args.scenario) { args.nested.edits.unwrap_or(2000) } else { 0 };
+    let rows = if scenario::has_l2(&args.scenario) { edits.saturating_add(100).saturating_mul(16) / 20 } else { 0 };
     // An absurd size is refused inside; it must not overflow here.
-    Duration::from_secs((touches / 4).saturating_add(args.seconds + toggles).min(1 << 20))
+    Duration::from_secs((touches / 4).saturating_add(args.seconds + toggles).saturating_add(rows).min(1 << 20))
 }
 
 #[cfg(test)]

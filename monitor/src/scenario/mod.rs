@@ -25,6 +25,7 @@ mod unpaged;
 mod violations;
 
 pub use setup::{Options, Setup};
+pub(crate) use setup::{has_edits, has_l2};
 
 use crate::cli::{NestedArgs, RunArgs, ShadowArgs};
 use crate::failure::Failure;
@@ -189,7 +190,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
             args.vcpus
         )));
     }
-    let has_l2 = setup::has_l2(name);
+    let has_l2 = has_l2(name);
     let has_toggles = name == setup::ROOTS;
     if has_toggles {
         roots_l2::no_stray_options(args)?;
@@ -216,7 +217,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
         "break-smm" | "loop-smm" => has_toggles,
         "lose-edit" => name == setup::EDITS,
         "stray-page" => name == setup::HOSTILE,
-        _ => !has_toggles && !setup::has_edits(name),
+        _ => !has_toggles && !has_edits(name),
     };
     if let Some(fault) = args.inject.as_deref().filter(|&fault| !has_fault(fault)) {
         return Err(Failure::Input(format!(
