@@ -224,7 +224,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
             "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm and loop-smm are of roots, lose-edit of edits, stray-page of hostile)"
         )));
     }
-    if args.nested.edits.is_some() && !setup::has_edits(name) {
+    if args.nested.edits.is_some() && !has_edits(name) {
         return Err(Failure::Input(format!(
             "{name}: it makes no random edits, so --edits means nothing (edits and hostile do)"
         )));
