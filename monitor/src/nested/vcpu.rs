@@ -13,10 +13,10 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use umbra_shared::PAGE_SIZE;
 use umbra_shared::control::{self, ControlPage, State};
 use umbra_shared::layout::vcpu_area;
 use umbra_shared::protocol::{DOORBELL_PORT, Doorbell};
+use umbra_shared::{L2Gfn, PAGE_SIZE};
 use zerocopy::FromBytes;
 
 /// A fault that comes back so often, and nobody else's was handled meanwhile, will always come back.
@@ -246,7 +246,7 @@ impl L2Vcpu {
             }
             Left::Beyond { gpa, write } => {
                 self.pending = Some(gpa);
-                return Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1));
+                return self.emulated(gpa, write);
             }
             Left::Rang(number) => match Doorbell::from_number(number) {
                 Some(Doorbell::ChangeRole) => return self.change_role(),
@@ -259,6 +259,19 @@ impl L2Vcpu {
         };
         let rip = self.rip();
         self.ended(Exit::Broken { what, rip })
+    }
+
+    /// KVM emulated an access of L2's that no mapping would bear, and has done with it. In a window EPT12 may have said no: then L1 hears of that. All else
+    /// is a violation.
+    fn emulated(&mut self, gpa: u64, write: bool) -> Result<Next, Error> {
+        let in_window = self.host.shadow()?.places.here().page(L2Gfn::containing(gpa)).is_some();
+        if in_window
+            && let Next::L1(exit, address, qualification) =
+                self.handle(&Fault { place: Place::Gpa(gpa), write, table_walk: false })?
+        {
+            return Ok(Next::L1(exit, address, qualification));
+        }
+        Ok(Next::L1(control::Exit::Violation, gpa, u64::from(write) << 1))
     }
 
     /// L2 has come to its end: L1 is told if it wants to be, else the machine stops.
