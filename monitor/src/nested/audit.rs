@@ -2,7 +2,7 @@
 
 use super::Shadow;
 use super::source::{Closed, begins_with};
-use super::windows::{Page, Window};
+use super::window::{Page, Window};
 use std::fs;
 use std::os::fd::AsFd;
 use umbra_mmu::{Access, Frame, RootId};

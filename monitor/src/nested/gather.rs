@@ -2,7 +2,8 @@
 
 use super::memory::InFile;
 use super::source::{Mapped, Tables};
-use super::windows::{PIECE, Page, Windows};
+use super::window::Page;
+use super::windows::{PIECE, Windows};
 use crate::hostmm::udmabuf::{Piece, Udmabuf};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -130,8 +131,8 @@ impl Windows {
         // Linux fills no page tables of such a mapping.
         let how = Mapped { writable: true, alone: false, tables: Tables::Left };
         self.source.map(window.stretch(&run), part, how)?;
-        self.counts.maps += 1;
-        self.counts.mapped_pages += frames.len() as u64;
+        let first_tracked = self.memory.first_tracked();
+        self.counts.mapped(frames.len(), frames.iter().filter(|&&frame| frame >= first_tracked).count());
         self.counts.gathered_pages += frames.len() as u64;
         for (page, &frame) in window.pages.get_mut(run).into_iter().flatten().zip(frames) {
             *page = Page::new_gathered(frame);

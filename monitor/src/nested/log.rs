@@ -4,7 +4,7 @@
 //! close the page, fetch the log, give the bits of closed pages to what they mapped, and map anew only then. Closed pages are kept here with what
 //! they mapped, so that one fetch serves all remaps since the last one.
 
-use super::windows::{Page, Window};
+use super::window::{Page, Window};
 use crate::kvm::Error;
 use crate::kvm::log::{SlotBitmap, WHOLE_SLOT};
 use crate::kvm::ring::RingSet;

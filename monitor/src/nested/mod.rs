@@ -18,6 +18,7 @@
 mod audit;
 mod gather;
 pub mod log;
+mod mapper;
 pub mod means;
 pub mod memory;
 pub mod places;
@@ -27,6 +28,7 @@ mod shadow;
 mod slots;
 pub mod source;
 mod vcpu;
+mod window;
 pub mod windows;
 
 pub use means::{Means, Mechanism};

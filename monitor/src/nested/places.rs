@@ -3,7 +3,8 @@
 
 use super::log::{Clearing, Log};
 use super::memory::L1Pages;
-use super::windows::{Counts, Windows};
+use super::window::Counts;
+use super::windows::Windows;
 use super::{Mechanism, Options};
 use crate::kvm::ring::RingSet;
 use crate::kvm::{self, Error};

@@ -1,6 +1,7 @@
 //! KVM's slots: a window is one, or its leaves of 2 MiB are, where each of them is logged or not by itself.
 
-use super::windows::{Page, Window, Windows, call};
+use super::window::{Page, Window};
+use super::windows::{Windows, call};
 use crate::kvm::{Error, vm};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use std::ops::Range;

@@ -1,0 +1,145 @@
+//! A window of L2's memory, what each of its pages maps, and what a mapper did.
+
+use super::reserve::Reserved;
+use super::slots::Slot;
+use crate::hostmm::Stretch;
+use std::ops::Range;
+use umbra_mmu::{Extent, Frame};
+use umbra_shared::{L2Gfn, Level};
+
+/// What a page of a window maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Page(pub(super) u32);
+
+impl Page {
+    pub(super) const WRITABLE: u32 = 1 << 31;
+    /// Mapped through a udmabuf (gather.rs).
+    const GATHERED: u32 = 1 << 30;
+    const FRAME: u32 = !(Self::WRITABLE | Self::GATHERED);
+    /// Nothing.
+    pub const CLOSED: Self = Self(0);
+
+    /// `frame`, which is below 2^30 - 1: 4 TiB.
+    fn new(frame: Frame, writable: bool) -> Self {
+        let number = u32::try_from(frame.0 + 1).unwrap_or(0) & Self::FRAME;
+        Self(if writable { number | Self::WRITABLE } else { number })
+    }
+
+    /// Pages that map `first` and the frames after it.
+    pub(super) fn fill(pages: &mut [Self], first: Frame, writable: bool) {
+        for (number, page) in (Self::new(first, writable).0..).zip(pages) {
+            *page = Self(number);
+        }
+    }
+
+    /// What maps the memory `pages` behind this one's as this does its own.
+    pub(super) const fn plus(self, pages: u32) -> Self {
+        Self(self.0.wrapping_add(pages))
+    }
+
+    /// The page of L1's memory.
+    #[must_use]
+    pub fn frame(self) -> Option<Frame> {
+        (self.0 & Self::FRAME).checked_sub(1).map(|frame| Frame(frame.into()))
+    }
+
+    /// `frame`, writable and gathered.
+    pub(super) fn new_gathered(frame: Frame) -> Self {
+        Self(Self::new(frame, true).0 | Self::GATHERED)
+    }
+
+    /// Whether a udmabuf stands between it and the memory's own file.
+    #[must_use]
+    pub const fn gathered(self) -> bool {
+        self.0 & Self::GATHERED != 0
+    }
+
+    /// Whether L2 may write it.
+    #[must_use]
+    pub const fn writable(self) -> bool {
+        self.0 & Self::WRITABLE != 0
+    }
+}
+
+/// A window.
+#[derive(Debug)]
+pub struct Window {
+    /// Its first frame.
+    pub first: L2Gfn,
+    /// What each page maps.
+    pub pages: Vec<Page>,
+    /// KVM's slots, one behind the other, with numbers that are so too.
+    pub(super) slots: Vec<Slot>,
+    /// Whether it has ever mapped tracked memory.
+    pub(super) tracked: bool,
+    pub(super) place: Reserved,
+}
+
+impl Window {
+    /// Where it lies in this process.
+    #[must_use]
+    pub const fn place(&self) -> Stretch {
+        self.place.stretch()
+    }
+
+    pub(super) fn stretch(&self, pages: &Range<usize>) -> Stretch {
+        self.place.stretch().part(pages.start as u64, pages.len() as u64)
+    }
+
+    /// The number of page `at`, counted from a boundary of 2 MiB.
+    #[allow(clippy::cast_possible_truncation)] // Below 512.
+    pub(super) const fn piece(&self, at: usize) -> usize {
+        at + (self.first.0 % Level::M2.frames()) as usize
+    }
+
+    /// Its pages in `extent`.
+    pub(super) fn clip(&self, extent: Extent) -> Range<usize> {
+        let count = self.pages.len() as u64;
+        let start = extent.start.0.saturating_sub(self.first.0).min(count);
+        let end = extent.start.0.saturating_add(extent.frames).saturating_sub(self.first.0).min(count);
+        #[allow(clippy::cast_possible_truncation)] // Both are at most the length of a Vec.
+        (start as usize..end as usize)
+    }
+}
+
+/// What the mapper did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Calls that mapped.
+    pub maps: u64,
+    /// Pages that they mapped.
+    pub mapped_pages: u64,
+    /// Those among them that a udmabuf gathered.
+    pub gathered_pages: u64,
+    /// Calls that changed rights.
+    pub protects: u64,
+    /// Calls that closed pages.
+    pub closes: u64,
+    /// Pages that were closed because the process had too many mappings.
+    pub evicted_pages: u64,
+    /// Tracked ones among the mapped pages.
+    pub tracked_pages: u64,
+}
+
+impl Counts {
+    /// One more call mapped so many pages, so many of them tracked ones.
+    pub(super) const fn mapped(&mut self, pages: usize, tracked: usize) {
+        self.maps += 1;
+        self.mapped_pages += pages as u64;
+        self.tracked_pages += tracked as u64;
+    }
+
+    /// Both.
+    #[must_use]
+    pub const fn plus(self, other: Self) -> Self {
+        Self {
+            maps: self.maps + other.maps,
+            mapped_pages: self.mapped_pages + other.mapped_pages,
+            gathered_pages: self.gathered_pages + other.gathered_pages,
+            protects: self.protects + other.protects,
+            closes: self.closes + other.closes,
+            evicted_pages: self.evicted_pages + other.evicted_pages,
+            tracked_pages: self.tracked_pages + other.tracked_pages,
+        }
+    }
+}
