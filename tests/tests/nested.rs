@@ -7,8 +7,10 @@ use std::sync::OnceLock;
 use umbra::Failure;
 use umbra::cli::{self, Command, RunArgs};
 use umbra::ground::Clock;
+use umbra::hostmm::userfault::{Mode, Userfault};
 use umbra::lab::emulator::Emulator;
 use umbra::lab::{self, Machine, shelf};
+use umbra::nested::source::Kind;
 use umbra::progress::Progress;
 use umbra::report::record::{Record, Row};
 use umbra_tests::{kvm_here, record, refused};
@@ -127,6 +129,7 @@ fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
         "umbra:log@kvm-bitmap",
         "umbra:log@kvm-clear",
         "umbra:log@kvm-ring",
+        "umbra:log@pagemap",
         "umbra:write-protect@mprotect",
         "umbra:write-protect@uffd-wp",
     ] {
@@ -185,6 +188,8 @@ fn figures_are_those_of_the_findings() {
     {
         check(0, name, phase, count, expected);
     }
+    // A fault of the host's and one of KVM's.
+    check(0, "umbra:log@pagemap", "dirty", 4096, 6107);
     // A page of L2 that is mapped by 64; while KVM logs; through a udmabuf, because its neighbours lie elsewhere.
     let below = |job: usize, name: &str, phase: &str, count: u64, limit: u64| {
         let value = timed(row(good(job), name), phase) / count;
@@ -225,6 +230,11 @@ fn a_host_without_nesting_says_so() {
     refused(&[&umbra[..], &["--backing", "hugetlb"]].concat(), 2, &["--backing hugetlb"]);
 }
 
+/// Whether this kernel tells of writes by its page tables, and of faults without a userfaultfd that protects.
+fn pagemap_here() -> bool {
+    Userfault::open(Mode::Asynchronous).is_ok() && (Kind::Poison.open().is_ok() || Kind::Tracepoint.open().is_ok())
+}
+
 /// Umbra's own nesting needs no hardware's, so it runs wherever there is KVM and a fault source.
 #[test]
 fn l2_runs_on_the_shadow_mmu_of_this_host() {
@@ -252,6 +262,11 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
             args.memory / 4096 * args.shadow.alias.unwrap_or(1) * args.write_percent / 100 * args.rounds * 2;
         let measured = record.measured().count();
         assert!(measured >= 2, "{options}");
+        let watched = record.measured().any(|row| row.name == "umbra:log@pagemap");
+        let userfaultfd = options.contains("--fault-source userfaultfd") || options.contains("clear");
+        if pagemap_here() && !userfaultfd {
+            assert!(watched, "{options}: {record:?}");
+        }
         if options.contains("twin,log") {
             assert!(measured == 4, "{options}: {:?}", record.measured().map(|row| &row.name).collect::<Vec<_>>());
         }
@@ -266,6 +281,10 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
             assert_eq!((row.truth.pages.missed, row.truth.pages.extra), (0, 0), "{options} {}", row.name);
             assert!(row.counters["l2_faults"].value > 0 && row.counters["window_evicted_pages"].value == 0);
         }
+    }
+    if pagemap_here() {
+        let words = ["run", "nested", "--nesting", "umbra", "--mechanism", "pagemap", "--fault-source", "userfaultfd"];
+        refused(&words, 3, &["umbra:log@pagemap", "registers L2's pages itself"]);
     }
     let lost = ["--nesting", "umbra", "--memory", "1M", "--inject", "lose-page"];
     let run = umbra_tests::umbra(&[&["run", "nested"], &lost[..]].concat(), 120);

@@ -1,10 +1,12 @@
-//! KVM's log of L2's VM, translated to pages of L1's memory.
+//! KVM's log of L2's VM, or what pages tell in its place, translated to pages of L1's memory.
 //!
 //! The log names frames of L2. Which page of L1's memory such a frame is may change while the log still holds its bit, so the order at a remap is:
 //! close the page, fetch the log, give the bits of closed pages to what they mapped, and map anew only then. Closed pages are kept here with what
 //! they mapped, so that one fetch serves all remaps since the last one.
 
+use super::watch::Watch;
 use super::window::{Page, Window};
+use crate::hostmm::Stretch;
 use crate::kvm::Error;
 use crate::kvm::log::{SlotBitmap, WHOLE_SLOT};
 use crate::kvm::ring::RingSet;
@@ -23,12 +25,15 @@ pub enum Clearing {
     Manual,
     /// There are none: a page is an entry of a ring, until that is harvested.
     Ring,
+    /// There are none, and KVM logs nothing: a page tells of writes itself, until it is protected again.
+    Protection,
 }
 
 /// The log.
 #[derive(Debug)]
 pub struct Log {
     clearing: Clearing,
+    watch: Option<Watch>,
     /// One for each window.
     bitmaps: Vec<SlotBitmap>,
     /// What closed pages mapped, by window and page, until their bits were fetched.
@@ -46,14 +51,18 @@ pub struct Log {
 
 impl Log {
     /// A log over `windows`, of `frames` pages of memory from `first` on.
-    #[must_use]
-    pub fn new(windows: &[Window], clearing: Clearing, first: Frame, frames: u64) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Capability`] for what this host lacks; else the system's.
+    pub fn new(windows: &[Window], clearing: Clearing, first: Frame, frames: u64) -> Result<Self, Error> {
         let pages = frames.saturating_sub(first.0);
-        Self {
+        let watched = windows.iter().map(|window| window.pages.len() as u64).sum();
+        Ok(Self {
             clearing,
+            watch: (clearing == Clearing::Protection).then(|| Watch::open(watched)).transpose()?,
             bitmaps: windows
                 .iter()
-                .filter(|_| clearing != Clearing::Ring)
+                .filter(|_| matches!(clearing, Clearing::ByGet | Clearing::Manual))
                 .map(|window| SlotBitmap::new(window.first_slot(), window.pages.len() as u64))
                 .collect(),
             closed: BTreeMap::new(),
@@ -62,7 +71,39 @@ impl Log {
             first,
             transfers: 0,
             ring_exits: 0,
+        })
+    }
+
+    /// Whether it is KVM's, which logs slots.
+    #[must_use]
+    pub fn is_of_kvm(&self) -> bool {
+        self.clearing != Clearing::Protection
+    }
+
+    /// Who watches pages, where they tell of writes themselves.
+    #[must_use]
+    pub const fn watch(&self) -> Option<&Watch> {
+        self.watch.as_ref()
+    }
+
+    /// Marks the memory that pages of `window` map, which were written.
+    fn mark(dirty: &mut PageSet, first: Frame, window: &Window, written: Stretch) {
+        let Some(start) = window.place().page(written.start) else { return };
+        let pages = usize::try_from(start).ok().and_then(|start| window.pages.get(start..)).unwrap_or_default();
+        let pages = pages.iter().take(usize::try_from(written.pages).unwrap_or(usize::MAX));
+        for frame in pages.filter_map(|page| page.frame()) {
+            dirty.insert(frame.0.wrapping_sub(first.0));
         }
+    }
+
+    /// Pages `run` of `window`, which nobody can write any more, are about to be closed: what they tell is kept.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn closing(&mut self, window: &Window, run: &Range<usize>) -> Result<(), Error> {
+        let Self { watch, dirty, first, .. } = self;
+        let Some(watch) = watch else { return Ok(()) };
+        watch.close(window.stretch(run), |written| Self::mark(dirty, *first, window, written))
     }
 
     /// Pages from `start` on of window `index` were closed; this is what they mapped.
@@ -109,6 +150,14 @@ impl Log {
     /// # Errors
     /// The system's.
     pub fn fetch(&mut self, vm: &VmFd, windows: &[Window], rings: Option<&mut RingSet>) -> Result<(), Error> {
+        let Self { watch, dirty, first, .. } = self;
+        if let Some(watch) = watch {
+            let window_of = |at: Stretch| windows.iter().find(|window| window.place().page(at.start).is_some());
+            return watch.harvest(
+                windows.iter().flat_map(|window| window.runs_of(*first).map(|run| window.stretch(&run))),
+                |written| window_of(written).into_iter().for_each(|window| Self::mark(dirty, *first, window, written)),
+            );
+        }
         if let Some(rings) = rings {
             let Self { closed, dirty, first, .. } = self;
             rings.harvest(|slot, offset| {
@@ -164,6 +213,9 @@ impl Log {
     pub fn clear(&mut self, vm: &VmFd, windows: &[Window], rings: Option<&RingSet>) -> Result<(), Error> {
         if let Some(rings) = rings {
             return rings.reset();
+        }
+        if let Some(watch) = &mut self.watch {
+            return watch.clear();
         }
         if self.clearing == Clearing::Manual {
             for (bitmap, _) in self.bitmaps.iter().zip(windows).filter(|(_, window)| window.logged()) {

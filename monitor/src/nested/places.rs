@@ -126,7 +126,7 @@ impl Places {
 
     fn start_log_at(&mut self, place: usize, clearing: Clearing) -> Result<(), Error> {
         let (memory, place) = (&self.recipe.memory, &mut self.all[place]);
-        let log = Log::new(place.windows(), clearing, memory.first_tracked(), memory.frames());
+        let log = Log::new(place.windows(), clearing, memory.first_tracked(), memory.frames())?;
         place.start_log(log)
     }
 

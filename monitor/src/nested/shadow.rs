@@ -5,6 +5,7 @@ use super::memory::{L1Pages, View};
 use super::places::{Places, Recipe};
 use super::roots_log::RootsLog;
 use super::source::{Fault, Place};
+use super::watch::Watch;
 use super::window::Page;
 use super::windows::Windows;
 use super::{Means, Mechanism, Options};
@@ -327,6 +328,7 @@ impl Shadow {
             let clearing = match self.means.mechanism {
                 Mechanism::KvmClear => Clearing::Manual,
                 Mechanism::KvmRing => Clearing::Ring,
+                Mechanism::Pagemap => Clearing::Protection,
                 _ => Clearing::ByGet,
             };
             self.places.start_log(clearing)?;
@@ -441,6 +443,16 @@ impl Shadow {
         if self.places.here().log.is_some() {
             counters.push(("log_transfers", self.places.logs().map(|log| log.transfers).sum()));
             counters.push(("ring_full_exits", self.places.logs().map(|log| log.ring_exits).sum()));
+            let (scans, protections) = self
+                .places
+                .logs()
+                .filter_map(|log| log.watch())
+                .map(Watch::calls)
+                .fold((0, 0), |sum, calls| (sum.0 + calls.0, sum.1 + calls.1));
+            if self.means.mechanism == Mechanism::Pagemap {
+                counters.push(("pagemap_scans", scans));
+                counters.push(("pagemap_protections", protections));
+            }
         }
         counters
     }

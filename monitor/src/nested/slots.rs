@@ -1,5 +1,6 @@
 //! KVM's slots: a window is one, or its leaves of 2 MiB are, where each of them is logged or not by itself.
 
+use super::log::Log;
 use super::window::{Page, Window};
 use super::windows::{Windows, call};
 use crate::kvm::{Error, vm};
@@ -107,6 +108,7 @@ impl Windows {
     /// Switches KVM's log of a slot on or off.
     fn set_slot_logged(&mut self, index: usize, slot: usize, on: bool) -> Result<(), Error> {
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
+        let on = on && self.log.as_ref().is_some_and(Log::is_of_kvm);
         let Some(at) = window.slots.get(slot).filter(|slot| slot.logged != on) else { return Ok(()) };
         let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
         // SAFETY: the same addresses as when it was made.
@@ -137,6 +139,11 @@ impl Windows {
         let Some(pages) = self.all.get(index).and_then(|window| Some(window.slots.get(slot)?.pages.clone())) else {
             return Ok(());
         };
+        self.renew(index, pages)
+    }
+
+    /// Maps anew what pages `pages` of window `index` map.
+    pub(super) fn renew(&mut self, index: usize, pages: Range<usize>) -> Result<(), Error> {
         let mut at = pages.start;
         while at < pages.end {
             let Some(rest) = self.all.get(index).and_then(|window| window.pages.get(at..pages.end)) else { break };

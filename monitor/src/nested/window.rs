@@ -86,6 +86,24 @@ impl Window {
         self.place.stretch().part(pages.start as u64, pages.len() as u64)
     }
 
+    /// Runs of its pages that map memory from `first` on.
+    pub(super) fn runs_of(&self, first: Frame) -> impl Iterator<Item = Range<usize>> {
+        self.runs_in(first, 0..self.pages.len())
+    }
+
+    /// Runs of `pages` that map memory from `first` on.
+    pub(super) fn runs_in(&self, first: Frame, pages: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let maps =
+            move |at: usize| self.pages.get(at).and_then(|page| page.frame()).is_some_and(|frame| frame >= first);
+        let mut at = pages.start;
+        std::iter::from_fn(move || {
+            let start = (at..pages.end).find(|&at| maps(at))?;
+            let end = (start..pages.end).find(|&at| !maps(at)).unwrap_or(pages.end);
+            at = end;
+            Some(start..end)
+        })
+    }
+
     /// The number of page `at`, counted from a boundary of 2 MiB.
     #[allow(clippy::cast_possible_truncation)] // Below 512.
     pub(super) const fn piece(&self, at: usize) -> usize {

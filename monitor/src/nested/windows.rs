@@ -9,8 +9,9 @@ use super::memory::L1Pages;
 use super::reserve::Reserved;
 use super::slots::{Slot, leaf_granule};
 use super::source::Source;
+use super::watch::Watch;
 use super::window::{Counts, Page, Window};
-use super::{FirstReads, Options};
+use super::{FirstReads, Mechanism, Options};
 use crate::hostmm::Hva;
 use crate::hostmm::udmabuf::Udmabuf;
 use crate::kvm::ring::RingSet;
@@ -80,7 +81,8 @@ impl Windows {
             first_reads: options.first_reads,
             unlogged: (options.means.traps() && options.means.logs()).then(BTreeSet::new),
             queue: Queue::default(),
-            udmabuf: Udmabuf::open().ok(),
+            // Pages of a udmabuf tell of no writes: they cannot be registered.
+            udmabuf: Udmabuf::open().ok().filter(|_| options.means.mechanism != Mechanism::Pagemap),
             pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
             vm,
             memory,
@@ -222,6 +224,11 @@ impl Windows {
     /// # Errors
     /// The system's.
     pub fn start_log(&mut self, log: Log) -> Result<(), Error> {
+        if let Some(watch) = log.watch() {
+            let first = self.memory.first_tracked();
+            let runs = self.all.iter().flat_map(|window| window.runs_of(first).map(|run| window.stretch(&run)));
+            { runs }.try_for_each(|stretch| watch.begin(stretch))?;
+        }
         self.log = Some(log);
         for index in 0..self.all.len() {
             if self.all.get(index).is_some_and(|window| window.tracked) {
@@ -237,7 +244,27 @@ impl Windows {
     /// The system's.
     pub fn stop_log(&mut self) -> Result<Option<Log>, Error> {
         (0..self.all.len()).try_for_each(|index| self.set_logged(index, false))?;
-        Ok(self.log.take())
+        let log = self.log.take();
+        if let Some(watch) = log.as_ref().and_then(Log::watch) {
+            self.end_watch(watch)?;
+        }
+        Ok(log)
+    }
+
+    /// Pages are watched no longer; what can be huge is mapped anew.
+    fn end_watch(&mut self, watch: &Watch) -> Result<(), Error> {
+        let first = self.memory.first_tracked();
+        for index in 0..self.all.len() {
+            let runs: Vec<_> = self.all.get(index).into_iter().flat_map(|window| window.runs_of(first)).collect();
+            for run in runs {
+                let Some(window) = self.all.get(index) else { break };
+                watch.end(window.stretch(&run))?;
+                if !self.pieces {
+                    self.renew(index, run)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Fetches the log: bits become pages of L1's memory by what is mapped, or was when the page was closed.
@@ -273,10 +300,16 @@ impl Windows {
 
     /// Whether what is mapped now must tell KVM's log a read from a write.
     pub(super) fn tells_apart(&self) -> bool {
-        self.log.is_some() && self.first_reads == FirstReads::Exact
+        self.log.as_ref().is_some_and(Log::is_of_kvm) && self.first_reads == FirstReads::Exact
     }
 }
 
+/// `error`, so that [`Windows::with_room`] knows when there are too many mappings.
 pub(super) fn call(error: &Error) -> io::Error {
-    io::Error::other(error.to_string())
+    match error {
+        Error::Call { source, .. } if source.raw_os_error() == Some(libc::ENOMEM) => {
+            io::Error::from_raw_os_error(libc::ENOMEM)
+        }
+        other => io::Error::other(other.to_string()),
+    }
 }
