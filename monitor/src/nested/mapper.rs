@@ -242,6 +242,9 @@ impl Windows {
             // Closed, rather than mapped again by themselves: who reads one asks for it.
             return self.with_room(|windows| windows.close_run(index, run.clone()));
         }
+        if writable {
+            self.log_before_writes(index, &run)?;
+        }
         self.with_room(|windows| {
             let Some(window) = windows.all.get_mut(index) else { return Ok(()) };
             let pages = window.pages.get(run.clone()).unwrap_or_default();

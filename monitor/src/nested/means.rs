@@ -104,8 +104,7 @@ const FITTING: [(&str, &[Mechanism]); 5] = [
     ("lazy-huge", &[Mechanism::Mprotect, Mechanism::UffdWp]),
     ("log", &[Mechanism::KvmBitmap, Mechanism::KvmClear, Mechanism::KvmRing, Mechanism::Pagemap]),
     ("twin", &[Mechanism::Mprotect, Mechanism::UffdWp]),
-    // Bitmaps cost a call a slot, and here each leaf is a slot.
-    ("twin+log", &[Mechanism::KvmRing]),
+    ("twin+log", &[Mechanism::KvmBitmap, Mechanism::KvmClear, Mechanism::KvmRing]),
 ];
 
 impl Means {

@@ -1,7 +1,7 @@
 //! A window of L2's memory, what each of its pages maps, and what a mapper did.
 
 use super::reserve::Reserved;
-use super::slots::Slot;
+use super::slots::{Cut, Slot};
 use crate::hostmm::Stretch;
 use std::ops::Range;
 use umbra_mmu::{Extent, Frame};
@@ -68,7 +68,9 @@ pub struct Window {
     pub first: L2Gfn,
     /// What each page maps.
     pub pages: Vec<Page>,
-    /// KVM's slots, one behind the other, with numbers that are so too.
+    /// How it can be cut into slots.
+    pub(super) cut: Cut,
+    /// KVM's slots, one behind the other.
     pub(super) slots: Vec<Slot>,
     /// Whether it has ever mapped tracked memory.
     pub(super) tracked: bool,

@@ -7,7 +7,7 @@ use super::gather::Queue;
 use super::log::Log;
 use super::memory::L1Pages;
 use super::reserve::Reserved;
-use super::slots::{Slot, leaf_granule};
+use super::slots::{Cut, Due, leaf_granule};
 use super::source::Source;
 use super::watch::Watch;
 use super::window::{Counts, Page, Window};
@@ -21,6 +21,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use umbra_mmu::{Extent, Mapper, RootId};
 use umbra_shared::{L2Gfn, control};
 
@@ -45,8 +46,12 @@ pub struct Windows {
     pub(super) pieces: bool,
     /// What KVM's log makes of pages that L2 reads first.
     pub(super) first_reads: FirstReads,
-    /// Where each leaf of 2 MiB is a slot, so that it is logged or not by itself: 2 MiB of L1's memory that need not be logged, by number.
+    /// Where each leaf of 2 MiB is logged or not by itself: 2 MiB of L1's memory that need not be logged, by number.
     pub unlogged: Option<BTreeSet<u64>>,
+    /// What slots wait for.
+    pub(super) due: Due,
+    /// vCPUs that are in KVM. More of them enter with the shadow MMU's lock alone.
+    pub(super) in_kvm: Arc<AtomicUsize>,
     /// What is to be mapped, and is not yet.
     pub(super) queue: Queue,
     /// Maps scattered leaves together; `None` where the host has none.
@@ -75,11 +80,20 @@ pub struct Windows {
 impl Windows {
     /// No windows.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, options: &Options) -> Self {
+    pub fn new(
+        vm: Arc<VmFd>,
+        memory: Arc<L1Pages>,
+        source: Box<dyn Source>,
+        options: &Options,
+        in_kvm: Arc<AtomicUsize>,
+    ) -> Self {
+        let cut = options.means.traps() && options.means.logs();
         Self {
             pieces: options.pieces,
             first_reads: options.first_reads,
-            unlogged: (options.means.traps() && options.means.logs()).then(BTreeSet::new),
+            unlogged: cut.then(BTreeSet::new),
+            due: Due::new(&vm, cut),
+            in_kvm,
             queue: Queue::default(),
             // Pages of a udmabuf tell of no writes: they cannot be registered.
             udmabuf: Udmabuf::open().ok().filter(|_| options.means.mechanism != Mechanism::Pagemap),
@@ -114,9 +128,10 @@ impl Windows {
             let mut pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
             // The host gives it memory here, not at L2's first touch.
             pages.iter_mut().step_by(1024).for_each(|page| *std::hint::black_box(page) = Page::CLOSED);
-            let slots = Slot::of_window(window.first, pages.len(), granule, number);
-            number = slots.last().map_or(number, Slot::next);
-            let window = Window { first: window.first, pages, slots, tracked: false, place };
+            let (cut, next) = Cut::new(window.first, pages.len(), granule, number);
+            number = next;
+            let slots = cut.slots(pages.len());
+            let window = Window { first: window.first, pages, cut, slots, tracked: false, place };
             for slot in &window.slots {
                 // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
                 unsafe { self.vm.set_user_memory_region(window.region(slot, 0)) }
