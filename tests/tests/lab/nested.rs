@@ -4,6 +4,8 @@
 
 use crate::boots::{self, Boot, args, is_pinned, row};
 use umbra::Failure;
+use umbra::hostmm::userfault::{Mode, Userfault};
+use umbra::nested::source::Kind;
 use umbra_tests::{kvm_here, record, refused};
 
 /// The runs whose truth holds.
@@ -70,6 +72,7 @@ fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
         "umbra:log@kvm-bitmap",
         "umbra:log@kvm-clear",
         "umbra:log@kvm-ring",
+        "umbra:log@pagemap",
         "umbra:write-protect@mprotect",
         "umbra:write-protect@uffd-wp",
     ] {
@@ -125,6 +128,8 @@ fn figures_are_those_of_the_findings() {
     {
         check(0, name, phase, count, expected);
     }
+    // A fault of the host's and one of KVM's.
+    check(0, "umbra:log@pagemap", "dirty", 4096, 5668);
     // A page of L2 that is mapped by 64; while KVM logs; through a udmabuf, because its neighbours lie elsewhere.
     let below = |job: usize, name: &str, phase: &str, count: u64, limit: u64| {
         let value = timed(row(good(job), name), phase) / count;
@@ -165,6 +170,11 @@ fn a_host_without_nesting_says_so() {
     refused(&[&umbra[..], &["--backing", "hugetlb"]].concat(), 2, &["--backing hugetlb"]);
 }
 
+/// Whether this kernel tells of writes by its page tables, and of faults without a userfaultfd that protects.
+fn pagemap_here() -> bool {
+    Userfault::open(Mode::Asynchronous).is_ok() && (Kind::Poison.open().is_ok() || Kind::Tracepoint.open().is_ok())
+}
+
 /// Umbra's own nesting needs no hardware's, so it runs wherever there is KVM and a fault source.
 #[test]
 fn l2_runs_on_the_shadow_mmu_of_this_host() {
@@ -192,6 +202,12 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
             args.memory / 4096 * args.shadow.alias.unwrap_or(1) * args.write_percent / 100 * args.rounds * 2;
         let measured = record.measured().count();
         assert!(measured >= 2, "{options}");
+        let watched = record.measured().any(|row| row.name == "umbra:log@pagemap");
+        // Where nothing is read-only, or the tracepoint tells of writes.
+        let others = ["--fault-source userfaultfd", "--accessed-dirty clear", "--format npt"];
+        if pagemap_here() && !others.iter().any(|other| options.contains(other)) {
+            assert!(watched, "{options}");
+        }
         if options.contains("twin,log") {
             assert!(measured == 4, "{options}: {:?}", record.measured().map(|row| &row.name).collect::<Vec<_>>());
         }
@@ -207,6 +223,10 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
             assert!(row.counters["l2_faults"].value > 0 && row.counters["window_evicted_pages"].value == 0);
         }
     }
+    if pagemap_here() {
+        let words = ["run", "nested", "--nesting", "umbra", "--mechanism", "pagemap", "--fault-source", "userfaultfd"];
+        refused(&words, 3, &["umbra:log@pagemap", "registers L2's pages itself"]);
+    }
     let lost = ["--nesting", "umbra", "--memory", "1M", "--inject", "lose-page"];
     let run = umbra_tests::umbra(&[&["run", "nested"], &lost[..]].concat(), 120);
     assert_eq!(run.code, Some(1), "{}", run.stderr);
@@ -221,21 +241,28 @@ fn leaves_are_tracked_by_their_density() {
     if !kvm_here() {
         return refused(&["run", "nested", "--nesting", "umbra"], 3, &["/dev/kvm"]);
     }
-    for (options, dense, copies) in [
-        ("--rounds 3", 4..=4, 8..=8),
-        ("--rounds 2 --pattern random --write-percent 5", 0..=0, 0..=0),
-        ("--rounds 5 --pattern hotspot:30/95 --write-percent 30 --vcpus 2 --alias 2", 1..=8, 1..=16),
-        ("--rounds 4 --remaps 2 --twins 1", 1..=32, 1..=4),
+    for (options, dense, copies, cuts) in [
+        ("--rounds 3", 4..=4, 8..=8, 0..=0),
+        ("--rounds 2 --pattern random --write-percent 5", 0..=0, 0..=0, 0..=0),
+        ("--rounds 5 --pattern hotspot:30/95 --write-percent 30 --vcpus 2 --alias 2", 1..=8, 1..=16, 1..=8),
+        ("--rounds 4 --remaps 2 --twins 1", 1..=32, 1..=4, 0..=32),
+        // What was written, and is read after a slot was cut, is not taken for written again.
+        ("--rounds 6 --pattern clusters:700 --write-percent 30 --alias 2 --remaps 1", 1..=16, 1..=24, 1..=16),
     ] {
         let words = "run nested --nesting umbra --memory 8M --leaf 2m --strategy twin+log --fault-source userfaultfd";
         let words: Vec<_> = words.split(' ').chain(options.split(' ')).collect();
         let record = record(&words, 120);
-        let row = record.measured().next().expect("a row");
-        assert_eq!(row.name, "umbra:twin+log@kvm-ring");
-        assert_eq!((row.truth.pages.missed, row.truth.pages.extra, row.truth.pages.unchanged), (0, 0, 0), "{options}");
-        let count = |name: &str| row.counters[name].value;
-        assert!(dense.contains(&count("made_dense")), "{options}: {} times dense", count("made_dense"));
-        assert!(copies.contains(&count("twins")), "{options}: {} copies", count("twins"));
+        let names: Vec<_> = record.measured().map(|row| row.name.as_str()).collect();
+        let mechanisms = ["kvm-bitmap", "kvm-clear", "kvm-ring"];
+        assert_eq!(names, mechanisms.map(|name| format!("umbra:twin+log@{name}")), "{options}");
+        for row in record.measured() {
+            let truth = &row.truth.pages;
+            assert_eq!((truth.missed, truth.extra, truth.unchanged), (0, 0, 0), "{options} {}", row.name);
+            let count = |name: &str| row.counters[name].value;
+            assert!(dense.contains(&count("made_dense")), "{options}: {} times dense", count("made_dense"));
+            assert!(copies.contains(&count("twins")), "{options}: {} copies", count("twins"));
+            assert!(cuts.contains(&count("slots_cut")), "{options}: {} slots cut", count("slots_cut"));
+        }
     }
 }
 

@@ -56,27 +56,34 @@ pub fn map_part(
         return Err(io::ErrorKind::InvalidInput.into());
     }
     map(stretch, part.file, part.offset, Rights { write, populate: tables == Tables::Filled })?;
-    let advice = match tables {
-        Tables::Left | Tables::Filled => return Ok(()),
-        Tables::Written => Advice::LinuxPopulateWrite,
+    // It is a hint: what it does not do, a fault will.
+    match tables {
+        Tables::Left | Tables::Filled => {}
+        Tables::Written => drop(advise(stretch, Advice::LinuxPopulateWrite)),
         Tables::ToldApart => {
             register(stretch)?;
-            Advice::LinuxPopulateRead
+            let _ = populate(stretch);
         }
-    };
+    }
+    Ok(())
+}
+
+/// The host's page tables are filled for the stretch, as by reads.
+pub fn populate(stretch: Stretch) -> io::Result<()> {
+    advise(stretch, Advice::LinuxPopulateRead)
+}
+
+fn advise(stretch: Stretch, advice: Advice) -> io::Result<()> {
     let (address, length) = at(stretch);
-    // SAFETY: as above. It changes no byte, and a hint is all that it is.
-    let _ = unsafe { mm::madvise(address, length, advice) };
+    // SAFETY: as above. None of the advices that are given here changes a byte.
+    unsafe { mm::madvise(address, length, advice) }?;
     Ok(())
 }
 
 /// The stretch does not become one mapping with a neighbour for which this was not called. The advice itself, not to be copied by fork(2), means
 /// nothing here: nobody forks.
 pub fn set_apart(stretch: Stretch) -> io::Result<()> {
-    let (address, length) = at(stretch);
-    // SAFETY: as above.
-    unsafe { mm::madvise(address, length, Advice::LinuxDontFork) }?;
-    Ok(())
+    advise(stretch, Advice::LinuxDontFork)
 }
 
 /// What is mapped in the stretch may be read and written, or not be touched at all.
