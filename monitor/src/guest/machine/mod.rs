@@ -295,11 +295,14 @@ impl Machine {
                 Err(error) => return error,
             },
             Exit::Doorbell(Doorbell::Panic) => match self.text(vcpu) {
-                Ok(text) => format!("the firmware panicked: {}", text.trim_end()),
+                Ok(text) => format!("the firmware panicked: {}", one_line(&text)),
                 Err(error) => return error,
             },
             Exit::Doorbell(doorbell) => format!("it rang {doorbell:?} where Ready was expected"),
             Exit::Broken { what, rip } => format!("{what} at {}", self.image.place(rip)),
+            Exit::Failed { what, rip } => {
+                return Error::Failed { vcpu, what: format!("{what} (the guest was at {})", self.image.place(rip)) };
+            }
             Exit::Kicked { rip, mode } => format!("it was stopped at {}{mode}", self.image.place(rip)),
             Exit::NotHere { what } => what,
             Exit::Interrupted(_) => "it got an SMI that nobody sent".to_owned(),
@@ -388,6 +391,16 @@ impl Machine {
             }
         }
     }
+}
+
+/// Words of a guest's as one line: nothing in them moves a terminal's cursor.
+fn one_line(text: &str) -> String {
+    let clear = |letter: char| match letter {
+        '\n' => " ".to_owned(),
+        _ if letter.is_control() => letter.escape_default().to_string(),
+        _ => letter.to_string(),
+    };
+    text.trim_end().chars().map(clear).collect()
 }
 
 const fn name(command: Command) -> &'static str {
