@@ -10,7 +10,7 @@
 use crate::{Level, PAGE_SIZE};
 use crate::control::ControlPage;
 use crate::edits::{Board, MAX_REGIONS, Probe, Random, Words};
-use crate::layout::TRACKED_GPA;
+use crate::layout::{IMAGE_START, TRACKED_GPA, VCPU_AREA_BYTES, vcpu_area};
 use crate::paging::ADDRESS_MASK;
 use core::mem::offset_of;
 
@@ -21,6 +21,8 @@ pub const MAX_PROBES: usize = 48;
 /// Stores of a case, at most.
 const MAX_STORES: usize = 6;
 const ENTRIES: u64 = 512;
+/// Pages of L1's image that are worth an attack.
+const IMAGE_PAGES: u64 = 128;
 /// Words of a control page that L1 writes, all but the last of them: see [`Case::control`].
 const CONTROL_WORDS: u64 = offset_of!(ControlPage, intercept) as u64 / 8;
 /// The words of L2's state, and the one of them that says where it begins.
@@ -65,9 +67,11 @@ impl Place {
         let region = TRACKED_GPA + random.below(self.tracked_pages / ENTRIES) * ENTRIES * PAGE_SIZE;
         match random.below(32) {
             0 => match random.below(8) {
-                // L1's own memory, image and stacks included: a page, or 2 MiB.
-                0 => random.below(self.root / PAGE_SIZE) * PAGE_SIZE | leaf,
-                1 => random.below(self.root.div_ceil(Level::M2.bytes())) * Level::M2.bytes() | leaf | 0x80,
+                // L1's own memory: a page of the image, of the first vCPU's reports and stacks, or of all of it; or 2 MiB.
+                0 => IMAGE_START + random.below(IMAGE_PAGES) * PAGE_SIZE | leaf,
+                1 => vcpu_area(0) + random.below(VCPU_AREA_BYTES / PAGE_SIZE) * PAGE_SIZE | leaf,
+                2 => random.below(self.root / PAGE_SIZE) * PAGE_SIZE | leaf,
+                3 => random.below(self.root.div_ceil(Level::M2.bytes())) * Level::M2.bytes() | leaf | 0x80,
                 _ => random.next() << 1,
             },
             1 => own | 7,

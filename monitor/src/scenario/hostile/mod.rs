@@ -34,6 +34,8 @@ const NAMED: usize = 16;
 /// How long an L2 that begins with nonsense, or finds it in the place of its code, may run; and one that probes.
 const PATIENCE: Duration = Duration::from_millis(100);
 const PROBING: Duration = Duration::from_secs(30);
+/// How long L1 may be silent.
+const SILENCE: Duration = Duration::from_secs(40);
 /// Cases from a harvest to the next.
 const HARVEST: u64 = 16;
 /// Cases from one sign of life to the next.
@@ -72,6 +74,8 @@ struct Siege<'a> {
     kind: Kind,
     row: Row,
     counts: BTreeMap<&'static str, u64>,
+    /// The fault that breaks L1 was made.
+    broke: bool,
 }
 
 /// What became of a case.
@@ -86,7 +90,7 @@ impl<'a> Siege<'a> {
     fn new(setup: &'a Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) -> Result<Self, Failure> {
         let Kind::Shadow(means) = kind else { return Err(Failure::Check("hostile: no strategy".into())) };
         let shadow = super::nested::shadow(setup, plan, means, progress)?;
-        let plan = Plan { shadow, ..plan.clone() };
+        let plan = Plan { shadow, patience: SILENCE, ..plan.clone() };
         let Some(nested) = plan.nested else { return Err(Failure::Check("hostile: a plan without an L2".into())) };
         let row = Row { name: name.to_owned(), ..Row::default() };
         let counts = [
@@ -105,7 +109,7 @@ impl<'a> Siege<'a> {
             "most_bytes",
         ];
         let counts = counts.map(|name| (name, 0)).into();
-        Ok(Self { setup, plan, nested, kind, row, counts })
+        Ok(Self { setup, plan, nested, kind, row, counts, broke: false })
     }
 
     fn finish(mut self, progress: &Progress) -> Result<Row, Failure> {
@@ -138,10 +142,14 @@ impl<'a> Siege<'a> {
     fn fault(&mut self, number: u64, what: &str) {
         self.count("faults", 1);
         if self.counts["faults"] <= NAMED as u64 {
-            let seed = self.seed(number);
-            let again = format!("--seed {seed} --edits {}", number % CASES + 1);
+            let again = self.again(number);
             self.row.truth.faults.push(format!("case {number} ({again}): {what}"));
         }
+    }
+
+    /// The options that come to a case again.
+    fn again(&self, number: u64) -> String {
+        format!("--seed {} --edits {}", self.seed(number), number % CASES + 1)
     }
 
     fn seed(&self, number: u64) -> u64 {
@@ -158,13 +166,17 @@ impl<'a> Siege<'a> {
             if number == first || number % CASES == 0 || !fort.has_code() {
                 fort.renew()?;
             }
-            let outcome = self.case(fort, number)?;
+            let mut outcome = self.case(fort, number)?;
             let audited = fort.host.shadow()?.audit();
             if let Err(what) = audited {
                 self.fault(number, &what);
             }
+            if outcome.exposed && outcome.end.is_none() {
+                // What is broken may not show at once.
+                outcome.end = fort.renew().err();
+            }
             if outcome.exposed || outcome.end.is_some() {
-                self.end(number, outcome);
+                self.end(number, outcome, progress);
                 return Ok(number + 1);
             }
             if number % HARVEST == HARVEST - 1 {
@@ -178,7 +190,7 @@ impl<'a> Siege<'a> {
     }
 
     /// This L1 is not used any more.
-    fn end(&mut self, number: u64, Outcome { exposed, end }: Outcome) {
+    fn end(&mut self, number: u64, Outcome { exposed, end }: Outcome, progress: &Progress) {
         self.count("exposed", exposed.into());
         let Some(error) = end else { return };
         let told = error.to_string();
@@ -187,6 +199,7 @@ impl<'a> Siege<'a> {
         match error {
             guest::Error::Broken { .. } | guest::Error::Silent { .. } | guest::Error::NotHere(_) if exposed && clear => {
                 self.count("guest_deaths", 1);
+                progress.step(&format!("case {number} ({}): L1 broke itself: {told}", self.again(number)));
             }
             _ if exposed => self.fault(number, &format!("{told:?}")),
             _ => self.fault(number, &format!("L1 ended, and nothing let L2 write L1's own memory: {told:?}")),
@@ -233,8 +246,9 @@ impl<'a> Siege<'a> {
         let reached = fort.reached(case);
         let own = reached.as_ref().is_none_or(|reached| fort.is_own(reached));
         // The fault: L1 breaks though it has done nothing that would break it.
-        if self.setup.inject == Some(Fault::BreakL1) && number == 3 {
+        if self.setup.inject == Some(Fault::BreakL1) && !self.broke && !misled && !own {
             fort.break_l1()?;
+            self.broke = true;
         }
         let prober = fort.machine.vcpus() - 1;
         let patience = if misled { PATIENCE } else { PROBING };
