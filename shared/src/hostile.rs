@@ -7,11 +7,11 @@
 //! L1 may kill itself by that: its table may let L2 write EPT12, or L1's own image and stacks. What may have come to that the monitor has to tell, and
 //! it goes on with another L1. But L2 does not begin at an instruction that is there and not meant for it, which would tell nothing of the monitor.
 
-use crate::{Level, PAGE_SIZE};
 use crate::control::ControlPage;
 use crate::edits::{Board, MAX_REGIONS, Probe, Random, Words};
 use crate::layout::{IMAGE_START, TRACKED_GPA, VCPU_AREA_BYTES, vcpu_area};
 use crate::paging::ADDRESS_MASK;
+use crate::{Level, PAGE_SIZE};
 use core::mem::offset_of;
 
 /// Cases of an episode.
@@ -68,10 +68,10 @@ impl Place {
         match random.below(32) {
             0 => match random.below(8) {
                 // L1's own memory: a page of the image, of the first vCPU's reports and stacks, or of all of it; or 2 MiB.
-                0 => IMAGE_START + random.below(IMAGE_PAGES) * PAGE_SIZE | leaf,
-                1 => vcpu_area(0) + random.below(VCPU_AREA_BYTES / PAGE_SIZE) * PAGE_SIZE | leaf,
-                2 => random.below(self.root / PAGE_SIZE) * PAGE_SIZE | leaf,
-                3 => random.below(self.root.div_ceil(Level::M2.bytes())) * Level::M2.bytes() | leaf | 0x80,
+                0 => (IMAGE_START + random.below(IMAGE_PAGES) * PAGE_SIZE) | leaf,
+                1 => (vcpu_area(0) + random.below(VCPU_AREA_BYTES / PAGE_SIZE) * PAGE_SIZE) | leaf,
+                2 => (random.below(self.root / PAGE_SIZE) * PAGE_SIZE) | leaf,
+                3 => (random.below(self.root.div_ceil(Level::M2.bytes())) * Level::M2.bytes()) | leaf | 0x80,
                 _ => random.next() << 1,
             },
             1 => own | 7,

@@ -341,9 +341,8 @@ impl<M: L1Memory> Reference<'_, M> {
                 Meaning::Page(gfn, rights) => {
                     let backing = self.slots.find(gfn);
                     rights & right.bits() == right.bits()
-                        && backing.is_some_and(|found| {
-                            (found.writable || !right.allows(Access::WRITE)) && fits(found.frame)
-                        })
+                        && backing
+                            .is_some_and(|found| (found.writable || !right.allows(Access::WRITE)) && fits(found.frame))
                 }
             };
             if granted {

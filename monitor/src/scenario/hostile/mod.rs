@@ -172,6 +172,10 @@ impl<'a> Siege<'a> {
                 self.fault(number, &what);
             }
             if outcome.exposed && outcome.end.is_none() {
+                // The same fault where L1 may have broken itself: that is its own end.
+                if self.setup.inject == Some(Fault::BreakL1) {
+                    fort.break_l1()?;
+                }
                 // What is broken may not show at once.
                 outcome.end = fort.renew().err();
             }
@@ -197,7 +201,9 @@ impl<'a> Siege<'a> {
         // A guest's words are the guest's; the monitor's line is one line.
         let clear = !told.contains(char::is_control);
         match error {
-            guest::Error::Broken { .. } | guest::Error::Silent { .. } | guest::Error::NotHere(_) if exposed && clear => {
+            guest::Error::Broken { .. } | guest::Error::Silent { .. } | guest::Error::NotHere(_)
+                if exposed && clear =>
+            {
                 self.count("guest_deaths", 1);
                 progress.step(&format!("case {number} ({}): L1 broke itself: {told}", self.again(number)));
             }
@@ -253,10 +259,10 @@ impl<'a> Siege<'a> {
         let prober = fort.machine.vcpus() - 1;
         let patience = if misled { PATIENCE } else { PROBING };
         let calls = fort.calls()?;
-        let probed = fort.machine.untimed_within(prober, Command::Probe, 0, patience);
+        let made = fort.machine.untimed_within(prober, Command::Probe, 0, patience);
         self.bounded(fort, number, calls)?;
         let misled = misled || fort.misleads();
-        let outcome = Outcome { exposed: misled || own, end: probed.err() };
+        let outcome = Outcome { exposed: misled || own, end: made.err() };
         self.count("probes", case.probes().len() as u64);
         if outcome.exposed || outcome.end.is_some() {
             return Ok(outcome);
