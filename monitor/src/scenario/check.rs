@@ -177,7 +177,8 @@ impl Check {
                 reported.insert(page);
             }
             // No report's.
-            Some((Fault::BreakSmm | Fault::LoopSmm | Fault::LoseEdit | Fault::StrayPage, _)) | None => {}
+            Some((Fault::BreakSmm | Fault::LoopSmm | Fault::LoseEdit | Fault::StrayPage | Fault::BreakL1, _))
+            | None => {}
         }
     }
 

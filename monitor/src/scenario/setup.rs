@@ -37,6 +37,8 @@ pub enum Fault {
     LoseEdit,
     /// Maps a page into a window that EPT02 does not grant.
     StrayPage,
+    /// Breaks L1 where it waits.
+    BreakL1,
     /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
     BreakSmm,
     /// Puts an endless loop there.
@@ -52,8 +54,9 @@ impl Fault {
             "loop-smm" => Ok(Self::LoopSmm),
             "lose-edit" => Ok(Self::LoseEdit),
             "stray-page" => Ok(Self::StrayPage),
+            "break-l1" => Ok(Self::BreakL1),
             other => Err(input(format!(
-                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm and loop-smm, (in edits) lose-edit and (in hostile) stray-page"
+                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm and loop-smm, (in edits) lose-edit and (in hostile) stray-page and break-l1"
             ))),
         }
     }
@@ -63,7 +66,7 @@ impl Fault {
         match self {
             Self::BreakSmm => Some(&[0xf4]),
             Self::LoopSmm => Some(&[0xeb, 0xfe]),
-            Self::LosePage | Self::ExtraPage | Self::LoseEdit | Self::StrayPage => None,
+            Self::LosePage | Self::ExtraPage | Self::LoseEdit | Self::StrayPage | Self::BreakL1 => None,
         }
     }
 }
