@@ -1,116 +1,60 @@
-//! L2: in the lab on KVM's own nested SVM, and what a host without nesting says. One boot of the lab for all.
+//! L2: in the lab on KVM's own nested SVM, and what a host without nesting says.
 //!
-//! Figures hold for the pinned kernel package, as in lab.rs; with another only the truth is checked.
+//! Figures hold for the pinned kernel package, as in figures.rs; with another only the truth is checked.
 
-use std::path::PathBuf;
-use std::sync::OnceLock;
+use crate::boots::{self, Boot, args, is_pinned, row};
 use umbra::Failure;
-use umbra::cli::{self, Command, RunArgs};
-use umbra::ground::Clock;
 use umbra::hostmm::userfault::{Mode, Userfault};
-use umbra::lab::emulator::Emulator;
-use umbra::lab::{self, Machine, shelf};
 use umbra::nested::source::Kind;
-use umbra::progress::Progress;
-use umbra::report::record::{Record, Row};
 use umbra_tests::{kvm_here, record, refused};
 
-/// The kernel that the figures were measured on.
-const PINNED: &str = "6.12.111-1~deb12u1";
-
-/// The jobs of the boot.
-const JOBS: [&str; 14] = [
-    "--memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect",
-    "--memory 8M --tracker clear+init-set --leaf 2m --rounds 2 --nesting svm",
-    "--memory 4M --tracker bitmap --backing anonymous --accessed-dirty preset --rounds 1 --nesting svm",
-    "--memory 4M --tracker clear,ring-1024 --alias 3 --alias-kind scattered --pattern random --write-percent 25 --slots 2 --vcpus 2 --strategy log",
-    "--memory 2M --tracker bitmap --alias 4 --alias-kind shared-tables --rounds 2 --nesting svm --backing anonymous",
-    "--memory 4M --tracker bitmap --alias 2 --leaf 2m --alias-kind scattered --guest-page 2m --rounds 2 --strategy log",
-    "--memory 256K --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm",
-    "--memory 2M --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm --backing anonymous",
-    "--memory 4M --tracker bitmap --backing anonymous --first-touch logged --first-reads counted --rounds 1 --nesting umbra --mechanism kvm-bitmap",
-    "--memory 2M --tracker bitmap --backing anonymous --alias-kind scattered --rounds 1 --nesting umbra --mechanism kvm-bitmap",
-    "--memory 16K --tracker bitmap --backing anonymous --alias 1025 --rounds 1 --nesting svm,umbra --mechanism kvm-bitmap",
-    "--memory 1M --tracker clear --inject lose-page --nesting svm",
-    "--memory 1M --tracker clear --format pae --nesting svm",
-    "--memory 1M --tracker clear --nesting svm",
+/// The runs whose truth holds.
+pub const JOBS: &[&str] = &[
+    "nested --memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect",
+    "nested --memory 8M --tracker clear+init-set --leaf 2m --rounds 2 --nesting svm",
+    "nested --memory 4M --tracker bitmap --backing anonymous --accessed-dirty preset --rounds 1 --nesting svm",
+    "nested --memory 4M --tracker clear,ring-1024 --alias 3 --alias-kind scattered --pattern random --write-percent 25 --slots 2 --vcpus 2 --strategy log",
+    "nested --memory 2M --tracker bitmap --alias 4 --alias-kind shared-tables --rounds 2 --nesting svm --backing anonymous",
+    "nested --memory 4M --tracker bitmap --alias 2 --leaf 2m --alias-kind scattered --guest-page 2m --rounds 2 --strategy log",
+    "nested --memory 256K --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm",
+    "nested --memory 2M --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm --backing anonymous",
+    "nested --memory 4M --tracker bitmap --backing anonymous --first-touch logged --first-reads counted --rounds 1 --nesting umbra --mechanism kvm-bitmap",
+    "nested --memory 2M --tracker bitmap --backing anonymous --alias-kind scattered --rounds 1 --nesting umbra --mechanism kvm-bitmap",
+    "nested --memory 16K --tracker bitmap --backing anonymous --alias 1025 --rounds 1 --nesting svm,umbra --mechanism kvm-bitmap",
 ];
-/// Random edits of L1's table, 500 of them: the last job.
-const EDITS: &str = "--memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect";
-/// A malicious L1: the job after that.
+/// What runs without the instruction clock: runs that go wrong, the last of them with a firmware that writes a page too few; 500 random edits of L1's
+/// table; a malicious L1.
+pub const FAST: &[&str] = &[LOSES_A_PAGE, PAE, ONE_WRITE_SHORT, EDITS, HOSTILE];
+const LOSES_A_PAGE: &str = "nested --memory 1M --tracker clear --inject lose-page --nesting svm";
+const PAE: &str = "nested --memory 1M --tracker clear --format pae --nesting svm";
+const ONE_WRITE_SHORT: &str = "nested --memory 1M --tracker clear --nesting svm --firmware one-write-short";
+const EDITS: &str = "edits --memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect";
 const HOSTILE: &str =
-    "--memory 4M --alias 2 --strategy log,write-protect --mechanism kvm-clear,mprotect --edits 250 --seed 100";
-/// The jobs whose truth holds.
-const GOOD: std::ops::Range<usize> = 0..11;
-const LOSES_A_PAGE: usize = 11;
-const PAE: usize = 12;
-/// With a firmware that writes a page too few.
-const ONE_WRITE_SHORT: usize = 13;
+    "hostile --memory 4M --alias 2 --strategy log,write-protect --mechanism kvm-clear,mprotect --edits 250 --seed 100";
 
-fn args(words: &str) -> RunArgs {
-    args_of("nested", words)
-}
-
-fn args_of(scenario: &str, words: &str) -> RunArgs {
-    let words = ["umbra", "run", scenario].into_iter().chain(words.split_whitespace()).map(str::to_owned);
-    match cli::parse(words).expect("good words").command {
-        Command::Run(args) => args,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn results() -> &'static [Result<Record, Failure>] {
-    static RESULTS: OnceLock<Vec<Result<Record, Failure>>> = OnceLock::new();
-    RESULTS.get_or_init(|| {
-        let progress = Progress::stderr();
-        let kernel =
-            shelf::shelf().kernel(None).expect("a default kernel").ensure(&progress).expect("the default kernel");
-        let machine = Machine {
-            emulator: Emulator::Qemu,
-            kernel,
-            clock: Clock::Instructions,
-            cpus: None,
-            params: Vec::new(),
-            init: umbra_tests::binary(),
-            append: String::new(),
-        };
-        let mut jobs = JOBS.map(args).to_vec();
-        jobs[ONE_WRITE_SHORT].firmware = Some(PathBuf::from(env!("UMBRA_FIRMWARE_DIR")).join("one-write-short"));
-        jobs.push(args_of("edits", EDITS));
-        jobs.push(args_of("hostile", HOSTILE));
-        lab::boot(&machine, &jobs, &progress).expect("the lab boots")
-    })
-}
-
-fn good(job: usize) -> &'static Record {
-    results()[job].as_ref().unwrap_or_else(|failure| panic!("{}: {failure}", JOBS[job]))
-}
-
-fn row<'a>(record: &'a Record, name: &str) -> &'a Row {
-    record.measured().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name}"))
+fn good(job: usize) -> &'static umbra::report::Record {
+    Boot::First.good(JOBS[job])
 }
 
 /// A phase of the timed pass; the cheapest of the rounds.
-fn timed(row: &Row, phase: &str) -> u64 {
-    let rounds = row.phases.iter().filter(|p| p.pass == "timed" && p.phase == phase);
-    rounds.map(|p| p.value).min().unwrap_or_else(|| panic!("{} has no {phase}", row.name))
+fn timed(row: &umbra::report::Row, phase: &str) -> u64 {
+    boots::timed(row, phase, 0)
 }
 
 #[test]
 fn every_page_is_right() {
-    for job in GOOD {
-        let record = good(job);
-        assert_eq!(record.faults(), [""; 0], "{}", JOBS[job]);
-        let args = args(JOBS[job]);
+    for job in JOBS {
+        let record = Boot::First.good(job);
+        let args = args(job);
         let (pages, aliases) = (args.memory / 4096, args.shadow.alias.unwrap_or(1));
         assert!(record.measured().count() > 0);
         for row in record.measured() {
             let l2 = row.truth.l2.as_ref();
-            assert_eq!(l2.is_some(), !row.name.starts_with("plain:") || aliases > 1, "{}: {}", JOBS[job], row.name);
+            assert_eq!(l2.is_some(), !row.name.starts_with("plain:") || aliases > 1, "{}: {}", job, row.name);
             let Some(l2) = l2 else { continue };
             for (l1, l2) in row.truth.rounds.iter().zip(&l2.rounds) {
                 let l2_writes = pages * aliases * args.write_percent / 100;
-                assert_eq!(l2.pages.written, l2_writes, "{}: {} round {}", JOBS[job], row.name, l2.round);
+                assert_eq!(l2.pages.written, l2_writes, "{}: {} round {}", job, row.name, l2.round);
                 // Aliases of one page that are written are one page of L1, and each report of it one of each alias.
                 assert!(l1.pages.written <= l2_writes && l1.pages.written * aliases >= l2_writes);
                 assert_eq!(l2.pages.reported, l1.pages.reported * aliases);
@@ -122,8 +66,7 @@ fn every_page_is_right() {
 /// 500 edits of EPT12 by epochs: KVM's nested SVM, Umbra's shadow MMU and its software walker agree on every value and every violation.
 #[test]
 fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
-    let record = results()[JOBS.len()].as_ref().unwrap_or_else(|failure| panic!("{EDITS}: {failure}"));
-    assert_eq!(record.faults(), [""; 0]);
+    let record = Boot::Wall.good(EDITS);
     for name in [
         "svm",
         "umbra:log@kvm-bitmap",
@@ -139,8 +82,7 @@ fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
 
 #[test]
 fn a_malicious_l1_meets_the_same_walls_in_the_lab() {
-    let record = results()[JOBS.len() + 1].as_ref().unwrap_or_else(|failure| panic!("{HOSTILE}: {failure}"));
-    assert_eq!(record.faults(), [""; 0]);
+    let record = Boot::Wall.good(HOSTILE);
     for name in ["umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
         umbra_tests::besieged(row(record, name));
     }
@@ -148,13 +90,13 @@ fn a_malicious_l1_meets_the_same_walls_in_the_lab() {
 
 #[test]
 fn what_can_go_wrong_is_caught() {
-    let faults = good(LOSES_A_PAGE).faults();
+    let faults = Boot::Wall.record(LOSES_A_PAGE).faults();
     assert!(faults.iter().any(|fault| fault.contains("svm:clear") && fault.contains("round 2")), "{faults:?}");
     assert!(faults.iter().any(|fault| fault.contains("1 pages of L2 missed")), "{faults:?}");
-    let faults = good(ONE_WRITE_SHORT).faults();
+    let faults = Boot::Wall.record(ONE_WRITE_SHORT).faults();
     assert!(faults.iter().any(|fault| fault.contains("255 writes where the pattern has 256")), "{faults:?}");
     assert!(faults.iter().any(|fault| fault.contains("the guest did not write it")), "{faults:?}");
-    match &results()[PAE] {
+    match Boot::Wall.result(PAE) {
         Err(Failure::NotHere(why)) => assert!(why.contains("svm:clear") && why.contains("64-bit"), "{why}"),
         other => panic!("{other:?}"),
     }
@@ -163,9 +105,7 @@ fn what_can_go_wrong_is_caught() {
 /// What docs/nesting.md and docs/findings.md say, to 3%.
 #[test]
 fn figures_are_those_of_the_findings() {
-    let package = good(0).host.kernel_package.clone().unwrap_or_default();
-    if !package.contains(PINNED) {
-        eprintln!("the pinned kernel {PINNED} is gone, this is {package}: figures are not compared");
+    if !is_pinned(good(0)) {
         return;
     }
     let check = |job: usize, name: &str, phase: &str, count: u64, expected: u64| {
@@ -257,7 +197,7 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
     ] {
         let words: Vec<_> = ["run", "nested", "--nesting", "umbra"].into_iter().chain(options.split(' ')).collect();
         let record = record(&words, 120);
-        let args = args(options);
+        let args = args(&format!("nested {options}"));
         let l2_writes =
             args.memory / 4096 * args.shadow.alias.unwrap_or(1) * args.write_percent / 100 * args.rounds * 2;
         let measured = record.measured().count();
