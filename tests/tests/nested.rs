@@ -38,6 +38,11 @@ const EDITS: &str = "--memory 4M --alias 2 --nesting svm,umbra --strategy log,wr
 /// A malicious L1: the job after that.
 const HOSTILE: &str =
     "--memory 4M --alias 2 --strategy log,write-protect --mechanism kvm-clear,mprotect --edits 250 --seed 100";
+/// Edits that race L2, and an L1 that leaves out invalidations: the last two.
+const RACES: [&str; 2] = [
+    "--race --vcpus 2 --memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect --mechanism kvm-clear,mprotect",
+    "--race --vcpus 2 --memory 2M --edits 200 --nesting svm --inject lose-invalidation",
+];
 /// The jobs whose truth holds.
 const GOOD: std::ops::Range<usize> = 0..11;
 const LOSES_A_PAGE: usize = 11;
@@ -76,6 +81,7 @@ fn results() -> &'static [Result<Record, Failure>] {
         jobs[ONE_WRITE_SHORT].firmware = Some(PathBuf::from(env!("UMBRA_FIRMWARE_DIR")).join("one-write-short"));
         jobs.push(args_of("edits", EDITS));
         jobs.push(args_of("hostile", HOSTILE));
+        jobs.extend(RACES.map(|race| args_of("edits", race)));
         lab::boot(&machine, &jobs, &progress).expect("the lab boots")
     })
 }
@@ -141,6 +147,19 @@ fn a_malicious_l1_meets_the_same_walls_in_the_lab() {
     for name in ["umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
         umbra_tests::besieged(row(record, name));
     }
+}
+
+/// Nothing of the old table is left to an L2 that runs meanwhile, on KVM's nested SVM as on Umbra's shadow MMU; and one that is left something is caught.
+#[test]
+fn edits_that_race_l2_leave_it_nothing_of_the_old_table() {
+    let record = results()[JOBS.len() + 2].as_ref().unwrap_or_else(|failure| panic!("{}: {failure}", RACES[0]));
+    assert_eq!(record.faults(), [""; 0]);
+    for name in ["svm", "umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
+        umbra_tests::raced(row(record, name), 500);
+    }
+    let faults =
+        results()[JOBS.len() + 3].as_ref().unwrap_or_else(|failure| panic!("{}: {failure}", RACES[1])).faults();
+    assert!(faults.iter().any(|fault| fault.contains("lead_to: []")), "{faults:?}");
 }
 
 #[test]
@@ -353,6 +372,9 @@ fn bad_options_are_refused_in_one_line() {
         (vec!["nested", "--strategy", "log", "--mechanism", "mprotect"], vec!["nothing fits both", "log@kvm-clear"]),
         (vec!["nested", "--fault-source", "oracle"], vec!["oracle", "userfaultfd"]),
         (vec!["nested", "--extent", "3"], vec!["--extent 3"]),
+        (vec!["edits", "--race"], vec!["--race with --vcpus 1", "2 or more"]),
+        (vec!["nested", "--race", "--vcpus", "2"], vec!["--race", "edits"]),
+        (vec!["edits", "--inject", "lose-invalidation"], vec!["lose-invalidation", "edits --race"]),
         (vec!["edits", "--leaf", "2m"], vec!["--leaf 2m", "4k"]),
         (vec!["edits", "--memory", "3M"], vec!["--memory 3145728", "2M"]),
         (vec!["edits", "--fill-batch", "2"], vec!["--fill-batch"]),

@@ -64,10 +64,34 @@ pub fn map_part(
             Advice::LinuxPopulateRead
         }
     };
+    populate(stretch, advice);
+    Ok(())
+}
+
+/// The same for memory that nobody may touch before `guard` is done with it.
+pub fn map_guarded(
+    stretch: Stretch,
+    part: InFile<'_>,
+    tables: Tables,
+    guard: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    if part.pages < stretch.pages {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    map_untouchable(stretch, part.file, part.offset)?;
+    guard()?;
+    admit(stretch, true)?;
+    if tables != Tables::Left {
+        populate(stretch, Advice::LinuxPopulateRead);
+    }
+    Ok(())
+}
+
+/// The host's page tables are filled, if it likes to.
+fn populate(stretch: Stretch, advice: Advice) {
     let (address, length) = at(stretch);
     // SAFETY: as above. It changes no byte, and a hint is all that it is.
     let _ = unsafe { mm::madvise(address, length, advice) };
-    Ok(())
 }
 
 /// The stretch does not become one mapping with a neighbour for which this was not called. The advice itself, not to be copied by fork(2), means

@@ -6,7 +6,7 @@
 //! with the fault, the rights come back.
 
 use super::holes::{Hole, outside};
-use super::{Closed, Fault, Mapped, Place, Source, Told, pages};
+use super::{Closed, Fault, Mapped, Place, Source, Told, as_told, pages};
 use crate::hostmm::userfault::{Event, Mode, Userfault};
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::Error;
@@ -176,7 +176,7 @@ impl Source for Userfaults {
     fn close(&self, stretch: Stretch) -> io::Result<()> {
         let mut state = self.shared.state();
         let (window, first) = state.window(stretch)?;
-        window.hole.close(stretch, || self.shared.userfault.register_missing(stretch).map_err(io::Error::other))?;
+        window.hole.close(stretch, || self.shared.userfault.register_missing(stretch).map_err(as_told))?;
         set(window, first, stretch.pages, Page::Closed);
         state.blocked.retain(|page| stretch.page(*page).is_none());
         Ok(())
@@ -185,18 +185,18 @@ impl Source for Userfaults {
     fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
         let mut state = self.shared.state();
         let (window, first) = state.window(stretch)?;
-        let register = |stretch| self.shared.userfault.register(stretch).map_err(io::Error::other);
-        // What is read-only here is so by the userfaultfd: its mapping has all rights.
-        pages::map_part(stretch, file, (true, how.tables), register)?;
+        let register = |stretch| self.shared.userfault.register(stretch).map_err(as_told);
+        // What is read-only here is so by the userfaultfd: its mapping has all rights, and no vCPU may use it before.
+        let page = if how.writable {
+            pages::map_part(stretch, file, (true, how.tables), register)?;
+            Page::Writable
+        } else {
+            pages::map_guarded(stretch, file, how.tables, || self.write_protect(stretch, true))?;
+            Page::ReadOnly
+        };
         if how.alone {
             pages::set_apart(stretch)?;
         }
-        let page = if how.writable {
-            Page::Writable
-        } else {
-            self.write_protect(stretch, true)?;
-            Page::ReadOnly
-        };
         set(window, first, stretch.pages, page);
         state.blocked.retain(|page| stretch.page(*page).is_none());
         Ok(())
@@ -240,13 +240,9 @@ impl Source for Userfaults {
 
 impl Userfaults {
     fn write_protect(&self, stretch: Stretch, on: bool) -> io::Result<()> {
-        let failed = |error: Error| match error {
-            Error::Call { source, .. } => source,
-            other => io::Error::other(other.to_string()),
-        };
         if on {
-            self.shared.userfault.register(stretch).map_err(failed)?;
+            self.shared.userfault.register(stretch).map_err(as_told)?;
         }
-        self.shared.userfault.protect(stretch, on).map_err(failed)
+        self.shared.userfault.protect(stretch, on).map_err(as_told)
     }
 }
