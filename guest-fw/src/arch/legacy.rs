@@ -1,4 +1,4 @@
-//! The tracked memory touched in a paging mode before long mode (PAE, 32-bit paging, none): out of long mode, one loop in 32-bit code, and back.
+//! The tracked memory touched in a paging mode before long mode (PAE, 32-bit paging, none): one loop in 32-bit code.
 //!
 //! A mode change is a dozen exits to KVM, which the monitor's window has and [`Executed::ticks`] has not. A write is two stores, both to the page
 //! that its first one has brought in.
@@ -7,7 +7,7 @@ use super::paging::Error;
 use super::paging_legacy::{self, Page};
 use super::ring0;
 use super::tracked::Executed;
-use super::unpaged;
+use super::unpaged::{self, Paged};
 use crate::workload::plan::Plan;
 use core::mem::offset_of;
 use core::ops::Range;
@@ -35,8 +35,8 @@ const NOT_TIMED: u32 = u32::MAX;
 #[derive(Default)]
 #[repr(C)]
 struct Request {
-    cr3: u32,
-    pae: u32,
+    /// Of no use to [`touch_unpaged`].
+    paged: Paged,
     what: u32,
     /// Address of the plan's entries; for POPULATE the first page.
     entries: u32,
@@ -45,7 +45,6 @@ struct Request {
     /// The upper half of the stamps.
     stamp: u32,
     writes: u32,
-    cr4: u32,
     before: u32,
     begin: [u32; 2],
     end: [u32; 2],
@@ -138,8 +137,7 @@ impl Legacy {
 
     fn run(self, what: u32, entries: u32, count: u32, round: u64) -> Executed {
         let mut request = Request {
-            cr3: self.root,
-            pae: (self.mode == Mode::Pae).into(),
+            paged: Paged::new(self.mode, self.root, access),
             what,
             entries,
             count,
@@ -151,7 +149,7 @@ impl Legacy {
         ring0::call(&mut || {
             // SAFETY: at ring 0 with interrupts off, on a stack below 4 GiB. The mode's tables map this code, its stack and the request at their own
             // addresses, and as many tracked pages as the entries can name; nothing else of this program is there.
-            unsafe { unpaged::call(touch as *const () as u64, argument) };
+            unsafe { Paged::call(argument) };
         });
         // SAFETY: a valid Request, which the 32-bit code has written behind the compiler's back.
         let request = unsafe { (&raw const request).read_volatile() };
@@ -193,98 +191,40 @@ unsafe extern "C" fn stay_and_touch() {
         "push ebp",
         "push edi",
         "call {access}",
-        "mov edx, {port}",
-        "mov eax, {ready}",
-        "out dx, eax",
+        "call {ring}",
         "rdtsc",
         "mov ebx, eax",
         "call dword ptr [esi + {change}]",
         "rdtsc",
         "sub eax, ebx",
         "mov [esi + {changed}], eax",
-        "mov edx, {port}",
-        "mov eax, {ready}",
-        "out dx, eax",
+        "call {ring}",
         "call {access}",
-        "mov edx, {port}",
-        "mov eax, {ready}",
-        "out dx, eax",
+        "call {ring}",
         "pop edi",
         "pop ebp",
         "pop ebx",
         "ret",
         ".code64",
         access = sym access,
-        port = const DOORBELL_PORT,
-        ready = const Doorbell::Ready as u32,
+        ring = sym ring,
         change = const offset_of!(Request, change),
         changed = const offset_of!(Request, changed),
     )
 }
 
-/// The 32-bit code: switches the mode on, has the pages touched, and switches it off. ESI is the request's address; it keeps EBX, EBP and EDI.
-/// Without EFER.LME, CR0.PG means what CR4.PAE says.
+/// Rings [`Doorbell::Ready`]. EAX and EDX are free.
 #[unsafe(naked)]
-unsafe extern "C" fn touch() {
+unsafe extern "C" fn ring() {
     core::arch::naked_asm!(
         ".code32",
-        "push ebx",
-        "push ebp",
-        "push edi",
-        "mov ecx, {efer}",
-        "rdmsr",
-        "and eax, {no_lme}",
-        "wrmsr",
-        "mov eax, cr4",
-        "mov [esi + {cr4}], eax",
-        "mov ebx, [esi + {cr3}]",
-        "cmp dword ptr [esi + {pae}], 0",
-        "je 2f",
-        // QEMU's emulation sets the accessed bit in the pointers, where it is reserved.
-        "and dword ptr [ebx], {no_accessed}",
-        "and dword ptr [ebx + 8], {no_accessed}",
-        "and dword ptr [ebx + 16], {no_accessed}",
-        "and dword ptr [ebx + 24], {no_accessed}",
-        "jmp 3f",
-        "2:",
-        "and eax, {no_pae}",
-        "or eax, {pse}",
-        "mov cr4, eax",
-        "3:",
-        "mov cr3, ebx",
-        "mov eax, cr0",
-        "or eax, {paging}",
-        "mov cr0, eax",
-        // Nobody sends an interrupt; but Bochs takes none of its host's from a guest that has them off.
-        "sti",
-        "call {access}",
-        "cli",
-        "mov eax, cr0",
-        "and eax, {no_paging}",
-        "mov cr0, eax",
-        "mov eax, [esi + {cr4}]",
-        "mov cr4, eax",
-        "mov ecx, {efer}",
-        "rdmsr",
-        "or eax, {lme}",
-        "wrmsr",
-        "pop edi",
-        "pop ebp",
-        "pop ebx",
+        "mov edx, {port}",
+        "mov eax, {ready}",
+        "out dx, eax",
         "ret",
         ".code64",
-        efer = const unpaged::EFER,
-        lme = const unpaged::EFER_LME,
-        no_lme = const !unpaged::EFER_LME,
-        pse = const unpaged::CR4_PSE,
-        no_pae = const !unpaged::CR4_PAE,
-        paging = const unpaged::PAGING,
-        no_paging = const !unpaged::PAGING,
-        no_accessed = const !0x20_u32,
-        access = sym access,
-        cr3 = const offset_of!(Request, cr3),
-        pae = const offset_of!(Request, pae),
-        cr4 = const offset_of!(Request, cr4),
+        port = const DOORBELL_PORT,
+        ready = const Doorbell::Ready as u32,
     )
 }
 

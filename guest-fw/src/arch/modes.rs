@@ -132,11 +132,7 @@ pub fn toggle(toggle: Toggle, all: Option<u32>) -> u64 {
                 Toggle::Smap => cr4(CR4_SMAP, met, all),
                 Toggle::Pke => cr4(CR4_PKE, met, all),
                 Toggle::Nxe => efer(EFER_NXE, met, all),
-                Toggle::Cr0Pg => unpaged::visit(unpaged::Stay::Bare),
-                Toggle::Pae => unpaged::visit(unpaged::Stay::Pae),
-                Toggle::Bits32 => unpaged::visit(unpaged::Stay::Bits32),
-                Toggle::La57 => unpaged::visit(unpaged::Stay::La57),
-                Toggle::Lme => unpaged::visit(unpaged::Stay::Lme),
+                Toggle::Cr0Pg | Toggle::Pae | Toggle::Bits32 | Toggle::La57 | Toggle::Lme => unpaged::visit(toggle),
             }
         };
     });

@@ -10,21 +10,22 @@ use umbra_shared::layout::{vcpu_area, vcpu_area as area};
 use umbra_shared::protocol::Doorbell;
 use umbra_shared::smm::{ENTRY, LEDGER, LOG, LOG_ENTRIES, Ledger, saved, smbase};
 
-// The handler: one more SMI in the ledger, the interrupted RIP in the log, and the new count where everybody sees it.
+// The handler: the interrupted RIP in the log, then one more SMI in the ledger, so that what is counted is there for who looks on; and the new count
+// where everybody sees it.
 core::arch::global_asm!(
     ".pushsection .rodata.smm, \"a\", @progbits",
     ".code16",
     "smm_handler:",
     "mov eax, dword ptr cs:[{handled}]",
     "mov ecx, eax",
-    "inc eax",
-    "mov dword ptr cs:[{handled}], eax",
     "and ecx, {log_mask}",
     "shl ecx, 3",
     "mov edx, dword ptr cs:[{rip}]",
     "mov dword ptr cs:[ecx + {log}], edx",
     "mov edx, dword ptr cs:[{rip} + 4]",
     "mov dword ptr cs:[ecx + {log} + 4], edx",
+    "inc eax",
+    "mov dword ptr cs:[{handled}], eax",
     "mov ebx, dword ptr cs:[{report}]",
     "mov dword ptr [ebx], eax",
     "rsm",

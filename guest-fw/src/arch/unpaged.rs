@@ -1,32 +1,38 @@
 //! Out of long mode and back: paging can only be switched off from 32-bit code (Intel SDM 3A, 4.1.2 and 9.8.5.4; AMD APM 2, 14.7).
 //!
-//! Everything here lies below 4 GiB at its own address, so code, stack and descriptor tables are the same with paging on and off. What is done
-//! while it is off is a [`Stay`]; two of them switch on PAE or 32-bit paging for a moment, on tables that are there at link time.
+//! Everything here lies below 4 GiB at its own address, so code, stack and descriptor tables are the same with paging on and off. From there PAE
+//! or 32-bit paging can be switched on for a while ([`Paged`]).
 
 use super::gdt::{KERNEL_CODE, KERNEL_CODE_32, KERNEL_DATA};
+use core::mem::offset_of;
+use umbra_shared::paging::Mode;
 use umbra_shared::toggle::Toggle;
 
 /// CR0.PG.
-pub(super) const PAGING: u32 = 1 << 31;
-pub(super) const CR4_PSE: u32 = 1 << 4;
-pub(super) const CR4_PAE: u32 = 1 << 5;
+const PAGING: u32 = 1 << 31;
+const CR4_PSE: u32 = 1 << 4;
+const CR4_PAE: u32 = 1 << 5;
 const CR4_LA57: u32 = 1 << 12;
-pub(super) const EFER: u32 = 0xc000_0080;
-pub(super) const EFER_LME: u32 = 1 << 8;
+const EFER: u32 = 0xc000_0080;
+const EFER_LME: u32 = 1 << 8;
 
-/// What is done outside of long mode.
-#[derive(Clone, Copy, Debug)]
-pub enum Stay {
-    /// Nothing.
-    Bare,
-    /// PAE paging on and off.
-    Pae,
-    /// 32-bit paging on and off.
-    Bits32,
-    /// CR4.LA57 changed and changed back.
-    La57,
-    /// EFER.LME changed and changed back.
-    Lme,
+unsafe extern "C" {
+    /// [`Mode::Bits32`]'s table.
+    static unpaged_32bit: u8;
+    /// [`Mode::Pae`]'s four pointers.
+    static unpaged_pae: u8;
+}
+
+/// What the 32-bit code of [`Paged::call`] finds at ESI, at the beginning of whatever else its work wants to find there.
+#[derive(Default)]
+#[repr(C)]
+pub(super) struct Paged {
+    cr3: u32,
+    pae: u32,
+    /// 32-bit code, called with paging on and ESI as it was; it keeps ESI and ESP.
+    work: u32,
+    /// CR4 as it was before.
+    cr4: u32,
 }
 
 // PAE's four pointers (present is the only bit that they may have, SDM 3A table 4-8) and a directory of 4 MiB leaves (table 4-4); both map
@@ -47,36 +53,48 @@ core::arch::global_asm!(
     ".popsection",
 );
 
-/// Leaves long mode, makes `stay`, comes back, and returns the TSC ticks from before to after. Outside of long mode the upper halves of all
-/// registers are undefined (SDM 1, 3.4.1.1), so those that a C function keeps lie on the stack meanwhile.
-///
-/// # Safety
-/// At ring 0, with interrupts off, on a stack below 4 GiB; the CPU has what the stay changes.
-pub unsafe fn visit(stay: Stay) -> u64 {
-    let routine = match stay {
-        Stay::Bare => bare,
-        Stay::Pae => pae,
-        Stay::Bits32 => bits32,
-        Stay::La57 => la57,
-        Stay::Lme => lme,
-    };
-    // SAFETY: the caller's; the routine is one of the five below.
-    unsafe { call(routine as *const () as u64, 0) }
+impl Paged {
+    /// `work` in `mode`, which is not long mode, on the tables at `cr3`.
+    pub(super) fn new(mode: Mode, cr3: u32, work: unsafe extern "C" fn()) -> Self {
+        Self { cr3, pae: (mode == Mode::Pae).into(), work: address(work), cr4: 0 }
+    }
+
+    /// Leaves long mode, has the work done that `argument` begins with, and comes back. Returns the TSC ticks from before to after.
+    ///
+    /// # Safety
+    /// As [`visit`]; `argument` is the address of a Paged, whose tables map code, stack, descriptor tables and the argument at their own
+    /// addresses; and what the work does.
+    pub(super) unsafe fn call(argument: u64) -> u64 {
+        // SAFETY: the caller's; `paged` keeps what a routine has to keep.
+        unsafe { call(address(paged).into(), argument) }
+    }
 }
 
-/// Leaves long mode, calls the 32-bit code at `routine` with paging off and ESI = `argument`, and comes back. The routine keeps EBX, EBP, EDI and
-/// the state that it finds. Returns the TSC ticks from before to after.
+/// Leaves long mode, makes the toggle, comes back, and returns the TSC ticks from before to after. A toggle that needs no 32-bit code does nothing
+/// there.
+///
+/// # Safety
+/// At ring 0, with interrupts off, on a stack below 4 GiB; the CPU has what the toggle changes.
+pub unsafe fn visit(toggle: Toggle) -> u64 {
+    let (mode, root) = match toggle {
+        Toggle::Pae => (Mode::Pae, &raw const unpaged_pae),
+        Toggle::Bits32 => (Mode::Bits32, &raw const unpaged_32bit),
+        // SAFETY: the caller's; that routine changes a bit and changes it back.
+        _ => return unsafe { call(change(toggle).into(), 0) },
+    };
+    let mut paged = Paged::new(mode, root.addr() as u32, bare);
+    // SAFETY: the caller's; the two tables map the first GiB at its own addresses, and the work is none.
+    unsafe { Paged::call((&raw mut paged).expose_provenance() as u64) }
+}
+
+/// Leaves long mode, calls the 32-bit code at `routine` with paging off and ESI = `argument`, and comes back. Outside of long mode the upper
+/// halves of all registers are undefined (SDM 1, 3.4.1.1), so those that a C function keeps lie on the stack meanwhile. The routine keeps EBX,
+/// EBP, EDI and the state that it finds. Returns the TSC ticks from before to after.
 ///
 /// # Safety
 /// As [`visit`]; and what the routine does.
-pub unsafe fn call(routine: u64, argument: u64) -> u64 {
-    // SAFETY: the caller's.
-    unsafe { leave_and_return(routine, argument) }
-}
-
-/// RDI is the address of the 32-bit routine to call with paging off; it finds ESI as RSI was, and keeps EBX, EBP and EDI.
 #[unsafe(naked)]
-unsafe extern "C" fn leave_and_return(routine: u64, argument: u64) -> u64 {
+pub(super) unsafe extern "C" fn call(routine: u64, argument: u64) -> u64 {
     core::arch::naked_asm!(
         "push rbx",
         "push rbp",
@@ -148,12 +166,11 @@ unsafe extern "C" fn leave_and_return(routine: u64, argument: u64) -> u64 {
 
 /// The 32-bit routine that changes a bit of long mode's there and back, by its address; of other toggles one that changes nothing.
 pub(super) fn change(toggle: Toggle) -> u32 {
-    let routine: unsafe extern "C" fn() = match toggle {
+    address(match toggle {
         Toggle::La57 => la57,
         Toggle::Lme => lme,
         _ => bare,
-    };
-    (routine as *const ()).addr() as u32
+    })
 }
 
 #[unsafe(naked)]
@@ -193,62 +210,54 @@ unsafe extern "C" fn lme() {
     )
 }
 
-/// Without EFER.LME, CR0.PG means PAE paging. QEMU's emulation sets the accessed bit in the pointers, where it is reserved, so that they are
-/// written anew each time.
+/// Switches on the paging that the [`Paged`] at ESI names, has its work done, and switches it off. Without EFER.LME, CR0.PG means what CR4.PAE says.
 #[unsafe(naked)]
-unsafe extern "C" fn pae() {
+unsafe extern "C" fn paged() {
     core::arch::naked_asm!(
         ".code32",
+        "push ebx",
+        "push ebp",
+        "push edi",
         "mov ecx, {efer}",
         "rdmsr",
         "and eax, {no_lme}",
         "wrmsr",
-        "lea eax, [ring0_directory + 1]",
-        "mov dword ptr [unpaged_pae], eax",
-        "lea eax, [unpaged_pae]",
-        "mov cr3, eax",
-        "mov eax, cr0",
-        "or eax, {paging}",
-        "mov cr0, eax",
-        "and eax, {no_paging}",
-        "mov cr0, eax",
-        "rdmsr",
-        "or eax, {lme}",
-        "wrmsr",
-        "ret",
-        ".code64",
-        efer = const EFER,
-        lme = const EFER_LME,
-        no_lme = const !EFER_LME,
-        paging = const PAGING,
-        no_paging = const !PAGING,
-    )
-}
-
-#[unsafe(naked)]
-unsafe extern "C" fn bits32() {
-    core::arch::naked_asm!(
-        ".code32",
-        "mov ecx, {efer}",
-        "rdmsr",
-        "and eax, {no_lme}",
-        "wrmsr",
-        "mov esi, cr4",
-        "mov eax, esi",
+        "mov eax, cr4",
+        "mov [esi + {cr4}], eax",
+        "mov ebx, [esi + {cr3}]",
+        "cmp dword ptr [esi + {pae}], 0",
+        "je 2f",
+        // QEMU's emulation sets the accessed bit in the pointers, where it is reserved.
+        "and dword ptr [ebx], {no_accessed}",
+        "and dword ptr [ebx + 8], {no_accessed}",
+        "and dword ptr [ebx + 16], {no_accessed}",
+        "and dword ptr [ebx + 24], {no_accessed}",
+        "jmp 3f",
+        "2:",
         "and eax, {no_pae}",
         "or eax, {pse}",
         "mov cr4, eax",
-        "lea eax, [unpaged_32bit]",
-        "mov cr3, eax",
+        "3:",
+        "mov cr3, ebx",
         "mov eax, cr0",
         "or eax, {paging}",
         "mov cr0, eax",
+        // Nobody sends an interrupt; but Bochs takes none of its host's from a guest that has them off.
+        "sti",
+        "call dword ptr [esi + {work}]",
+        "cli",
+        "mov eax, cr0",
         "and eax, {no_paging}",
         "mov cr0, eax",
-        "mov cr4, esi",
+        "mov eax, [esi + {cr4}]",
+        "mov cr4, eax",
+        "mov ecx, {efer}",
         "rdmsr",
         "or eax, {lme}",
         "wrmsr",
+        "pop edi",
+        "pop ebp",
+        "pop ebx",
         "ret",
         ".code64",
         efer = const EFER,
@@ -258,5 +267,15 @@ unsafe extern "C" fn bits32() {
         no_pae = const !CR4_PAE,
         paging = const PAGING,
         no_paging = const !PAGING,
+        no_accessed = const !0x20_u32,
+        cr3 = const offset_of!(Paged, cr3),
+        pae = const offset_of!(Paged, pae),
+        work = const offset_of!(Paged, work),
+        cr4 = const offset_of!(Paged, cr4),
     )
+}
+
+/// Where 32-bit code finds a routine.
+fn address(routine: unsafe extern "C" fn()) -> u32 {
+    (routine as *const ()).addr() as u32
 }

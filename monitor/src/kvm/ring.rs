@@ -38,11 +38,13 @@ unsafe impl Send for Ring {}
 impl Ring {
     fn map(vcpu: &VcpuFd, count: u32) -> Result<Self, Error> {
         let bytes = count as usize * size_of::<kvm_dirty_gfn>();
+        // All of it is mapped now: else the first round that fills the ring pays a fault for each of its pages, and a page table where it lies so.
+        let flags = MapFlags::SHARED | MapFlags::POPULATE;
         // SAFETY: the descriptor outlives this borrow; a new shared mapping of it at a place of the kernel's choice.
         let mapped = unsafe {
             let fd = BorrowedFd::borrow_raw(vcpu.as_raw_fd());
             let offset = u64::from(KVM_DIRTY_LOG_PAGE_OFFSET) * PAGE_SIZE;
-            mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, fd, offset)
+            mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags, fd, offset)
         };
         let entries = mapped.map_err(|error| Error::call("mapping the dirty ring", error))?.cast();
         Ok(Self { entries, count, next: 0 })

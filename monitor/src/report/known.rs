@@ -30,9 +30,6 @@ pub struct Known {
     /// What the others do besides.
     #[serde(default)]
     more: Vec<More>,
-    /// Phases that differ by more although nothing accounts for it yet, and what is known of that: told, but no failure.
-    #[serde(default)]
-    open: BTreeMap<String, String>,
 }
 
 /// The unit of the figures.
@@ -75,12 +72,8 @@ impl Known {
     /// # Errors
     /// The figure that does not, in one line.
     pub fn check(&self) -> Result<(), String> {
-        let titles = self
-            .figures
-            .values()
-            .flat_map(BTreeMap::keys)
-            .chain(self.more.iter().flat_map(|more| &more.phases))
-            .chain(self.open.keys());
+        let titles =
+            self.figures.values().flat_map(BTreeMap::keys).chain(self.more.iter().flat_map(|more| &more.phases));
         for title in titles {
             if rounds(title).is_none() {
                 return Err(format!(
@@ -221,9 +214,7 @@ pub fn table(records: &[Record], known: &[Option<Known>], pinned: &[String]) -> 
                 all.extend(cells.into_iter().map(right));
                 table.add_row(all);
                 let said = || format!("{}, {name}: {title}", self::place(record));
-                if let (false, Some(why)) = (line.near() || line.closed(), known.open.get(title)) {
-                    let _ = writeln!(notes, "open: {}: {why}", said());
-                } else if !phase.clean {
+                if !phase.clean {
                     over.push(format!("{}: another task ran in its window", said()));
                 } else if !line.near() && !line.closed() {
                     let away = 100.0 * (line.value / line.figure - 1.0);
@@ -347,14 +338,6 @@ mod tests {
         assert_eq!(over(record(90_000, true), &more(80.0)).len(), 1);
         let text = table(&[record(90_000, true)], &known(&more(95.0)), &[]).0;
         assert!(text.contains("-10.00%") && text.contains("9.5k") && text.contains("5.0%"), "{text}");
-    }
-
-    #[test]
-    fn what_is_open_is_told_and_no_failure() {
-        let (text, over) = table(&[record(90_000, true)], &known("[open]\n\"dirty 2+\" = \"who knows\""), &[]);
-        assert!(over.is_empty() && text.contains("open: 6.12.111, bitmap: dirty 2+: who knows"), "{text}");
-        let (text, _) = table(&[record(100_000, true)], &known("[open]\n\"dirty 2+\" = \"who knows\""), &[]);
-        assert!(!text.contains("open:"), "{text}");
     }
 
     #[test]

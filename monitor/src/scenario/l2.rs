@@ -5,6 +5,7 @@ use crate::cli::{NestedArgs, RunArgs};
 use crate::failure::Failure;
 use crate::kvm::Backing;
 use crate::nested::{self, FirstReads, Means, Mechanism, source};
+use crate::progress::Progress;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -293,6 +294,28 @@ pub fn fault_source(given: &NestedArgs) -> Result<Option<source::Kind>, Failure>
     let sources = source::Kind::ALL.map(|kind| (kind.name(), Some(kind)));
     let sources: Vec<_> = sources.into_iter().chain([("auto", None)]).collect();
     given.fault_source.as_deref().map_or(Ok(None), |text| named("fault-source", text, &sources))
+}
+
+/// The fault source that was `asked` for, or the first of `kinds` that this host has and that tells of writes to read-only pages where L2 has
+/// some. Of the latter a line of progress begins with `means`.
+///
+/// # Errors
+/// [`Failure::NotHere`] with what each of them lacks.
+pub fn choose_source(
+    asked: Option<source::Kind>,
+    kinds: &[source::Kind],
+    read_only: bool,
+    means: &str,
+    progress: &Progress,
+) -> Result<source::Kind, Failure> {
+    if let Some(kind) = asked {
+        kind.open_for(read_only)?;
+        return Ok(kind);
+    }
+    let (kind, missing) = source::first(kinds, read_only)?;
+    let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
+    progress.step(&format!("{means}fault source {kind}{missing}"));
+    Ok(kind)
 }
 
 /// When L2's pages are first touched, and what is made of it; into `config` too.

@@ -7,20 +7,20 @@
 //! The trackers track L1's pages, as a VMM does that migrates a guest hypervisor.
 
 use super::Setup;
-use super::l2::{FirstTouch, L2Options, Nesting};
+use super::l2::{self, FirstTouch, L2Options, Nesting};
 use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
 use crate::guest::Plan;
 use crate::host;
 use crate::hostmm::udmabuf::Udmabuf;
 use crate::kvm::{self, capabilities};
-use crate::nested::{Means, Options, source};
+use crate::nested::{Means, Options};
 use crate::progress::Progress;
 use crate::report::Record;
 use crate::report::record::{Row, Rows};
 use crate::track::Kind;
 use umbra_shared::Level;
-use umbra_shared::nested::{AliasKind, Flags, Format, Nested, Way};
+use umbra_shared::nested::{AliasKind, Flags, Format, Way};
 use umbra_shared::protocol::Command;
 
 /// The first entry maps what every entry needs; this one is warm.
@@ -103,20 +103,6 @@ pub(super) fn plan(setup: &Setup, l2: &L2Options, nesting: Nesting) -> Result<Pl
     Ok(plan)
 }
 
-/// The fault source that was asked for, or the cheapest that this host has and `means` can do with.
-fn fault_source(l2: &L2Options, means: Means, nested: Nested, progress: &Progress) -> Result<source::Kind, Failure> {
-    // A page is read-only until its dirty flag is set, until the strategy opens it, or because L1 edits its table at random.
-    let read_only = nested.flags == Flags::Clear || l2.edits > 0 || means.traps();
-    if let Some(kind) = l2.source {
-        kind.open_for(read_only)?;
-        return Ok(kind);
-    }
-    let (kind, missing) = source::first(means.mechanism.sources(), read_only)?;
-    let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
-    progress.step(&format!("umbra:{means}: fault source {kind}{missing}"));
-    Ok(kind)
-}
-
 /// How L2 runs by `means`.
 pub(super) fn shadow(
     setup: &Setup,
@@ -124,9 +110,12 @@ pub(super) fn shadow(
     means: Means,
     progress: &Progress,
 ) -> Result<Option<Options>, Failure> {
-    let (Some(l2), Some(nested)) = (&setup.l2, plan.nested) else { return Ok(None) };
-    let source = fault_source(l2, means, nested, progress)?;
-    Ok(Some(l2.options(means, source, plan.backing)))
+    let (Some(given), Some(nested)) = (&setup.l2, plan.nested) else { return Ok(None) };
+    // A page is read-only until its dirty flag is set, until the strategy opens it, or because L1 edits its table at random.
+    let read_only = nested.flags == Flags::Clear || given.edits > 0 || means.traps();
+    let source =
+        l2::choose_source(given.source, means.mechanism.sources(), read_only, &format!("umbra:{means}: "), progress)?;
+    Ok(Some(given.options(means, source, plan.backing)))
 }
 
 fn not_here(capability: &'static str, consequence: &str) -> Failure {

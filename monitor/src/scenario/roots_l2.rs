@@ -87,18 +87,6 @@ impl Cure {
         Ok(Some(Self { policy, source: l2::fault_source(&args.nested)? }))
     }
 
-    /// The fault source that was asked for, or the cheapest that this host has.
-    fn fault_source(self, progress: &Progress) -> Result<source::Kind, Failure> {
-        if let Some(kind) = self.source {
-            kind.open_for(false)?;
-            return Ok(kind);
-        }
-        let (kind, missing) = source::first(&source::Kind::ALL, false)?;
-        let missing = if missing.is_empty() { String::new() } else { format!(" ({})", missing.join("; ")) };
-        progress.step(&format!("fault source {kind}{missing}"));
-        Ok(kind)
-    }
-
     /// The machine, with an L2 whose pages are those of L1, in order. In the observed pass its roots are logged.
     ///
     /// # Errors
@@ -109,7 +97,7 @@ impl Cure {
             .map_err(|error| Failure::Input(format!("--memory: {error}")))?;
         let nested =
             Nested { way: Way::Umbra, map, format: Format::Ept, flags: Flags::Unused, fill_batch: 0, remaps: 0 };
-        let source = self.fault_source(progress)?;
+        let source = l2::choose_source(self.source, &source::Kind::ALL, false, "", progress)?;
         // Nothing tracks here.
         let means = Means { strategy: "log", mechanism: Mechanism::KvmBitmap };
         let pieces = !setup.plan.backing.is_huge();

@@ -146,8 +146,9 @@ impl Storm<'_> {
                     written.insert(page(offset));
                 }
             }
-            if *before == 0 && now > 0 {
-                // The handler's code was first mapped by a fetch while logging was on: KVM counts that as a write, as it does in every view.
+            if now > *before {
+                // The handler's code is first mapped by a fetch while logging is on, which KVM counts as a write, as it does in every view: once where
+                // roots are kept, after each teardown else.
                 explained.insert(page(smm::ENTRY));
             }
         }
@@ -162,6 +163,7 @@ impl Storm<'_> {
         }
         self.add("smram_pages_written", verdict.pages.written);
         self.add("smram_pages_logged", verdict.pages.reported);
+        self.add("smram_pages_explained", verdict.pages.explained);
         Ok(())
     }
 
