@@ -138,7 +138,7 @@ pub fn raced(row: &umbra::report::record::Row, edits: u64) {
     for (name, least) in [("reads", edits), ("writes", edits), ("violations", edits / 4), ("raced", edits / 20)] {
         assert!(count(name) > least, "{}: {:?}", row.name, row.counters);
     }
-    assert!(count("overwritten") * 10 < count("writes"), "{}: {:?}", row.name, row.counters);
+    assert!(count("overwritten") * 4 < count("writes"), "{}: {:?}", row.name, row.counters);
     assert_eq!(count("different"), 0, "{}", row.name);
     let l2 = row.truth.l2.as_ref().map(|l2| l2.pages).unwrap_or_default();
     for pages in [row.truth.pages, l2] {

@@ -1,5 +1,5 @@
 //! L2's windows in a process whose mappings are nearly used up: pages are evicted, and come back by faults. The one test of its program, since it
-//! takes most of the mappings that a process can have (vm.max_map_count).
+//! takes most of the mappings that a process can have (`vm.max_map_count`).
 
 use std::fs;
 use umbra::cli::{self, Command, RunArgs};

@@ -3,6 +3,7 @@
 use super::Tables;
 use crate::hostmm::{Hva, Stretch};
 use crate::nested::memory::InFile;
+use rustix::io::Errno;
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::io;
@@ -41,7 +42,17 @@ pub fn map_untouchable(stretch: Stretch, file: &OwnedFd, offset: u64) -> io::Res
     let (address, length) = at(stretch);
     let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
     // SAFETY: as in `map`.
-    unsafe { mm::mmap(address, length, ProtFlags::empty(), flags, file, offset) }?;
+    let map = || unsafe { mm::mmap(address, length, ProtFlags::empty(), flags, file, offset) };
+    match map() {
+        Err(Errno::NOMEM) => {
+            // Who has one mapping more than can be gets none, not even in place of others (`do_mmap` in `mm/mmap.c`): those go first.
+            unmap(stretch)?;
+            map()?;
+        }
+        other => {
+            other?;
+        }
+    }
     Ok(())
 }
 

@@ -37,6 +37,8 @@ struct State {
     windows: Vec<Window>,
     /// Pages without rights, until their fault is settled.
     blocked: BTreeSet<Hva>,
+    /// Windows without rights, where the process had no room for the mapping that one page takes.
+    whole: Vec<Stretch>,
     /// The last fault of each thread.
     faults: BTreeMap<u64, Fault>,
     /// What ended the thread.
@@ -53,8 +55,25 @@ impl State {
         found.ok_or_else(|| outside(stretch))
     }
 
-    /// Gives blocked pages their rights back.
+    /// Takes a page's rights away, so that the access that waits there fails.
+    fn block(&mut self, page: Stretch) -> io::Result<()> {
+        if !self.blocked.insert(page.start) {
+            return Ok(());
+        }
+        match pages::admit(page, false) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                let (window, _) = self.window(page)?;
+                let all = window.hole.window();
+                self.whole.push(all);
+                pages::admit(all, false)
+            }
+            other => other,
+        }
+    }
+
+    /// Gives what is blocked its rights back.
     fn release(&mut self) -> io::Result<()> {
+        std::mem::take(&mut self.whole).into_iter().try_for_each(|window| pages::admit(window, true))?;
         std::mem::take(&mut self.blocked)
             .into_iter()
             .try_for_each(|start| pages::admit(Stretch { start, pages: 1 }, true))
@@ -98,9 +117,7 @@ impl Shared {
         if refused {
             let fault = Fault { place: Place::Hva(page.start), write, table_walk: false };
             state.faults.insert(thread, fault);
-            if state.blocked.insert(page.start) {
-                pages::admit(page, false).map_err(|error| Error::call("mprotect of a page that L2 touched", error))?;
-            }
+            state.block(page).map_err(|error| Error::call("mprotect of a page that L2 touched", error))?;
         }
         drop(state);
         self.userfault.wake(page)
@@ -231,6 +248,9 @@ impl Source for Userfaults {
     fn settled(&self, fault: &Fault) -> io::Result<()> {
         let Place::Hva(start) = fault.place else { return Ok(()) };
         let mut state = self.shared.state();
+        if !state.whole.is_empty() {
+            return state.release();
+        }
         if state.blocked.remove(&start) {
             pages::admit(Stretch { start, pages: 1 }, true)?;
         }

@@ -217,7 +217,9 @@ impl<'a> Race<'a> {
         self.harvests += 1;
         if self.setup.inject == Some(Fault::LosePage) {
             let first = self.reported.iter().next();
-            first.into_iter().for_each(|page| self.reported.remove(page));
+            if let Some(page) = first {
+                self.reported.remove(page);
+            }
         }
         for page in self.reported.iter() {
             self.copy.copy(machine.vm(), page);
