@@ -37,9 +37,12 @@ fn mappings_beyond_what_a_process_can_have_are_evicted() {
     }
     let taken = take_mappings();
     for (words, raced) in [
-        ("--memory 8M --alias 2 --alias-kind scattered --nesting umbra --strategy log --edits 300", false),
         (
-            "--memory 8M --alias 2 --alias-kind scattered --nesting umbra --strategy log --edits 300 --race --vcpus 2",
+            "--memory 8M --alias 2 --alias-kind scattered --nesting umbra --strategy log --mechanism kvm-clear --edits 300",
+            false,
+        ),
+        (
+            "--memory 8M --alias 2 --alias-kind scattered --nesting umbra --strategy log --mechanism kvm-clear --edits 300 --race --vcpus 2",
             true,
         ),
     ] {

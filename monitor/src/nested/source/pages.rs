@@ -110,8 +110,9 @@ fn populate(stretch: Stretch, advice: Advice) {
 pub fn set_apart(stretch: Stretch) -> io::Result<()> {
     let (address, length) = at(stretch);
     // SAFETY: as above.
-    unsafe { mm::madvise(address, length, Advice::LinuxDontFork) }?;
-    Ok(())
+    let told = unsafe { mm::madvise(address, length, Advice::LinuxDontFork) };
+    // Where there is no room for one mapping more it says EAGAIN (madvise(2)), where the others say ENOMEM.
+    Ok(told.map_err(|error| if error == Errno::AGAIN { Errno::NOMEM } else { error })?)
 }
 
 /// What is mapped in the stretch may be read and written, or not be touched at all.
