@@ -177,7 +177,7 @@ bench-memory: build ## what KVM's own MMU takes in bytes, on four kernels, besid
 
 .PHONY: noise
 noise: build ## the noise floor: one run in eight images that are merely shifted, on an old and a new kernel
-	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(ARGS); done
+	@for kernel in 6.12 7.2; do $(UMBRA) lab noise --kernel $$kernel dirty-log $(if $(findstring --memory,$(ARGS)),,--memory 16M) $(ARGS); done
 
 .PHONY: bench-strategies
 bench-strategies: build shelf ## the shadow MMU's strategies on one run, in one table: each way to split and collapse, in the lab

@@ -1,5 +1,5 @@
 //! Every way in which a lab machine can die, on a real boot each: one clear line of its own, the right exit code, and nothing left
-//! behind; and two jobs that share a boot. Words choose some of them. This program is the test, the lab's user (`--drive CASE`) and the
+//! behind. Words choose some of them. This program is the test, the lab's user (`--drive CASE`) and the
 //! lab's PID 1 (which dies as the kernel's command line says).
 
 use rustix::process::{Pid, Signal, getpid, kill_process};
@@ -8,6 +8,7 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 use umbra::Failure;
 use umbra::cli;
@@ -80,26 +81,36 @@ fn main() {
     // The kernel is fetched here if need be, where nobody measures the time.
     let shelf = shelf::shelf();
     shelf.kernel(None).expect("a default").ensure(&Progress::stderr()).expect("the default kernel");
-    let tried = |name: &str, test: &dyn Fn()| {
-        if words.is_empty() || words.iter().any(|word| word == name) {
+    let named = |name: &str| words.iter().any(|word| word == name);
+    let cases = CASES.iter().chain(LONG_CASES.iter().filter(|(case, ..)| named(case)));
+    let mut tests: Vec<Test> =
+        cases.map(|&(case, code, line)| (case.to_owned(), Box::new(move || dies(case, code, line)) as _)).collect();
+    for (machine, case) in [("", "silent"), ("vmx-", "vmx-silent")] {
+        for (name, signal, code) in
+            [("sigint", Signal::INT, Some(130)), ("sigterm", Signal::TERM, Some(130)), ("sigkill", Signal::KILL, None)]
+        {
+            tests.push((format!("{machine}{name}"), Box::new(move || ends_on(case, signal, code))));
+        }
+    }
+    tests.retain(|(name, _)| words.is_empty() || named(name));
+    // Most of a death is the boot before it, on one CPU: two at a time.
+    let tests = Mutex::new(tests.into_iter());
+    let next = || tests.lock().expect("no test runs while it is held").next();
+    let try_all = || {
+        while let Some((name, test)) = next() {
             let begun = Instant::now();
             test();
             println!("{name}: {:.1} s", begun.elapsed().as_secs_f32());
         }
     };
-    for (case, code, line) in CASES {
-        tried(case, &|| dies(case, *code, line));
-    }
-    for (case, code, line) in LONG_CASES.iter().filter(|(case, ..)| words.iter().any(|word| word == case)) {
-        tried(case, &|| dies(case, *code, line));
-    }
-    tried("two-jobs", &shares_a_boot);
-    for (machine, case) in [("", "silent"), ("vmx-", "vmx-silent")] {
-        tried(&format!("{machine}sigint"), &|| ends_on(case, Signal::INT, Some(130)));
-        tried(&format!("{machine}sigterm"), &|| ends_on(case, Signal::TERM, Some(130)));
-        tried(&format!("{machine}sigkill"), &|| ends_on(case, Signal::KILL, None));
-    }
+    std::thread::scope(|scope| {
+        scope.spawn(try_all);
+        scope.spawn(try_all);
+    });
 }
+
+/// A test by its name.
+type Test = (String, Box<dyn Fn() + Send>);
 
 /// What PID 1 does instead of its work.
 fn die(how: &str) -> ! {
@@ -150,33 +161,6 @@ fn drive(case: &str) -> Result<(), Failure> {
     let limits = Limits { silent: seconds("silent", 20), wall: seconds("late", 2) };
     let mut results = lab::boot_within(&machine, &[args], limits, &Progress::Silent)?;
     results.pop().expect("a result for the job").map(|_| ())
-}
-
-/// Two jobs, the first of which fails: each has its own result.
-fn shares_a_boot() {
-    let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&Progress::Silent).expect("the kernel");
-    let param = "kvm.tdp_mmu=0".parse().expect("a parameter");
-    let (init, append) = ("/proc/self/exe".into(), "death=none".to_owned());
-    let (emulator, clock) = (Emulator::Qemu, Clock::Instructions);
-    let machine = Machine { emulator, kernel, clock, cpus: None, params: vec![param], init, append };
-    let jobs = [&["no-such-scenario"][..], &["dirty-log", "--memory=2M", "--tracker=clear", "--backing=hugetlb"]].map(
-        |words| match cli::parse(["umbra", "run"].iter().chain(words).map(ToString::to_string))
-            .expect("good words")
-            .command
-        {
-            cli::Command::Run(args) => args,
-            other => panic!("{other:?}"),
-        },
-    );
-    let results = lab::boot(&machine, &jobs, &Progress::Silent).expect("a boot");
-    assert!(matches!(&results[0], Err(Failure::Input(_))), "{:?}", results[0]);
-    let record = results[1].as_ref().expect("a record");
-    assert_eq!((record.host.ground.as_str(), record.host.deterministic), ("lab", true));
-    assert_eq!(record.host.params["kvm.tdp_mmu"], "N");
-    assert_eq!(record.host.kernel_package, Some(machine.kernel.package()));
-    assert!(record.host.emulator.as_ref().is_some_and(|emulator| emulator.starts_with("QEMU ")), "{record:?}");
-    assert!(record.host.image_sha256.as_ref().is_some_and(|hash| hash.len() == 64), "{record:?}");
-    assert_eq!(record.measured().count(), 1);
 }
 
 /// A copy of a cache entry whose manifest does not list kvm, which kvm-amd needs.

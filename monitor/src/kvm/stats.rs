@@ -1,6 +1,7 @@
 //! KVM's binary statistics (Documentation/virt/kvm/api.rst, 4.133; since Linux 5.14), and what older kernels have of them in debugfs.
 
 use super::{Error, ioctls};
+use crate::host;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -22,7 +23,7 @@ pub enum Stats {
 }
 
 /// Files of debugfs (5.10: arch/x86/kvm/x86.c, `debugfs_entries`) that count what binary statistics count too. There `largepages` are those
-/// of 2 MiB and of 1 GiB; `pf_taken` has no counterpart.
+/// of 2 MiB and of 1 GiB, which only the older MMU counts; `pf_taken` has no counterpart.
 const IN_DEBUGFS: &[(&str, &str)] =
     &[("pages_2m", "largepages"), ("pf_fixed", "pf_fixed"), ("remote_tlb_flush", "remote_tlb_flush")];
 
@@ -72,7 +73,8 @@ impl Stats {
         let name = format!("{}-{}", std::process::id(), vm.as_raw_fd());
         let directory = PathBuf::from("/sys/kernel/debug/kvm").join(name);
         let files = IN_DEBUGFS.iter().map(|&(name, file)| (name, directory.join(file)));
-        let files: Vec<_> = files.filter(|(_, file)| file.exists()).collect();
+        let uncounted = host::two_dimensional_paging() && host::parameter("kvm", "tdp_mmu").is_some_and(|on| on == "Y");
+        let files: Vec<_> = files.filter(|(name, file)| file.exists() && !(uncounted && *name == "pages_2m")).collect();
         (!files.is_empty()).then_some(Self::Files(files))
     }
 

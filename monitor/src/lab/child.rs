@@ -76,6 +76,18 @@ impl Child {
         }
         Ok(status)
     }
+
+    /// For how long its threads could have run so far while others had the CPUs: the second number of each one's schedstat, in nanoseconds
+    /// (kernel: Documentation/scheduler/sched-stats.rst). Zero where the kernel does not tell.
+    #[must_use]
+    pub fn starved(&self) -> Duration {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", self.process.id()));
+        let waited = threads.into_iter().flatten().flatten().filter_map(|thread| {
+            let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+            text.split(' ').nth(1)?.parse::<u64>().ok()
+        });
+        Duration::from_nanos(waited.sum())
+    }
 }
 
 impl Drop for Child {
@@ -159,6 +171,23 @@ mod tests {
         let failure = Child::command("no-such-program", "no-such-package").map(|_| ()).unwrap_err();
         assert!(matches!(failure, Failure::NotHere(_)));
         assert!(failure.to_string().contains("no-such-program is not installed"), "{failure}");
+    }
+
+    #[test]
+    fn who_shares_a_cpu_waits_for_it() {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:")).unwrap();
+        let first = allowed.trim().split(['-', ',']).next().unwrap();
+        let spin = || {
+            let mut command = Child::command("taskset", "util-linux").unwrap();
+            Child::spawn(command.args(["-c", first, "sh", "-c", "while :; do :; done"])).unwrap()
+        };
+        let spinning = [spin(), spin()];
+        let both_waited = || spinning.iter().all(|child| child.starved() > 2 * TICK);
+        assert!((0..500).any(|_| {
+            std::thread::sleep(TICK);
+            both_waited()
+        }));
     }
 
     #[test]

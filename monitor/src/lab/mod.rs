@@ -184,7 +184,7 @@ pub fn boot(machine: &Machine, jobs: &[RunArgs], progress: &Progress) -> Result<
     boot_within(machine, jobs, limits(machine, jobs), progress)
 }
 
-/// The limits of wall time for a boot with these jobs.
+/// The limits for a boot with these jobs.
 fn limits(machine: &Machine, jobs: &[RunArgs]) -> Limits {
     let slowness = machine.emulator.slowness();
     Limits {
@@ -193,7 +193,7 @@ fn limits(machine: &Machine, jobs: &[RunArgs]) -> Limits {
     }
 }
 
-/// [`boot`] with limits of wall time.
+/// [`boot`] within limits.
 ///
 /// # Errors
 /// As [`boot`].
@@ -223,7 +223,7 @@ fn boot_image(
     let mute = machine.kernel.is_own() && tail.is_empty() && matches!(error, Some(watch::Error::Silent { .. }));
     let why = if mute { Some(machine.mute().into()) } else { error.map(Failure::from) };
     // Bad input says all there is to say.
-    if broke || matches!(why, Some(Failure::Check(_))) {
+    if !tail.is_empty() && (broke || matches!(why, Some(Failure::Check(_)))) {
         eprintln!("umbra: the lab's console ended with");
         for line in tail {
             eprintln!("  {line}");

@@ -1,4 +1,4 @@
-//! Following a running lab machine to its end: messages, limits of wall time, and what a death was.
+//! Following a running lab machine to its end: messages, limits of time, and what a death was.
 
 use super::child::Child;
 use super::console;
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 /// After the last message, a panic or damage the machine has this long to end by itself.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Limits of wall time.
+/// Limits of the time that a machine has: the wall's, less what its emulator waited for a CPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Without a byte on either serial port.
@@ -109,6 +109,24 @@ pub struct Outcome {
     pub tail: Vec<String>,
 }
 
+/// A stretch of the time that a machine has.
+struct Spell {
+    begun: Instant,
+    starved: Duration,
+}
+
+impl Spell {
+    fn begin(child: &Child) -> Self {
+        Self { begun: Instant::now(), starved: child.starved() }
+    }
+
+    /// Whether it is longer than `limit`.
+    fn exceeds(&self, limit: Duration, child: &Child) -> bool {
+        let starved = || child.starved().saturating_sub(self.starved);
+        self.begun.elapsed() > limit && self.begun.elapsed().saturating_sub(starved()) > limit
+    }
+}
+
 /// A file that grows.
 struct Tail(File);
 
@@ -185,13 +203,13 @@ pub fn run(
 
 impl Watch<'_> {
     fn follow(&mut self, mut child: Child, directory: &Path, limits: Limits) -> Result<Option<Error>, Failure> {
-        let begun = Instant::now();
-        let mut heard = begun;
+        let begun = Spell::begin(&child);
+        let mut heard = Spell::begin(&child);
         let status = loop {
             let status = child.tick()?;
             match self.listen() {
                 Ok(true) if self.emulator.began_anew(&self.console_text()) => break ExitStatus::default(),
-                Ok(true) => heard = Instant::now(),
+                Ok(true) => heard = Spell::begin(&child),
                 Ok(false) => {}
                 Err(error) => return Ok(Some(error)),
             }
@@ -202,9 +220,9 @@ impl Watch<'_> {
                 if since.elapsed() > GRACE {
                     break ExitStatus::default();
                 }
-            } else if heard.elapsed() > limits.silent {
+            } else if heard.exceeds(limits.silent, &child) {
                 return Ok(Some(Error::Silent { doing: self.doing.clone(), limit: limits.silent }));
-            } else if begun.elapsed() > limits.wall {
+            } else if begun.exceeds(limits.wall, &child) {
                 return Ok(Some(Error::TimeOut { doing: self.doing.clone(), limit: limits.wall }));
             }
         };

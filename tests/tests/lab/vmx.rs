@@ -1,99 +1,55 @@
-//! The lab's Intel machine: one boot, everything asserted on its Records.
+//! The lab's Intel machine.
 //!
 //! Figures hold for the pinned kernel package (images/kernels.toml) and the Bochs that they were measured with; with others only truth and
 //! counts are checked, and a line says so.
 
-use std::sync::OnceLock;
-use umbra::cli::{self, Command};
-use umbra::ground::Clock;
-use umbra::lab::emulator::Emulator;
-use umbra::lab::{self, Machine, shelf};
-use umbra::progress::Progress;
+use crate::boots::{self, Boot, PINNED, row};
 use umbra::report::record::{Record, Row};
 use umbra_shared::violation::CASES;
 
-/// What FIGURES was measured with.
-const PINNED: (&str, &str) = ("6.12.111-1~deb12u1", "Bochs 2.7");
+/// What figures were measured with, beside the kernel.
+const BOCHS: &str = "Bochs 2.7";
 
 const PAGES: u64 = 4096;
 /// Entries of a page-modification log (SDM 3, 29.3.6).
 const LOG: u64 = 512;
 
+/// The runs: `dirty-log` with the trackers that a bitmap is behind, `soak`, [`NESTED`], what L1 is told of violations, and 500 random edits.
+pub const JOBS: &[&str] = &[DIRTY_LOG, SOAK, NESTED[0], NESTED[1], NESTED[2], VIOLATIONS, EDITS];
+const DIRTY_LOG: &str = "dirty-log --memory 16M --tracker bitmap,clear+init-set";
+const SOAK: &str = "soak --memory 4M --seconds 1 --tracker bitmap,clear";
 /// `nested`: KVM's own nested VMX. One entry a violation; aliases on two vCPUs by a table that L1 fills; A and D set beforehand.
 const NESTED: [&str; 3] = [
     "nested --memory 4M --tracker clear --backing anonymous --rounds 2 --nesting plain,vmx",
     "nested --memory 1M --tracker bitmap --backing anonymous --rounds 1 --nesting vmx --fill-batch 8 --vcpus 2 --alias 2 --alias-kind scattered",
     "nested --memory 2M --tracker clear+init-set --rounds 2 --nesting vmx --leaf 2m --accessed-dirty preset",
 ];
-
-/// The Records of one boot: `dirty-log` with the trackers that a bitmap is behind, `soak`, and [`NESTED`].
-fn records() -> &'static [Record] {
-    static RECORDS: OnceLock<Vec<Record>> = OnceLock::new();
-    RECORDS.get_or_init(|| {
-        let [first, second, third] = NESTED;
-        let violations = "violations --memory 1M";
-        let edits = "edits --memory 4M --alias 2 --nesting vmx,umbra --strategy log --mechanism kvm-clear";
-        let jobs = [
-            "dirty-log --memory 16M --tracker bitmap,clear+init-set",
-            "soak --memory 4M --seconds 1 --tracker bitmap,clear",
-            first,
-            second,
-            third,
-            violations,
-            edits,
-        ];
-        let jobs = jobs.map(|words| {
-            let words = ["umbra", "run"].into_iter().chain(words.split(' ')).map(str::to_owned);
-            match cli::parse(words).expect("good words").command {
-                Command::Run(args) => args,
-                other => panic!("{other:?}"),
-            }
-        });
-        let progress = Progress::stderr();
-        let kernel = shelf::shelf().kernel(None).expect("a default").ensure(&progress).expect("the default kernel");
-        let machine = Machine {
-            emulator: Emulator::Bochs,
-            kernel,
-            clock: Clock::Instructions,
-            cpus: None,
-            params: Vec::new(),
-            init: umbra_tests::binary(),
-            append: String::new(),
-        };
-        let results = lab::boot(&machine, &jobs, &progress).expect("the lab boots");
-        results.into_iter().map(|result| result.expect("a Record")).collect()
-    })
-}
-
-fn row<'a>(record: &'a Record, name: &str) -> &'a Row {
-    record.measured().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name}"))
-}
+const VIOLATIONS: &str = "violations --memory 1M";
+const EDITS: &str = "edits --memory 4M --alias 2 --nesting vmx,umbra --strategy log --mechanism kvm-clear";
 
 /// A phase of the timed pass, for each page; the cheapest of the rounds from `from` on.
 fn timed(row: &Row, phase: &str, from: u64) -> u64 {
-    let rounds = row.phases.iter().filter(|p| p.pass == "timed" && p.phase == phase && p.round >= from);
-    rounds.map(|p| p.value).min().unwrap_or_else(|| panic!("{} has no {phase}", row.name)) / PAGES
+    boots::timed(row, phase, from) / PAGES
 }
 
 #[test]
 fn the_machine_is_an_intel_one_and_its_truth_holds() {
-    for record in records() {
-        assert_eq!(record.faults(), [""; 0], "{:?}", record.config);
-        let host = &record.host;
+    for job in JOBS {
+        let host = &Boot::Intel.good(job).host;
         assert_eq!((&*host.vendor, &*host.clock, host.deterministic), ("intel", "instructions", true));
         assert!(host.emulator.as_ref().is_some_and(|emulator| emulator.starts_with("Bochs ")), "{host:?}");
         for name in ["ept", "eptad", "pml", "nested", "unrestricted_guest"] {
             assert_eq!(host.params[&format!("kvm_intel.{name}")], "Y", "{name}");
         }
     }
-    for row in records()[0].measured() {
+    for row in Boot::Intel.good(DIRTY_LOG).measured() {
         for round in &row.truth.rounds {
             let pages = round.pages;
             let counts = (pages.written, pages.reported, pages.missed, pages.extra, pages.explained);
             assert_eq!(counts, (PAGES, PAGES, 0, 0, 0), "{} round {}", row.name, round.round);
         }
     }
-    for row in records()[1].measured() {
+    for row in Boot::Intel.good(SOAK).measured() {
         assert!(row.counters["harvests"].value > 3 && row.counters["guest_rounds"].value > 3, "{:?}", row.counters);
     }
 }
@@ -104,7 +60,7 @@ fn the_machine_is_an_intel_one_and_its_truth_holds() {
 fn full_logs_are_as_many_as_512_entries_imply() {
     // The first round after init-set logs nothing: all pages are reported anyway, so no D bit is cleared.
     for (name, rounds) in [("bitmap", 3), ("clear+init-set", 2)] {
-        let counters = &row(&records()[0], name).counters;
+        let counters = &row(Boot::Intel.good(DIRTY_LOG), name).counters;
         let count = |name: &str| counters.get(name).unwrap_or_else(|| panic!("no {name}: {counters:?}")).value;
         let (full, at_most) = (count("pml_full"), rounds * PAGES / LOG);
         assert!((at_most - 2 * rounds..=at_most).contains(&full), "{name}: {full} full logs in {rounds} rounds");
@@ -116,10 +72,10 @@ fn full_logs_are_as_many_as_512_entries_imply() {
 
 #[test]
 fn a_written_page_costs_a_sixteenth_of_a_fault() {
-    let record = &records()[0];
+    let record = Boot::Intel.good(DIRTY_LOG);
     let host = &record.host;
     let found = (host.kernel_package.clone().unwrap_or_default(), host.emulator.clone().unwrap_or_default());
-    if !found.0.contains(PINNED.0) || !found.1.starts_with(PINNED.1) {
+    if !found.0.contains(PINNED) || !found.1.starts_with(BOCHS) {
         eprintln!("not the pinned kernel and Bochs, but {found:?}: figures are not compared");
         return;
     }
@@ -135,7 +91,7 @@ fn a_written_page_costs_a_sixteenth_of_a_fault() {
 }
 
 fn nested(job: usize) -> &'static Record {
-    &records()[2 + job]
+    Boot::Intel.good(NESTED[job])
 }
 
 #[test]
@@ -170,7 +126,7 @@ fn nested_vmx_does_not_use_the_log() {
 /// leaves out a bit that the manual has (scenario/violations.rs).
 #[test]
 fn violations_carry_the_same_qualification_under_kvm_and_umbra() {
-    let record = &records()[2 + NESTED.len()];
+    let record = Boot::Intel.good(VIOLATIONS);
     let row = row(record, "vmx");
     assert_eq!(row.truth.faults, [""; 0]);
     let count = |name: &str| row.counters[name].value;
@@ -187,7 +143,7 @@ fn violations_carry_the_same_qualification_under_kvm_and_umbra() {
 /// 500 edits of EPT12: KVM's nested VMX and Umbra's L2, whose writes the processor logs, agree with the walker on every value and every qualification.
 #[test]
 fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
-    let record = records().last().expect("the last job");
+    let record = Boot::Intel.good(EDITS);
     assert_eq!(record.faults(), [""; 0]);
     for name in ["vmx", "umbra:log@kvm-clear"] {
         umbra_tests::edited(row(record, name), 500);

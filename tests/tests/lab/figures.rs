@@ -1,122 +1,39 @@
-//! Runs in the lab: two boots of the same jobs, everything asserted on their Records.
+//! `dirty-log` and `model` on the machine svm.
 //!
-//! What is asserted to the digit or to a few percent holds for the pinned kernel package (images/kernels.toml); with another of the
-//! series only truth and exactness are checked, and a line says so.
+//! What is asserted to a few percent holds for the pinned kernel package (images/kernels.toml); with another of the series only truth and exactness are
+//! checked, and a line says so.
 
-use std::sync::OnceLock;
+use crate::boots::{Boot, is_pinned, row, timed};
 use umbra::Failure;
-use umbra::cli::{self, Command, RunArgs};
-use umbra::ground::Clock;
-use umbra::lab::emulator::Emulator;
-use umbra::lab::{self, Machine, shelf};
+use umbra::lab::shelf;
 use umbra::progress::Progress;
-use umbra::report::record::{Record, Row};
 
-/// The kernel that the figures of FIGURES were measured on.
-const PINNED: &str = "6.12.111-1~deb12u1";
-
-/// The jobs of one boot.
-const JOBS: &[&[&str]] = &[
-    &["dirty-log"],
-    &["dirty-log", "--memory", "16M", "--backing", "anonymous"],
-    &["dirty-log", "--memory", "16M", "--pattern", "empty", "--tracker", "bitmap,clear"],
-    &[
-        "dirty-log",
-        "--memory",
-        "15M",
-        "--slots",
-        "3",
-        "--vcpus",
-        "2",
-        "--pattern",
-        "random",
-        "--write-percent",
-        "25",
-        "--guest-page",
-        "4k",
-    ],
-    &[
-        "dirty-log",
-        "--memory",
-        "16M",
-        "--backing",
-        "hugetlb",
-        "--tracker",
-        "clear+init-set",
-        "--chunk",
-        "512",
-        "--guest-page",
-        "2m",
-    ],
-    &["dirty-log", "--memory", "4M", "--tracker", "clear", "--inject", "lose-page"],
-    &["model", "--memory", "16M", "--leaf", "2m", "--split", "shatter"],
+/// The runs.
+pub const JOBS: &[&str] = &[
+    DIRTY_LOG,
+    "dirty-log --memory 16M --backing anonymous",
+    EMPTY,
+    QUARTER,
+    "dirty-log --memory 16M --backing hugetlb --tracker clear+init-set --chunk 512 --guest-page 2m",
+    MODEL,
 ];
+const DIRTY_LOG: &str = "dirty-log";
+const EMPTY: &str = "dirty-log --memory 16M --pattern empty --tracker bitmap,clear";
+const QUARTER: &str = "dirty-log --memory 15M --slots 3 --vcpus 2 --pattern random --write-percent 25 --guest-page 4k";
+const MODEL: &str = "model --memory 16M --leaf 2m --split shatter";
 
-fn args(words: &[&str]) -> RunArgs {
-    match cli::parse(["umbra", "run"].iter().chain(words).map(ToString::to_string)).expect("good words").command {
-        Command::Run(args) => args,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn boot(clock: Clock, jobs: &[&[&str]], params: &[&str]) -> Vec<Result<Record, Failure>> {
-    let progress = Progress::stderr();
-    let kernel = shelf::shelf().kernel(None).expect("a default kernel").ensure(&progress).expect("the default kernel");
-    let machine = Machine {
-        emulator: Emulator::Qemu,
-        kernel,
-        clock,
-        cpus: None,
-        params: params.iter().map(|param| param.parse().expect("a parameter")).collect(),
-        init: umbra_tests::binary(),
-        append: String::new(),
-    };
-    let jobs: Vec<_> = jobs.iter().map(|words| args(words)).collect();
-    lab::boot(&machine, &jobs, &progress).expect("the lab boots")
-}
-
-/// The Records of two boots of [`JOBS`].
-fn twice() -> &'static [Vec<Record>; 2] {
-    static RECORDS: OnceLock<[Vec<Record>; 2]> = OnceLock::new();
-    RECORDS.get_or_init(|| {
-        // On two cores both boots fit side by side.
-        std::thread::scope(|scope| {
-            let boots = [(); 2].map(|()| {
-                scope.spawn(|| {
-                    let results = boot(Clock::Instructions, JOBS, &[]);
-                    results.into_iter().map(|result| result.expect("a Record")).collect::<Vec<_>>()
-                })
-            });
-            boots.map(|boot| boot.join().expect("a boot"))
-        })
-    })
-}
-
-fn row<'a>(record: &'a Record, name: &str) -> &'a Row {
-    record.measured().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name}"))
-}
-
-/// A phase of the timed pass; the cheapest of the rounds from `from` on.
-fn timed(row: &Row, phase: &str, from: u64) -> u64 {
-    let rounds = row.phases.iter().filter(|p| p.pass == "timed" && p.phase == phase && p.round >= from);
-    rounds.map(|p| p.value).min().unwrap_or_else(|| panic!("{} has no {phase}", row.name))
-}
-
-#[test]
-fn two_boots_agree_to_the_instruction() {
-    let [first, second] = twice();
-    for (first, second) in first.iter().zip(second) {
-        assert_eq!(first.to_json(), second.to_json());
-        assert_eq!(first.host.clock, "instructions");
-        assert!(first.host.deterministic && first.host.image_sha256.is_some() && first.host.kernel_package.is_some());
-    }
-}
+/// What runs without the instruction clock. The first one breaks, and the next has a boot that others use as well.
+pub const FAST: &[&str] = &[NO_SCENARIO, HUGETLB, SOAK, SPLIT, LOSES_A_PAGE];
+const NO_SCENARIO: &str = "no-such-scenario";
+const HUGETLB: &str = "dirty-log --memory 2M --tracker clear --backing hugetlb";
+const SOAK: &str = "soak --memory 4M --vcpus 2 --seconds 5";
+const SPLIT: &str = "dirty-log --memory 8M --write-percent 25 --pattern random --tracker bitmap,clear,ring";
+const LOSES_A_PAGE: &str = "dirty-log --memory 4M --tracker clear --inject lose-page";
 
 #[test]
 fn every_page_is_right() {
-    let [records, _] = twice();
-    for record in &records[..5] {
-        assert_eq!(record.faults(), [""; 0], "{:?}", record.config);
+    for job in &JOBS[..5] {
+        let record = Boot::First.good(job);
         for row in record.measured() {
             for round in &row.truth.rounds {
                 let pages = round.pages;
@@ -128,8 +45,7 @@ fn every_page_is_right() {
             }
         }
     }
-    let quarter = &records[3];
-    for row in quarter.measured() {
+    for row in Boot::First.good(QUARTER).measured() {
         for round in &row.truth.rounds {
             assert_eq!(round.pages.written, 3840 / 4, "{} round {}", row.name, round.round);
         }
@@ -138,15 +54,13 @@ fn every_page_is_right() {
 
 #[test]
 fn a_lost_page_is_caught_in_the_lab() {
-    let [records, _] = twice();
-    let faults = records[5].faults();
+    let faults = Boot::Wall.record(LOSES_A_PAGE).faults();
     assert!(faults.iter().any(|fault| fault.contains("round 2") && fault.contains("slot 1")), "{faults:?}");
 }
 
 #[test]
 fn windows_are_clean_and_rounds_repeat() {
-    let [records, _] = twice();
-    for row in records[0].measured() {
+    for row in Boot::First.good(DIRTY_LOG).measured() {
         for phase in row.phases.iter().filter(|phase| phase.pass == "timed") {
             assert!(phase.clean, "{} {} {}", row.name, phase.phase, phase.round);
         }
@@ -164,8 +78,7 @@ fn windows_are_clean_and_rounds_repeat() {
 
 #[test]
 fn the_harness_adds_nothing() {
-    let [records, _] = twice();
-    for row in records[2].measured() {
+    for row in Boot::First.good(EMPTY).measured() {
         // A dirty phase without an access: entering the guest, finding an empty plan, coming back.
         let empty = timed(row, "dirty", 1);
         assert!(empty <= 4_000, "{}: {empty} instructions in an empty round", row.name);
@@ -186,11 +99,8 @@ const FIGURES: &[(&str, &str, u64, u64)] = &[
 
 #[test]
 fn figures_are_those_of_the_peer() {
-    let [records, _] = twice();
-    let record = &records[0];
-    let package = record.host.kernel_package.clone().unwrap_or_default();
-    if !package.contains(PINNED) {
-        eprintln!("the pinned kernel {PINNED} is gone, this is {package}: figures are not compared");
+    let record = Boot::First.good(DIRTY_LOG);
+    if !is_pinned(record) {
         return;
     }
     for &(name, phase, from, expected) in FIGURES {
@@ -213,9 +123,8 @@ fn figures_are_those_of_the_peer() {
 
 #[test]
 fn the_shadow_mmu_is_measured_in_instructions() {
-    let [records, _] = twice();
-    let record = &records[6];
-    assert_eq!((record.faults().len(), record.measured().count()), (0, 7));
+    let record = Boot::First.good(MODEL);
+    assert_eq!(record.measured().count(), 7);
     assert_eq!((&*record.host.ground, &*record.host.clock), ("lab", "instructions"));
     // A trapped write costs more than one that the hardware tracks.
     let later = |name| timed(row(record, name), "dirty", 2);
@@ -236,26 +145,8 @@ fn the_shadow_mmu_is_measured_in_instructions() {
 /// over-reports are predicted.
 #[test]
 fn the_fast_machine_loses_nothing() {
-    let jobs: &[&[&str]] = &[
-        &["soak", "--memory", "4M", "--vcpus", "2", "--seconds", "5"],
-        &[
-            "dirty-log",
-            "--memory",
-            "8M",
-            "--write-percent",
-            "25",
-            "--pattern",
-            "random",
-            "--tracker",
-            "bitmap,clear,ring",
-        ],
-    ];
-    let records: Vec<_> = boot(Clock::Nanoseconds, jobs, &["kvm.eager_page_split=0", "kvm.tdp_mmu=0"])
-        .into_iter()
-        .map(Result::unwrap)
-        .collect();
-    for record in &records {
-        assert_eq!(record.faults(), [""; 0], "{:?}", record.config);
+    let records = [SOAK, SPLIT].map(|job| Boot::Wall.good(job));
+    for record in records {
         assert!(!record.host.deterministic && record.host.clock == "nanoseconds");
         assert_eq!((&*record.host.params["kvm.eager_page_split"], &*record.host.params["kvm.tdp_mmu"]), ("N", "N"));
     }
@@ -265,4 +156,17 @@ fn the_fast_machine_loses_nothing() {
     for row in records[1].measured() {
         assert!(row.truth.pages.explained > 0, "{}: nothing was mapped by a read", row.name);
     }
+}
+
+/// Each run of a boot has its own result, whatever came of the one before it.
+#[test]
+fn runs_that_share_a_boot_do_not_share_a_failure() {
+    let none = Boot::Wall.result(NO_SCENARIO);
+    assert!(matches!(none, Err(Failure::Input(_))), "{none:?}");
+    let record = Boot::Wall.good(HUGETLB);
+    assert_eq!((record.host.ground.as_str(), record.measured().count()), ("lab", 1));
+    let kernel = shelf::shelf().kernel(Some("6.12")).expect("a kernel").ensure(&Progress::Silent).expect("the kernel");
+    assert_eq!(record.host.kernel_package, Some(kernel.package()));
+    assert!(record.host.emulator.as_ref().is_some_and(|emulator| emulator.starts_with("QEMU ")), "{record:?}");
+    assert!(record.host.image_sha256.as_ref().is_some_and(|hash| hash.len() == 64), "{record:?}");
 }

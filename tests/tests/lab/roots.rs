@@ -1,14 +1,7 @@
-//! Roots: which changes of mode and slots cost a VM its page-table root, on a kernel that keeps roots and on one that does not. A boot of the
-//! lab each.
+//! Roots: which changes of mode and slots cost a VM its page-table root, on a kernel that keeps roots and on one that does not.
 
-use std::sync::OnceLock;
-use umbra::Failure;
-use umbra::cli::{self, Command, RunArgs};
-use umbra::ground::Clock;
+use crate::boots::Boot;
 use umbra::host;
-use umbra::lab::emulator::Emulator;
-use umbra::lab::{self, Machine, shelf};
-use umbra::progress::Progress;
 use umbra::report::record::{Record, RootLife, Row, Rows};
 use umbra_shared::toggle::Toggle;
 use umbra_tests::{kvm_here, record, refused};
@@ -16,59 +9,23 @@ use umbra_tests::{kvm_here, record, refused};
 /// Pages of every run here.
 const PAGES: u64 = 256;
 
-/// The jobs of either boot: all toggles, and with a second vCPU, which holds the root; and those of 6.12 alone: SMIs under dirty logging, a handler
-/// that breaks, and the shadow MMU.
-const JOBS: [&str; 6] = [
-    "--memory 1M --rounds 1 --smis 20",
-    "--memory 1M --rounds 2 --vcpus 2 --toggle cr0.wp,efer.nxe@all,efer.nxe@once,cr4.smep@once,smm,slot-delete",
-    "--memory 8M --vcpus 2 --toggle smm:storm --smis 200",
-    "--memory 1M --rounds 1 --toggle smm --inject break-smm",
-    "--memory 1M --rounds 1 --roots keep --toggle none,cr0.wp,smm,slot-delete,12-roles",
-    "--memory 1M --rounds 1 --toggle smm --inject loop-smm",
-];
-/// Of those, the ones of both boots.
-const COMMON: usize = 2;
+/// The runs: all toggles, and with a second vCPU, which holds the root; and those of 6.12 alone: SMIs under dirty logging, and the shadow MMU.
+pub const JOBS: &[&str] = &[ALL, TWO_VCPUS, STORM, CURED];
+/// Of those, the ones of 5.10 too.
+pub const COMMON: usize = 2;
+const ALL: &str = "roots --memory 1M --rounds 1 --smis 20";
+const TWO_VCPUS: &str =
+    "roots --memory 1M --rounds 2 --vcpus 2 --toggle cr0.wp,efer.nxe@all,efer.nxe@once,cr4.smep@once,smm,slot-delete";
+const STORM: &str = "roots --memory 8M --vcpus 2 --toggle smm:storm --smis 200";
+const CURED: &str = "roots --memory 1M --rounds 1 --roots keep --toggle none,cr0.wp,smm,slot-delete,12-roles";
+/// Handlers that break.
+pub const BROKEN: &[&str] = &[HALTS, LOOPS];
+const HALTS: &str = "roots --memory 1M --rounds 1 --toggle smm --inject break-smm";
+const LOOPS: &str = "roots --memory 1M --rounds 1 --toggle smm --inject loop-smm";
 
-fn args(words: &str) -> RunArgs {
-    let words = ["umbra", "run", "roots"].into_iter().chain(words.split_whitespace()).map(str::to_owned);
-    match cli::parse(words).expect("good words").command {
-        Command::Run(args) => args,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn boot(kernel: &str, jobs: &[&str]) -> Vec<Result<Record, Failure>> {
-    let progress = Progress::stderr();
-    let kernel = shelf::shelf().kernel(Some(kernel)).expect("a kernel").ensure(&progress).expect("the kernel");
-    let machine = Machine {
-        emulator: Emulator::Qemu,
-        kernel,
-        clock: Clock::Instructions,
-        cpus: None,
-        // 5.10's default is still the older MMU.
-        params: vec!["kvm.tdp_mmu=1".parse().expect("a parameter")],
-        init: umbra_tests::binary(),
-        append: String::new(),
-    };
-    let jobs: Vec<_> = jobs.iter().map(|words| args(words)).collect();
-    lab::boot(&machine, &jobs, &progress).expect("the lab boots")
-}
-
-fn keeping() -> &'static [Result<Record, Failure>] {
-    static RESULTS: OnceLock<Vec<Result<Record, Failure>>> = OnceLock::new();
-    RESULTS.get_or_init(|| boot("6.12", &JOBS))
-}
-
-fn dropping() -> &'static [Result<Record, Failure>] {
-    static RESULTS: OnceLock<Vec<Result<Record, Failure>>> = OnceLock::new();
-    RESULTS.get_or_init(|| boot("5.10", &JOBS[..COMMON]))
-}
-
-fn good(results: &'static [Result<Record, Failure>], job: usize) -> &'static Record {
-    let record = results[job].as_ref().unwrap_or_else(|failure| panic!("{}: {failure}", JOBS[job]));
-    assert_eq!(record.faults(), [""; 0], "{}", JOBS[job]);
-    record
-}
+/// The boot of the kernel that keeps roots, and of the one that drops them.
+const KEEPING: Boot = Boot::First;
+const DROPPING: Boot = Boot::Dropping;
 
 /// Refaults by the tracepoint, in the observed pass alone.
 fn refaults(row: &Row) -> u64 {
@@ -84,7 +41,7 @@ fn cheapest(row: &Row, phase: &str) -> u64 {
 
 #[test]
 fn a_kernel_that_keeps_roots_faults_nothing_in_again_but_for_slots() {
-    let record = good(keeping(), 0);
+    let record = KEEPING.good(ALL);
     let names: Vec<_> = record.measured().map(|row| row.name.as_str()).collect();
     for toggle in Toggle::ALL {
         assert!(names.contains(&toggle.name()), "{}", toggle.name());
@@ -107,7 +64,7 @@ fn a_kernel_that_keeps_roots_faults_nothing_in_again_but_for_slots() {
 
 #[test]
 fn a_kernel_that_drops_roots_faults_every_page_in_again() {
-    let record = good(dropping(), 0);
+    let record = DROPPING.good(ALL);
     assert_eq!(record.measured().count(), record.rows.len());
     for row in toggles(record) {
         // An L2's tables are shadowed ones, which even this kernel finds again.
@@ -126,8 +83,8 @@ fn toggles(record: &Record) -> impl Iterator<Item = &Row> {
 
 #[test]
 fn a_boot_tears_its_root_down_at_every_change_or_at_those_of_slots_alone() {
-    for (results, teardowns) in [(keeping(), 14), (dropping(), 106)] {
-        let row = good(results, 0).measured().find(|row| row.name == "script").expect("the script");
+    for (boot, teardowns) in [(KEEPING, 14), (DROPPING, 106)] {
+        let row = boot.good(ALL).measured().find(|row| row.name == "script").expect("the script");
         let counted = |name: &str| row.counters[name].value;
         assert_eq!((counted("changes"), counted("teardowns")), (106, teardowns));
         assert!(counted("refaults") > 0);
@@ -136,21 +93,21 @@ fn a_boot_tears_its_root_down_at_every_change_or_at_those_of_slots_alone() {
 
 #[test]
 fn the_role_log_has_each_root_with_its_cause_and_its_pages() {
-    let row = |results, name: &str| toggles(good(results, 0)).find(|row| row.name == name).expect("the row");
+    let row = |boot: Boot, name: &str| toggles(boot.good(ALL)).find(|row| row.name == name).expect("the row");
     // One root for good, whatever the mode: there a TDP root has none of the mode's bits in its role.
-    let kept = row(keeping(), "efer.nxe");
+    let kept = row(KEEPING, "efer.nxe");
     let mapped: Vec<_> = kept.roles.iter().filter(|root| root.mapped > 0).collect();
     let [root] = &mapped[..] else { panic!("{:?}", kept.roles) };
     assert_eq!((root.role.as_str(), root.mapped), ("level 5 direct nx wp", PAGES));
     assert_eq!((&root.life, &root.ended_by), (&None, &None));
     // Pages mapped at teardown and touched again are as many as the refaults.
-    let slots = row(keeping(), "slot-delete");
+    let slots = row(KEEPING, "slot-delete");
     let ended = slots.roles.iter().filter(|root| root.ended_by.as_deref() == Some("slot-delete"));
     assert_eq!(ended.map(|root| root.mapped).sum::<u64>(), refaults(slots), "{:?}", slots.roles);
     // SMM is another address space, and so another root.
-    assert!(row(keeping(), "smm").roles.iter().any(|root| root.role.ends_with("smm") && root.cause == "smm"));
+    assert!(row(KEEPING, "smm").roles.iter().any(|root| root.role.ends_with("smm") && root.cause == "smm"));
     // 5.10's TDP MMU has no events, so its functions are: the main root goes at each change, and what it mapped is what was faulted in again.
-    for dropped in toggles(good(dropping(), 0)).filter(|row| refaults(row) > 0) {
+    for dropped in toggles(DROPPING.good(ALL)).filter(|row| refaults(row) > 0) {
         let at_end = |life: &&RootLife| life.ended_by.as_deref() == Some(&dropped.name);
         let mapped: u64 = dropped.roles.iter().filter(at_end).map(|root| root.mapped).sum();
         let of_slots = dropped.name.starts_with("slot-");
@@ -158,13 +115,13 @@ fn the_role_log_has_each_root_with_its_cause_and_its_pages() {
         // There a deleted slot empties the root that stays.
         assert!(!of_slots || dropped.roles.iter().any(|root| root.life.is_none()), "{:?}", dropped.roles);
     }
-    let texts: Vec<_> = row(dropping(), "cr0.wp").roles.iter().map(|root| root.role.as_str()).collect();
+    let texts: Vec<_> = row(DROPPING, "cr0.wp").roles.iter().map(|root| root.role.as_str()).collect();
     assert_eq!(texts, ["level 4 direct", "level 4 direct wp", "level 4 direct"]);
 }
 
 #[test]
 fn smis_lose_no_page_and_no_register() {
-    let row = good(keeping(), 2).measured().next().expect("a row");
+    let row = KEEPING.good(STORM).measured().next().expect("a row");
     let counted = |name: &str| row.counters[name].value;
     assert_eq!(counted("smis"), 200);
     assert!(counted("smis_in_write_loop") >= 180, "{:?}", row.counters);
@@ -177,11 +134,11 @@ fn smis_lose_no_page_and_no_register() {
 
 #[test]
 fn a_guest_that_breaks_in_smm_is_reported_with_its_state() {
-    let failure = keeping()[3].as_ref().expect_err("a handler that halts").to_string();
+    let failure = Boot::Wall.result(HALTS).as_ref().expect_err("a handler that halts").to_string();
     for part in ["vCPU 0", "halted", "system management mode", "CS base 0x30000"] {
         assert!(failure.contains(part), "{failure}");
     }
-    let failure = keeping()[5].as_ref().expect_err("a handler that goes in circles").to_string();
+    let failure = Boot::Wall.result(LOOPS).as_ref().expect_err("a handler that goes in circles").to_string();
     for part in ["vCPU 0 said nothing for 1 s during a toggle", "0x8000", "system management mode", "CS base 0x30000"] {
         assert!(failure.contains(part), "{failure}");
     }
@@ -258,7 +215,7 @@ fn an_l2_has_each_cure() {
 
 #[test]
 fn a_root_that_is_kept_is_still_mapped_by_kvm() {
-    let kept = good(keeping(), 4);
+    let kept = KEEPING.good(CURED);
     assert_eq!(kept.host.ground, "lab");
     for row in kept.measured() {
         let counter = |name: &str| (row.counters[name].value, row.counters[name].source.as_str());
@@ -283,8 +240,8 @@ fn a_root_that_is_kept_is_still_mapped_by_kvm() {
 
 #[test]
 fn a_second_vcpu_holds_the_root() {
-    for (results, drops) in [(keeping(), false), (dropping(), true)] {
-        for row in good(results, 1).measured() {
+    for (boot, drops) in [(KEEPING, false), (DROPPING, true)] {
+        for row in boot.good(TWO_VCPUS).measured() {
             // Where both are in another role at once, nobody holds it. CR4.SMEP is in no role of a TDP root: each comes back to the one it left.
             let all = row.name == "slot-delete" || drops && row.name == "efer.nxe@once";
             assert_eq!(refaults(row), if all { PAGES } else { 0 }, "{}", row.name);

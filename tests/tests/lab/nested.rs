@@ -1,120 +1,63 @@
-//! L2: in the lab on KVM's own nested SVM, and what a host without nesting says. One boot of the lab for all.
+//! L2: in the lab on KVM's own nested SVM, and what a host without nesting says.
 //!
-//! Figures hold for the pinned kernel package, as in lab.rs; with another only the truth is checked.
+//! Figures hold for the pinned kernel package, as in figures.rs; with another only the truth is checked.
 
-use std::path::PathBuf;
-use std::sync::OnceLock;
+use crate::boots::{self, Boot, args, is_pinned, row};
 use umbra::Failure;
-use umbra::cli::{self, Command, RunArgs};
-use umbra::ground::Clock;
-use umbra::lab::emulator::Emulator;
-use umbra::lab::{self, Machine, shelf};
-use umbra::progress::Progress;
-use umbra::report::record::{Record, Row};
+use umbra::hostmm::userfault::{Mode, Userfault};
+use umbra::nested::source::Kind;
 use umbra_tests::{kvm_here, record, refused};
 
-/// The kernel that the figures were measured on.
-const PINNED: &str = "6.12.111-1~deb12u1";
-
-/// The jobs of the boot.
-const JOBS: [&str; 14] = [
-    "--memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect",
-    "--memory 8M --tracker clear+init-set --leaf 2m --rounds 2 --nesting svm",
-    "--memory 4M --tracker bitmap --backing anonymous --accessed-dirty preset --rounds 1 --nesting svm",
-    "--memory 4M --tracker clear,ring-1024 --alias 3 --alias-kind scattered --pattern random --write-percent 25 --slots 2 --vcpus 2 --strategy log",
-    "--memory 2M --tracker bitmap --alias 4 --alias-kind shared-tables --rounds 2 --nesting svm --backing anonymous",
-    "--memory 4M --tracker bitmap --alias 2 --leaf 2m --alias-kind scattered --guest-page 2m --rounds 2 --strategy log",
-    "--memory 256K --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm",
-    "--memory 2M --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm --backing anonymous",
-    "--memory 4M --tracker bitmap --backing anonymous --first-touch logged --first-reads counted --rounds 1 --nesting umbra --mechanism kvm-bitmap",
-    "--memory 2M --tracker bitmap --backing anonymous --alias-kind scattered --rounds 1 --nesting umbra --mechanism kvm-bitmap",
-    "--memory 16K --tracker bitmap --backing anonymous --alias 1025 --rounds 1 --nesting svm,umbra --mechanism kvm-bitmap",
-    "--memory 1M --tracker clear --inject lose-page --nesting svm",
-    "--memory 1M --tracker clear --format pae --nesting svm",
-    "--memory 1M --tracker clear --nesting svm",
+/// The runs whose truth holds.
+pub const JOBS: &[&str] = &[
+    "nested --memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect",
+    "nested --memory 8M --tracker clear+init-set --leaf 2m --rounds 2 --nesting svm",
+    "nested --memory 4M --tracker bitmap --backing anonymous --accessed-dirty preset --rounds 1 --nesting svm",
+    "nested --memory 4M --tracker clear,ring-1024 --alias 3 --alias-kind scattered --pattern random --write-percent 25 --slots 2 --vcpus 2 --strategy log",
+    "nested --memory 2M --tracker bitmap --alias 4 --alias-kind shared-tables --rounds 2 --nesting svm --backing anonymous",
+    "nested --memory 4M --tracker bitmap --alias 2 --leaf 2m --alias-kind scattered --guest-page 2m --rounds 2 --strategy log",
+    "nested --memory 256K --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm",
+    "nested --memory 2M --tracker bitmap --fill-batch 1 --rounds 1 --nesting svm --backing anonymous",
+    "nested --memory 4M --tracker bitmap --backing anonymous --first-touch logged --first-reads counted --rounds 1 --nesting umbra --mechanism kvm-bitmap",
+    "nested --memory 2M --tracker bitmap --backing anonymous --alias-kind scattered --rounds 1 --nesting umbra --mechanism kvm-bitmap",
+    "nested --memory 16K --tracker bitmap --backing anonymous --alias 1025 --rounds 1 --nesting svm,umbra --mechanism kvm-bitmap",
 ];
-/// Random edits of L1's table, 500 of them: the last job.
-const EDITS: &str = "--memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect";
-/// A malicious L1: the job after that.
+/// What runs without the instruction clock: runs that go wrong, the last of them with a firmware that writes a page too few; 500 random edits of L1's
+/// table; a malicious L1; edits that race L2, and an L1 that leaves out invalidations.
+pub const FAST: &[&str] = &[LOSES_A_PAGE, PAE, ONE_WRITE_SHORT, EDITS, HOSTILE, RACE, LOST_INVALIDATION];
+const LOSES_A_PAGE: &str = "nested --memory 1M --tracker clear --inject lose-page --nesting svm";
+const PAE: &str = "nested --memory 1M --tracker clear --format pae --nesting svm";
+const ONE_WRITE_SHORT: &str = "nested --memory 1M --tracker clear --nesting svm --firmware one-write-short";
+const EDITS: &str = "edits --memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect";
 const HOSTILE: &str =
-    "--memory 4M --alias 2 --strategy log,write-protect --mechanism kvm-clear,mprotect --edits 250 --seed 100";
-/// Edits that race L2, and an L1 that leaves out invalidations: the last two.
-const RACES: [&str; 2] = [
-    "--race --vcpus 2 --memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect --mechanism kvm-clear,mprotect",
-    "--race --vcpus 2 --memory 2M --edits 200 --nesting svm --inject lose-invalidation",
-];
-/// The jobs whose truth holds.
-const GOOD: std::ops::Range<usize> = 0..11;
-const LOSES_A_PAGE: usize = 11;
-const PAE: usize = 12;
-/// With a firmware that writes a page too few.
-const ONE_WRITE_SHORT: usize = 13;
+    "hostile --memory 4M --alias 2 --strategy log,write-protect --mechanism kvm-clear,mprotect --edits 250 --seed 100";
+const RACE: &str = "edits --race --vcpus 2 --memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect --mechanism kvm-clear,mprotect";
+const LOST_INVALIDATION: &str =
+    "edits --race --vcpus 2 --memory 2M --edits 200 --nesting svm --inject lose-invalidation";
 
-fn args(words: &str) -> RunArgs {
-    args_of("nested", words)
-}
-
-fn args_of(scenario: &str, words: &str) -> RunArgs {
-    let words = ["umbra", "run", scenario].into_iter().chain(words.split_whitespace()).map(str::to_owned);
-    match cli::parse(words).expect("good words").command {
-        Command::Run(args) => args,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn results() -> &'static [Result<Record, Failure>] {
-    static RESULTS: OnceLock<Vec<Result<Record, Failure>>> = OnceLock::new();
-    RESULTS.get_or_init(|| {
-        let progress = Progress::stderr();
-        let kernel =
-            shelf::shelf().kernel(None).expect("a default kernel").ensure(&progress).expect("the default kernel");
-        let machine = Machine {
-            emulator: Emulator::Qemu,
-            kernel,
-            clock: Clock::Instructions,
-            cpus: None,
-            params: Vec::new(),
-            init: umbra_tests::binary(),
-            append: String::new(),
-        };
-        let mut jobs = JOBS.map(args).to_vec();
-        jobs[ONE_WRITE_SHORT].firmware = Some(PathBuf::from(env!("UMBRA_FIRMWARE_DIR")).join("one-write-short"));
-        jobs.push(args_of("edits", EDITS));
-        jobs.push(args_of("hostile", HOSTILE));
-        jobs.extend(RACES.map(|race| args_of("edits", race)));
-        lab::boot(&machine, &jobs, &progress).expect("the lab boots")
-    })
-}
-
-fn good(job: usize) -> &'static Record {
-    results()[job].as_ref().unwrap_or_else(|failure| panic!("{}: {failure}", JOBS[job]))
-}
-
-fn row<'a>(record: &'a Record, name: &str) -> &'a Row {
-    record.measured().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name}"))
+fn good(job: usize) -> &'static umbra::report::Record {
+    Boot::First.good(JOBS[job])
 }
 
 /// A phase of the timed pass; the cheapest of the rounds.
-fn timed(row: &Row, phase: &str) -> u64 {
-    let rounds = row.phases.iter().filter(|p| p.pass == "timed" && p.phase == phase);
-    rounds.map(|p| p.value).min().unwrap_or_else(|| panic!("{} has no {phase}", row.name))
+fn timed(row: &umbra::report::Row, phase: &str) -> u64 {
+    boots::timed(row, phase, 0)
 }
 
 #[test]
 fn every_page_is_right() {
-    for job in GOOD {
-        let record = good(job);
-        assert_eq!(record.faults(), [""; 0], "{}", JOBS[job]);
-        let args = args(JOBS[job]);
+    for job in JOBS {
+        let record = Boot::First.good(job);
+        let args = args(job);
         let (pages, aliases) = (args.memory / 4096, args.shadow.alias.unwrap_or(1));
         assert!(record.measured().count() > 0);
         for row in record.measured() {
             let l2 = row.truth.l2.as_ref();
-            assert_eq!(l2.is_some(), !row.name.starts_with("plain:") || aliases > 1, "{}: {}", JOBS[job], row.name);
+            assert_eq!(l2.is_some(), !row.name.starts_with("plain:") || aliases > 1, "{}: {}", job, row.name);
             let Some(l2) = l2 else { continue };
             for (l1, l2) in row.truth.rounds.iter().zip(&l2.rounds) {
                 let l2_writes = pages * aliases * args.write_percent / 100;
-                assert_eq!(l2.pages.written, l2_writes, "{}: {} round {}", JOBS[job], row.name, l2.round);
+                assert_eq!(l2.pages.written, l2_writes, "{}: {} round {}", job, row.name, l2.round);
                 // Aliases of one page that are written are one page of L1, and each report of it one of each alias.
                 assert!(l1.pages.written <= l2_writes && l1.pages.written * aliases >= l2_writes);
                 assert_eq!(l2.pages.reported, l1.pages.reported * aliases);
@@ -126,13 +69,13 @@ fn every_page_is_right() {
 /// 500 edits of EPT12 by epochs: KVM's nested SVM, Umbra's shadow MMU and its software walker agree on every value and every violation.
 #[test]
 fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
-    let record = results()[JOBS.len()].as_ref().unwrap_or_else(|failure| panic!("{EDITS}: {failure}"));
-    assert_eq!(record.faults(), [""; 0]);
+    let record = Boot::Wall.good(EDITS);
     for name in [
         "svm",
         "umbra:log@kvm-bitmap",
         "umbra:log@kvm-clear",
         "umbra:log@kvm-ring",
+        "umbra:log@pagemap",
         "umbra:write-protect@mprotect",
         "umbra:write-protect@uffd-wp",
     ] {
@@ -142,8 +85,7 @@ fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
 
 #[test]
 fn a_malicious_l1_meets_the_same_walls_in_the_lab() {
-    let record = results()[JOBS.len() + 1].as_ref().unwrap_or_else(|failure| panic!("{HOSTILE}: {failure}"));
-    assert_eq!(record.faults(), [""; 0]);
+    let record = Boot::Wall.good(HOSTILE);
     for name in ["umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
         umbra_tests::besieged(row(record, name));
     }
@@ -152,25 +94,23 @@ fn a_malicious_l1_meets_the_same_walls_in_the_lab() {
 /// Nothing of the old table is left to an L2 that runs meanwhile, on KVM's nested SVM as on Umbra's shadow MMU; and one that is left something is caught.
 #[test]
 fn edits_that_race_l2_leave_it_nothing_of_the_old_table() {
-    let record = results()[JOBS.len() + 2].as_ref().unwrap_or_else(|failure| panic!("{}: {failure}", RACES[0]));
-    assert_eq!(record.faults(), [""; 0]);
+    let record = Boot::Wall.good(RACE);
     for name in ["svm", "umbra:log@kvm-clear", "umbra:write-protect@mprotect"] {
         umbra_tests::raced(row(record, name), 500);
     }
-    let faults =
-        results()[JOBS.len() + 3].as_ref().unwrap_or_else(|failure| panic!("{}: {failure}", RACES[1])).faults();
+    let faults = Boot::Wall.record(LOST_INVALIDATION).faults();
     assert!(faults.iter().any(|fault| fault.contains("lead_to: []")), "{faults:?}");
 }
 
 #[test]
 fn what_can_go_wrong_is_caught() {
-    let faults = good(LOSES_A_PAGE).faults();
+    let faults = Boot::Wall.record(LOSES_A_PAGE).faults();
     assert!(faults.iter().any(|fault| fault.contains("svm:clear") && fault.contains("round 2")), "{faults:?}");
     assert!(faults.iter().any(|fault| fault.contains("1 pages of L2 missed")), "{faults:?}");
-    let faults = good(ONE_WRITE_SHORT).faults();
+    let faults = Boot::Wall.record(ONE_WRITE_SHORT).faults();
     assert!(faults.iter().any(|fault| fault.contains("255 writes where the pattern has 256")), "{faults:?}");
     assert!(faults.iter().any(|fault| fault.contains("the guest did not write it")), "{faults:?}");
-    match &results()[PAE] {
+    match Boot::Wall.result(PAE) {
         Err(Failure::NotHere(why)) => assert!(why.contains("svm:clear") && why.contains("64-bit"), "{why}"),
         other => panic!("{other:?}"),
     }
@@ -179,9 +119,7 @@ fn what_can_go_wrong_is_caught() {
 /// What docs/nesting.md and docs/findings.md say, to 3%.
 #[test]
 fn figures_are_those_of_the_findings() {
-    let package = good(0).host.kernel_package.clone().unwrap_or_default();
-    if !package.contains(PINNED) {
-        eprintln!("the pinned kernel {PINNED} is gone, this is {package}: figures are not compared");
+    if !is_pinned(good(0)) {
         return;
     }
     let check = |job: usize, name: &str, phase: &str, count: u64, expected: u64| {
@@ -204,6 +142,8 @@ fn figures_are_those_of_the_findings() {
     {
         check(0, name, phase, count, expected);
     }
+    // A fault of the host's and one of KVM's.
+    check(0, "umbra:log@pagemap", "dirty", 4096, 5668);
     // A page of L2 that is mapped by 64; while KVM logs; through a udmabuf, because its neighbours lie elsewhere.
     let below = |job: usize, name: &str, phase: &str, count: u64, limit: u64| {
         let value = timed(row(good(job), name), phase) / count;
@@ -244,6 +184,11 @@ fn a_host_without_nesting_says_so() {
     refused(&[&umbra[..], &["--backing", "hugetlb"]].concat(), 2, &["--backing hugetlb"]);
 }
 
+/// Whether this kernel tells of writes by its page tables, and of faults without a userfaultfd that protects.
+fn pagemap_here() -> bool {
+    Userfault::open(Mode::Asynchronous).is_ok() && (Kind::Poison.open().is_ok() || Kind::Tracepoint.open().is_ok())
+}
+
 /// Umbra's own nesting needs no hardware's, so it runs wherever there is KVM and a fault source.
 #[test]
 fn l2_runs_on_the_shadow_mmu_of_this_host() {
@@ -266,11 +211,17 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
     ] {
         let words: Vec<_> = ["run", "nested", "--nesting", "umbra"].into_iter().chain(options.split(' ')).collect();
         let record = record(&words, 120);
-        let args = args(options);
+        let args = args(&format!("nested {options}"));
         let l2_writes =
             args.memory / 4096 * args.shadow.alias.unwrap_or(1) * args.write_percent / 100 * args.rounds * 2;
         let measured = record.measured().count();
         assert!(measured >= 2, "{options}");
+        let watched = record.measured().any(|row| row.name == "umbra:log@pagemap");
+        // Where nothing is read-only, or the tracepoint tells of writes.
+        let others = ["--fault-source userfaultfd", "--accessed-dirty clear", "--format npt"];
+        if pagemap_here() && !others.iter().any(|other| options.contains(other)) {
+            assert!(watched, "{options}");
+        }
         if options.contains("twin,log") {
             assert!(measured == 4, "{options}: {:?}", record.measured().map(|row| &row.name).collect::<Vec<_>>());
         }
@@ -286,6 +237,10 @@ fn l2_runs_on_the_shadow_mmu_of_this_host() {
             assert!(row.counters["l2_faults"].value > 0 && row.counters["window_evicted_pages"].value == 0);
         }
     }
+    if pagemap_here() {
+        let words = ["run", "nested", "--nesting", "umbra", "--mechanism", "pagemap", "--fault-source", "userfaultfd"];
+        refused(&words, 3, &["umbra:log@pagemap", "registers L2's pages itself"]);
+    }
     let lost = ["--nesting", "umbra", "--memory", "1M", "--inject", "lose-page"];
     let run = umbra_tests::umbra(&[&["run", "nested"], &lost[..]].concat(), 120);
     assert_eq!(run.code, Some(1), "{}", run.stderr);
@@ -300,21 +255,28 @@ fn leaves_are_tracked_by_their_density() {
     if !kvm_here() {
         return refused(&["run", "nested", "--nesting", "umbra"], 3, &["/dev/kvm"]);
     }
-    for (options, dense, copies) in [
-        ("--rounds 3", 4..=4, 8..=8),
-        ("--rounds 2 --pattern random --write-percent 5", 0..=0, 0..=0),
-        ("--rounds 5 --pattern hotspot:30/95 --write-percent 30 --vcpus 2 --alias 2", 1..=8, 1..=16),
-        ("--rounds 4 --remaps 2 --twins 1", 1..=32, 1..=4),
+    for (options, dense, copies, cuts) in [
+        ("--rounds 3", 4..=4, 8..=8, 0..=0),
+        ("--rounds 2 --pattern random --write-percent 5", 0..=0, 0..=0, 0..=0),
+        ("--rounds 5 --pattern hotspot:30/95 --write-percent 30 --vcpus 2 --alias 2", 1..=8, 1..=16, 1..=8),
+        ("--rounds 4 --remaps 2 --twins 1", 1..=32, 1..=4, 0..=32),
+        // What was written, and is read after a slot was cut, is not taken for written again.
+        ("--rounds 6 --pattern clusters:700 --write-percent 30 --alias 2 --remaps 1", 1..=16, 1..=24, 1..=16),
     ] {
         let words = "run nested --nesting umbra --memory 8M --leaf 2m --strategy twin+log --fault-source userfaultfd";
         let words: Vec<_> = words.split(' ').chain(options.split(' ')).collect();
         let record = record(&words, 120);
-        let row = record.measured().next().expect("a row");
-        assert_eq!(row.name, "umbra:twin+log@kvm-ring");
-        assert_eq!((row.truth.pages.missed, row.truth.pages.extra, row.truth.pages.unchanged), (0, 0, 0), "{options}");
-        let count = |name: &str| row.counters[name].value;
-        assert!(dense.contains(&count("made_dense")), "{options}: {} times dense", count("made_dense"));
-        assert!(copies.contains(&count("twins")), "{options}: {} copies", count("twins"));
+        let names: Vec<_> = record.measured().map(|row| row.name.as_str()).collect();
+        let mechanisms = ["kvm-bitmap", "kvm-clear", "kvm-ring"];
+        assert_eq!(names, mechanisms.map(|name| format!("umbra:twin+log@{name}")), "{options}");
+        for row in record.measured() {
+            let truth = &row.truth.pages;
+            assert_eq!((truth.missed, truth.extra, truth.unchanged), (0, 0, 0), "{options} {}", row.name);
+            let count = |name: &str| row.counters[name].value;
+            assert!(dense.contains(&count("made_dense")), "{options}: {} times dense", count("made_dense"));
+            assert!(copies.contains(&count("twins")), "{options}: {} copies", count("twins"));
+            assert!(cuts.contains(&count("slots_cut")), "{options}: {} slots cut", count("slots_cut"));
+        }
     }
 }
 
