@@ -3,6 +3,7 @@
 use rustix::process::{Pid, Signal};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
+use umbra::hostmm::userfault::{Mode, Userfault};
 use umbra::report::Record;
 use umbra_tests::{command, finish, kvm_here, record, refused, umbra};
 
@@ -62,6 +63,10 @@ fn an_unprivileged_user_runs_l2() {
     }
     assert_eq!(run.code, Some(0), "{}\n{}", run.stderr, run.stdout);
     assert!(run.stdout.contains("umbra:log@kvm-clear"), "{}", run.stdout);
+    // Nor does it take more to watch pages, where the kernel has that.
+    let watched = run.stdout.contains("umbra:log@pagemap: not here: UFFD_FEATURE_WP_ASYNC");
+    assert_eq!(!watched, Userfault::open(Mode::Asynchronous).is_ok(), "{}", run.stdout);
+    assert!(run.stdout.contains("umbra:log@pagemap"), "{}", run.stdout);
     // What this user may not have is named.
     assert!(run.stdout.contains("umbra:twin@uffd-wp: not here: userfaultfd is missing here"), "{}", run.stdout);
 }

@@ -121,13 +121,15 @@ impl PageSet {
         }
     }
 
-    /// Becomes a copy of `other`, in the room that there is. Returns how many pages that are.
-    pub fn copy_from(&mut self, other: &Self) -> u64 {
+    /// Adds everything in `self` to `reported`, and makes `copy` a copy of it, in the room that there is. Returns how many pages that are.
+    pub fn report(&self, reported: &mut Self, copy: &mut Self) -> u64 {
         let mut count = 0;
-        for (index, word) in self.words.iter_mut().enumerate() {
-            *word = other.words.get(index).copied().unwrap_or(0);
+        copy.words.iter_mut().skip(self.words.len()).for_each(|word| *word = 0);
+        for ((&word, reported), copy) in self.words.iter().zip(&mut reported.words).zip(&mut copy.words) {
+            *copy = word;
             // Most words have none, and to count costs.
-            if *word != 0 {
+            if word != 0 {
+                *reported |= word;
                 count += u64::from(word.count_ones());
             }
         }

@@ -3,7 +3,7 @@
 //! Numbers and structures: Linux, include/uapi/linux/fs.h; semantics: Documentation/admin-guide/mm/pagemap.rst and soft-dirty.rst.
 
 use super::ioctls::{PAGEMAP_SCAN, ScanArgument};
-use super::{Hva, Stretch};
+use super::{Hva, Stretch, missing};
 use crate::kvm::Error;
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -86,11 +86,18 @@ impl Pagemap {
     /// Opens it.
     ///
     /// # Errors
-    /// The system's.
+    /// [`Error::Capability`] where it may not be opened; else the system's.
     pub fn open() -> Result<Self, Error> {
-        let file =
-            File::open("/proc/self/pagemap").map_err(|error| Error::call("opening /proc/self/pagemap", error))?;
-        Ok(Self { file })
+        match File::open("/proc/self/pagemap") {
+            Ok(file) => Ok(Self { file }),
+            Err(error) if matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::NotFound) => {
+                Err(missing(
+                    "/proc/self/pagemap",
+                    "pagemap needs it, and it may not be opened (a /proc that is not mounted, or hides it)",
+                ))
+            }
+            Err(error) => Err(Error::call("opening /proc/self/pagemap", error)),
+        }
     }
 
     /// Adds to `regions` the pages of `stretch` that were written since they were last protected. The stretch must be registered with an asynchronous

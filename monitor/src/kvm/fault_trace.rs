@@ -112,19 +112,22 @@ impl FaultTrace {
     }
 
     fn word(&self, offset: usize) -> &AtomicU64 {
-        // SAFETY: both offsets lie in the control page, aligned; the kernel changes one of them meanwhile.
+        // SAFETY: all offsets lie in the control page or in the ring, aligned; the kernel changes one of them meanwhile.
         unsafe { AtomicU64::from_ptr(self.ring.as_ptr().add(offset).cast()) }
     }
 
-    /// A byte of the ring, counted from the begin of all records.
-    fn byte(&self, at: u64) -> u8 {
-        let offset = usize::try_from(at % RING as u64).unwrap_or(0);
-        // SAFETY: inside the ring; the kernel has written it before it moved the head.
-        unsafe { self.ring.as_ptr().add(4096 + offset).read_volatile() }
-    }
-
+    /// `bytes` bytes of the ring, at most 8, counted from the begin of all records.
     fn number(&self, at: u64, bytes: usize) -> u64 {
-        (0..bytes.min(8)).fold(0, |value, index| value | u64::from(self.byte(at + index as u64)) << (8 * index))
+        let word = |at: u64| {
+            // The kernel has written it before it moved the head.
+            self.word(4096 + (usize::try_from(at % RING as u64).unwrap_or(0) & !7)).load(Ordering::Relaxed)
+        };
+        let skipped = at % 8 * 8;
+        let mut value = word(at) >> skipped;
+        if skipped > 0 && at % 8 + bytes as u64 > 8 {
+            value |= word(at + 8) << (64 - skipped);
+        }
+        if bytes >= 8 { value } else { value & ((1 << (8 * bytes)) - 1) }
     }
 
     /// Begins to record.

@@ -76,6 +76,17 @@ impl SlotBitmap {
         self.words.get(ioctls::bitmap_words(page + 1) - 1).is_some_and(|word| word >> (page % 64) & 1 == 1)
     }
 
+    /// Takes all bits away, here alone.
+    pub fn forget(&mut self) {
+        self.words.fill(0);
+    }
+
+    /// Whether no page has one.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.iter().all(|word| *word == 0)
+    }
+
     /// Pages of the slot.
     #[must_use]
     pub const fn pages(&self) -> u64 {

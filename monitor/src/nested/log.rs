@@ -1,10 +1,13 @@
-//! KVM's log of L2's VM, translated to pages of L1's memory.
+//! KVM's log of L2's VM, or what pages tell in its place, translated to pages of L1's memory.
 //!
 //! The log names frames of L2. Which page of L1's memory such a frame is may change while the log still holds its bit, so the order at a remap is:
 //! close the page, fetch the log, give the bits of closed pages to what they mapped, and map anew only then. Closed pages are kept here with what
 //! they mapped, so that one fetch serves all remaps since the last one.
 
+use super::slots::Slot;
+use super::watch::Watch;
 use super::window::{Page, Window};
+use crate::hostmm::Stretch;
 use crate::kvm::Error;
 use crate::kvm::log::{SlotBitmap, WHOLE_SLOT};
 use crate::kvm::ring::RingSet;
@@ -23,14 +26,17 @@ pub enum Clearing {
     Manual,
     /// There are none: a page is an entry of a ring, until that is harvested.
     Ring,
+    /// There are none, and KVM logs nothing: a page tells of writes itself, until it is protected again.
+    Protection,
 }
 
 /// The log.
 #[derive(Debug)]
 pub struct Log {
     clearing: Clearing,
-    /// One for each window.
-    bitmaps: Vec<SlotBitmap>,
+    watch: Option<Watch>,
+    /// By slot, where KVM has them.
+    bitmaps: BTreeMap<u32, SlotBitmap>,
     /// What closed pages mapped, by window and page, until their bits were fetched.
     closed: BTreeMap<(usize, usize), Frame>,
     /// Pages of L1's memory that were written since the last harvest, by index from `first` on.
@@ -48,16 +54,16 @@ pub struct Log {
 
 impl Log {
     /// A log over `windows`, of `frames` pages of memory from `first` on.
-    #[must_use]
-    pub fn new(windows: &[Window], clearing: Clearing, first: Frame, frames: u64) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Capability`] for what this host lacks; else the system's.
+    pub fn new(windows: &[Window], clearing: Clearing, first: Frame, frames: u64) -> Result<Self, Error> {
         let pages = frames.saturating_sub(first.0);
-        Self {
+        let watched = windows.iter().map(|window| window.pages.len() as u64).sum();
+        let mut log = Self {
             clearing,
-            bitmaps: windows
-                .iter()
-                .filter(|_| clearing != Clearing::Ring)
-                .map(|window| SlotBitmap::new(window.first_slot(), window.pages.len() as u64))
-                .collect(),
+            watch: (clearing == Clearing::Protection).then(|| Watch::open(watched)).transpose()?,
+            bitmaps: BTreeMap::new(),
             closed: BTreeMap::new(),
             dirty: PageSet::new(pages),
             found: PageSet::new(pages),
@@ -65,7 +71,61 @@ impl Log {
             transfers: 0,
             ring_exits: 0,
             forgetful: false,
+        };
+        windows.iter().flat_map(|window| &window.slots).for_each(|slot| log.begin_slot(slot));
+        Ok(log)
+    }
+
+    /// KVM has a slot more. Its log is empty.
+    pub(super) fn begin_slot(&mut self, slot: &Slot) {
+        if matches!(self.clearing, Clearing::ByGet | Clearing::Manual) {
+            self.bitmaps.insert(slot.number, SlotBitmap::new(slot.number, slot.pages.len() as u64));
         }
+    }
+
+    /// KVM is about to forget `slot` of `window`, in which nobody can write any more: what it holds since the last harvest is kept.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn end_slot(&mut self, vm: &VmFd, window: (usize, &Window), slot: &Slot) -> Result<(), Error> {
+        let Some(mut bitmap) = self.bitmaps.remove(&slot.number).filter(|_| slot.logged) else { return Ok(()) };
+        // Without a clear in between KVM still has what the last harvest has found.
+        let known = if self.clearing == Clearing::Manual { bitmap.words().to_vec() } else { Vec::new() };
+        bitmap.get(vm)?;
+        self.mark_bits(window, slot, bitmap.words().iter().zip(known.into_iter().chain(std::iter::repeat(0))));
+        Ok(())
+    }
+
+    /// Whether it is KVM's, which logs slots.
+    #[must_use]
+    pub fn is_of_kvm(&self) -> bool {
+        self.clearing != Clearing::Protection
+    }
+
+    /// Who watches pages, where they tell of writes themselves.
+    #[must_use]
+    pub const fn watch(&self) -> Option<&Watch> {
+        self.watch.as_ref()
+    }
+
+    /// Marks the memory that pages of `window` map, which were written.
+    fn mark(dirty: &mut PageSet, first: Frame, window: &Window, written: Stretch) {
+        let Some(start) = window.place().page(written.start) else { return };
+        let pages = usize::try_from(start).ok().and_then(|start| window.pages.get(start..)).unwrap_or_default();
+        let pages = pages.iter().take(usize::try_from(written.pages).unwrap_or(usize::MAX));
+        for frame in pages.filter_map(|page| page.frame()) {
+            dirty.insert(frame.0.wrapping_sub(first.0));
+        }
+    }
+
+    /// Pages `run` of `window`, which nobody can write any more, are about to be closed: what they tell is kept.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn closing(&mut self, window: &Window, run: &Range<usize>) -> Result<(), Error> {
+        let Self { watch, dirty, first, .. } = self;
+        let Some(watch) = watch else { return Ok(()) };
+        watch.close(window.stretch(run), |written| Self::mark(dirty, *first, window, written))
     }
 
     /// Pages from `start` on of window `index` were closed; this is what they mapped.
@@ -98,10 +158,13 @@ impl Log {
             return Ok(());
         }
         // The bits of closed pages must not be taken for what is mapped there next.
-        for (index, bitmap) in self.bitmaps.iter_mut().enumerate() {
-            let pages: Vec<u64> =
-                self.closed.range((index, 0)..(index + 1, 0)).map(|((_, page), _)| *page as u64).collect();
-            bitmap.clear_pages(vm, &pages)?;
+        for (index, window) in windows.iter().enumerate() {
+            for slot in &window.slots {
+                let Some(bitmap) = self.bitmaps.get_mut(&slot.number).filter(|_| slot.logged) else { continue };
+                let closed = self.closed.range((index, slot.pages.start)..(index, slot.pages.end));
+                let pages: Vec<u64> = closed.map(|((_, page), _)| (page - slot.pages.start) as u64).collect();
+                bitmap.clear_pages(vm, &pages)?;
+            }
         }
         self.closed.clear();
         Ok(())
@@ -112,6 +175,14 @@ impl Log {
     /// # Errors
     /// The system's.
     pub fn fetch(&mut self, vm: &VmFd, windows: &[Window], rings: Option<&mut RingSet>) -> Result<(), Error> {
+        let Self { watch, dirty, first, .. } = self;
+        if let Some(watch) = watch {
+            let window_of = |at: Stretch| windows.iter().find(|window| window.place().page(at.start).is_some());
+            return watch.harvest(
+                windows.iter().flat_map(|window| window.runs_of(*first).map(|run| window.stretch(&run))),
+                |written| window_of(written).into_iter().for_each(|window| Self::mark(dirty, *first, window, written)),
+            );
+        }
         if let Some(rings) = rings {
             let Self { closed, dirty, first, .. } = self;
             rings.harvest(|slot, offset| {
@@ -124,25 +195,45 @@ impl Log {
             });
             return Ok(());
         }
-        for (index, (bitmap, window)) in self.bitmaps.iter_mut().zip(windows).enumerate() {
-            if !window.logged() {
-                continue;
-            }
-            bitmap.get(vm)?;
-            for (word, &bits) in bitmap.words().iter().enumerate() {
-                let mut rest = bits;
-                while rest != 0 {
-                    let page = word * 64 + rest.trailing_zeros() as usize;
-                    rest &= rest - 1;
-                    let now = window.pages.get(page).and_then(|page| page.frame());
-                    let frame = now.or_else(|| self.closed.get(&(index, page)).copied());
-                    if let Some(frame) = frame {
-                        self.dirty.insert(frame.0.wrapping_sub(self.first.0));
-                    }
-                }
+        for (index, window) in windows.iter().enumerate() {
+            for slot in window.slots.iter().filter(|slot| slot.logged) {
+                let Some(mut bitmap) = self.bitmaps.remove(&slot.number) else { continue };
+                let got = bitmap.get(vm);
+                self.mark_bits((index, window), slot, bitmap.words().iter().zip(std::iter::repeat(0)));
+                self.bitmaps.insert(slot.number, bitmap);
+                got?;
             }
         }
         Ok(())
+    }
+
+    /// Marks what the pages of a slot map, or mapped, that have a bit in `words`: in the first of each pair, and not in the second.
+    fn mark_bits<'a>(
+        &mut self,
+        (index, window): (usize, &Window),
+        slot: &Slot,
+        words: impl Iterator<Item = (&'a u64, u64)>,
+    ) {
+        for (start, (&bits, known)) in (slot.pages.start..).step_by(64).zip(words) {
+            let mut rest = bits & !known;
+            while rest != 0 {
+                let page = start + rest.trailing_zeros() as usize;
+                rest &= rest - 1;
+                let now = window.pages.get(page).and_then(|page| page.frame());
+                if let Some(frame) = now.or_else(|| self.closed.get(&(index, page)).copied()) {
+                    self.dirty.insert(frame.0.wrapping_sub(self.first.0));
+                }
+            }
+        }
+    }
+
+    /// Whether the log had a bit for a page of a window when it was fetched last.
+    fn had(bitmaps: &BTreeMap<u32, SlotBitmap>, windows: &[Window], (index, page): (usize, usize)) -> bool {
+        let slot = windows.get(index).and_then(|window| window.slots.get(window.slots_of(&(page..page + 1)).start));
+        slot.is_some_and(|slot| {
+            let bitmap = bitmaps.get(&slot.number).filter(|_| slot.pages.contains(&page));
+            bitmap.is_some_and(|bitmap| bitmap.is_set((page - slot.pages.start) as u64))
+        })
     }
 
     /// Fetches what was written since the last harvest.
@@ -155,8 +246,7 @@ impl Log {
         self.dirty.clear();
         // A closed page is written no more: without a bit it is of no interest, and a GET that clears has taken the bit.
         let (bitmaps, manual) = (&self.bitmaps, self.clearing == Clearing::Manual);
-        self.closed
-            .retain(|&(index, page), _| manual && bitmaps.get(index).is_some_and(|bitmap| bitmap.is_set(page as u64)));
+        self.closed.retain(|&place, _| manual && Self::had(bitmaps, windows, place));
         Ok(())
     }
 
@@ -168,13 +258,21 @@ impl Log {
         if let Some(rings) = rings {
             return rings.reset();
         }
+        if let Some(watch) = &mut self.watch {
+            return watch.clear();
+        }
         if self.clearing == Clearing::Manual {
-            for (bitmap, _) in self.bitmaps.iter().zip(windows).filter(|(_, window)| window.logged()) {
-                bitmap.clear(vm, WHOLE_SLOT)?;
+            for slot in windows.iter().flat_map(|window| &window.slots).filter(|slot| slot.logged) {
+                if let Some(bitmap) = self.bitmaps.get(&slot.number).filter(|bitmap| !bitmap.is_empty()) {
+                    bitmap.clear(vm, WHOLE_SLOT)?;
+                }
             }
             // A page that was written and closed since the harvest still has its bit.
             let bitmaps = &self.bitmaps;
-            self.closed.retain(|&(index, page), _| bitmaps.get(index).is_none_or(|bitmap| !bitmap.is_set(page as u64)));
+            self.closed.retain(|&place, _| !Self::had(bitmaps, windows, place));
+            for slot in windows.iter().flat_map(|window| &window.slots).filter(|slot| slot.logged) {
+                self.bitmaps.get_mut(&slot.number).into_iter().for_each(SlotBitmap::forget);
+            }
         }
         Ok(())
     }

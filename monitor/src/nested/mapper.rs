@@ -1,5 +1,6 @@
 //! The mapper: what the shadow MMU says of EPT02, said by mmap, mprotect and the fault source.
 
+use super::log::Log;
 use super::source::{Mapped, Tables};
 use super::window::{Page, Window};
 use super::windows::{PIECE, Windows, call};
@@ -43,8 +44,19 @@ impl Windows {
                 (false, true) => Tables::Left,
                 (false, false) => Tables::Filled,
             };
-            source.map(window.stretch(&(at..end)), part, Mapped { writable, alone, tables })?;
-            let tracked = if first >= memory.first_tracked() { end - at } else { 0 };
+            let (stretch, is_tracked) = (window.stretch(&(at..end)), first >= memory.first_tracked());
+            match self.log.as_ref().and_then(Log::watch).filter(|_| is_tracked) {
+                None => source.map(stretch, part, Mapped { writable, alone, tables })?,
+                Some(watch) => {
+                    // Nobody may write before a write is told.
+                    source.map(stretch, part, Mapped { writable: false, alone, tables: Tables::Left })?;
+                    watch.begin(stretch).map_err(|error| call(&error))?;
+                    if writable {
+                        source.protect(stretch, true)?;
+                    }
+                }
+            }
+            let tracked = if is_tracked { end - at } else { 0 };
             self.counts.mapped(end - at, tracked);
             Page::fill(window.pages.get_mut(at..end).unwrap_or_default(), first, writable);
             at = end;
@@ -55,6 +67,12 @@ impl Windows {
     /// Closes the mapped pages of `pages` in window `index`. Marks that KVM's log still holds for them stay with what they mapped.
     fn close_run(&mut self, index: usize, pages: Range<usize>) -> io::Result<()> {
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
+        if let Some(log) = self.log.as_mut().filter(|log| log.watch().is_some()) {
+            for run in window.runs_in(self.memory.first_tracked(), pages.clone()) {
+                self.source.protect(window.stretch(&run), false)?;
+                log.closing(window, &run).map_err(|error| call(&error))?;
+            }
+        }
         self.source.close(window.stretch(&pages))?;
         self.counts.closes += 1;
         if let Some(log) = self.log.as_mut().filter(|_| window.logged()) {
@@ -261,6 +279,9 @@ impl Windows {
         if !writable && pages.iter().any(|page| page.gathered()) {
             // Closed, rather than mapped again by themselves: who reads one asks for it.
             return self.with_room(|windows| windows.close_run(index, run.clone()));
+        }
+        if writable {
+            self.log_before_writes(index, &run)?;
         }
         self.with_room(|windows| {
             let Some(window) = windows.all.get_mut(index) else { return Ok(()) };

@@ -1,6 +1,7 @@
 //! Strategies and the mechanisms that make them effective under a running L2.
 
 use super::source::Kind;
+use super::watch::Watch;
 use crate::kvm::ring::DEFAULT_ENTRIES;
 use crate::kvm::{self, Error};
 use kvm_bindings::KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
@@ -21,11 +22,14 @@ pub enum Mechanism {
     KvmClear,
     /// KVM's dirty rings of L2's vCPUs.
     KvmRing,
+    /// Asynchronous write protection by userfaultfd, and `PAGEMAP_SCAN`.
+    Pagemap,
 }
 
 impl Mechanism {
     /// All of them.
-    pub const ALL: [Self; 5] = [Self::Mprotect, Self::UffdWp, Self::KvmBitmap, Self::KvmClear, Self::KvmRing];
+    pub const ALL: [Self; 6] =
+        [Self::Mprotect, Self::UffdWp, Self::KvmBitmap, Self::KvmClear, Self::KvmRing, Self::Pagemap];
 
     /// The name on the command line.
     #[must_use]
@@ -36,20 +40,31 @@ impl Mechanism {
             Self::KvmBitmap => "kvm-bitmap",
             Self::KvmClear => "kvm-clear",
             Self::KvmRing => "kvm-ring",
+            Self::Pagemap => "pagemap",
         }
     }
 
     /// Enables what it needs in L2's VM, before there are slots.
     ///
     /// # Errors
-    /// [`Error::Capability`] where KVM lacks it.
+    /// [`Error::Capability`] where this host lacks it.
     pub fn prepare(self, vm: &VmFd, source: Kind) -> Result<(), Error> {
         const NAME: &str = "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2";
         if !self.sources().contains(&source) {
             let [needed, ..] = self.sources() else { return Ok(()) };
-            return Err(Error::Capability {
-                capability: needed.capability(),
-                consequence: format!("{} needs it to learn where L2 wrote (here: {source})", self.name()),
+            let name = self.name();
+            return Err(match self {
+                // Memory is registered with one userfaultfd at a time.
+                Self::Pagemap => Error::Capability {
+                    capability: "a fault source beside userfaultfd's write protection",
+                    consequence: format!(
+                        "{name} registers L2's pages itself, as {source} does (use tracepoint or poison)"
+                    ),
+                },
+                _ => Error::Capability {
+                    capability: needed.capability(),
+                    consequence: format!("{name} needs it to learn where L2 wrote (here: {source})"),
+                },
             });
         }
         match self {
@@ -57,6 +72,7 @@ impl Mechanism {
                 kvm::vm::enable(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, NAME, 1, "kvm-clear needs Linux 5.2 or later")
             }
             Self::KvmRing => kvm::ring::enable(vm, DEFAULT_ENTRIES),
+            Self::Pagemap => Watch::check(),
             Self::Mprotect | Self::UffdWp | Self::KvmBitmap => Ok(()),
         }
     }
@@ -67,6 +83,7 @@ impl Mechanism {
         match self {
             Self::Mprotect => &[Kind::Tracepoint],
             Self::UffdWp => &[Kind::Userfault],
+            Self::Pagemap => &[Kind::Tracepoint, Kind::Poison],
             Self::KvmBitmap | Self::KvmClear | Self::KvmRing => &Kind::ALL,
         }
     }
@@ -85,10 +102,9 @@ pub struct Means {
 const FITTING: [(&str, &[Mechanism]); 5] = [
     ("write-protect", &[Mechanism::Mprotect, Mechanism::UffdWp]),
     ("lazy-huge", &[Mechanism::Mprotect, Mechanism::UffdWp]),
-    ("log", &[Mechanism::KvmBitmap, Mechanism::KvmClear, Mechanism::KvmRing]),
+    ("log", &[Mechanism::KvmBitmap, Mechanism::KvmClear, Mechanism::KvmRing, Mechanism::Pagemap]),
     ("twin", &[Mechanism::Mprotect, Mechanism::UffdWp]),
-    // Bitmaps cost a call a slot, and here each leaf is a slot.
-    ("twin+log", &[Mechanism::KvmRing]),
+    ("twin+log", &[Mechanism::KvmBitmap, Mechanism::KvmClear, Mechanism::KvmRing]),
 ];
 
 impl Means {
@@ -105,13 +121,13 @@ impl Means {
         strategy(self.strategy).is_some_and(Strategy::compares)
     }
 
-    /// Whether KVM's log of L2's VM finds writes.
+    /// Whether a log of L2's VM finds writes: KVM's, or what pages tell by themselves.
     #[must_use]
     pub const fn logs(self) -> bool {
-        matches!(self.mechanism, Mechanism::KvmBitmap | Mechanism::KvmClear | Mechanism::KvmRing)
+        !matches!(self.mechanism, Mechanism::Mprotect | Mechanism::UffdWp)
     }
 
-    /// Whether the shadow MMU finds writes: with `log` KVM does all of it.
+    /// Whether the shadow MMU finds writes: with `log` the kernel does all of it.
     #[must_use]
     pub fn traps(self) -> bool {
         self.strategy != "log"

@@ -28,6 +28,7 @@ mod shadow;
 mod slots;
 pub mod source;
 mod vcpu;
+mod watch;
 mod window;
 pub mod windows;
 

@@ -8,8 +8,10 @@ use super::windows::Windows;
 use super::{Mechanism, Options};
 use crate::kvm::ring::RingSet;
 use crate::kvm::{self, Error};
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use umbra_mmu::{Access, Extent, Flush, Frame, Mapper, RootId};
 use umbra_shared::Level;
 
@@ -22,6 +24,8 @@ pub struct Recipe {
     pub memory: Arc<L1Pages>,
     /// How L2 is run.
     pub options: Options,
+    /// vCPUs that are in KVM.
+    pub in_kvm: Arc<AtomicUsize>,
 }
 
 impl Recipe {
@@ -29,7 +33,8 @@ impl Recipe {
         let Options { means, source, .. } = &self.options;
         let vm = Arc::new(kvm::vm::create(&kvm::vm::open()?)?);
         means.mechanism.prepare(&vm, *source)?;
-        let mut place = Windows::new(Arc::clone(&vm), Arc::clone(&self.memory), source.open()?, &self.options);
+        let (memory, in_kvm) = (Arc::clone(&self.memory), Arc::clone(&self.in_kvm));
+        let mut place = Windows::new(Arc::clone(&vm), memory, source.open()?, &self.options, in_kvm);
         if means.mechanism == Mechanism::KvmRing {
             place.rings = Some(RingSet::new(vm));
         }
@@ -126,7 +131,7 @@ impl Places {
 
     fn start_log_at(&mut self, place: usize, clearing: Clearing) -> Result<(), Error> {
         let (memory, place) = (&self.recipe.memory, &mut self.all[place]);
-        let log = Log::new(place.windows(), clearing, memory.first_tracked(), memory.frames());
+        let log = Log::new(place.windows(), clearing, memory.first_tracked(), memory.frames())?;
         place.start_log(log)
     }
 
@@ -136,6 +141,8 @@ impl Places {
     /// The system's.
     pub fn start_log(&mut self, clearing: Clearing) -> Result<(), Error> {
         self.logging = Some(clearing);
+        // All is logged at first, whatever needed it not when it was logged last.
+        self.all.iter_mut().filter_map(|place| place.unlogged.as_mut()).for_each(BTreeSet::clear);
         (0..self.all.len()).try_for_each(|place| self.start_log_at(place, clearing))
     }
 
@@ -162,6 +169,20 @@ impl Places {
     /// The system's.
     pub fn clear_log(&mut self) -> Result<(), Error> {
         self.all.iter_mut().try_for_each(Windows::clear_log)
+    }
+
+    /// See [`Windows::settle_slots`].
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn settle_slots(&mut self) -> Result<(), Error> {
+        self.all.iter_mut().try_for_each(Windows::settle_slots)
+    }
+
+    /// Counts the vCPUs that are in KVM.
+    #[must_use]
+    pub const fn in_kvm(&self) -> &Arc<AtomicUsize> {
+        &self.recipe.in_kvm
     }
 
     /// The logs, while there are some.

@@ -5,6 +5,7 @@ use super::memory::{L1Pages, View};
 use super::places::{Places, Recipe};
 use super::roots_log::RootsLog;
 use super::source::{Fault, Place};
+use super::watch::Watch;
 use super::window::Page;
 use super::windows::Windows;
 use super::{Means, Mechanism, Options};
@@ -14,8 +15,8 @@ use std::sync::Arc;
 use umbra_mmu::guest::Reflection;
 use umbra_mmu::track::{WriteProtect, strategy};
 use umbra_mmu::{
-    Config, Env, Format, Invalidation, Kind, Memory, Mmu, MmuError, ModeBits, Outcome, Request, RootId, RootRole, Slot,
-    Split,
+    Config, Env, Format, Frame, Invalidation, Kind, Memory, Mmu, MmuError, ModeBits, Outcome, Request, RootId,
+    RootRole, Slot, Split,
 };
 use umbra_shared::control::{Entry, Exit};
 use umbra_shared::role::Role;
@@ -88,7 +89,7 @@ impl Shadow {
             })?;
         }
         let found = umbra_mmu::PageSet::new(memory.frames());
-        let recipe = Recipe { memory: Arc::clone(&memory), options: *options };
+        let recipe = Recipe { memory: Arc::clone(&memory), options: *options, in_kvm: Arc::default() };
         let places = Places::new(recipe)?;
         let view = View(memory);
         let far = u64::from(options.extent / ONE_TABLE).max(1);
@@ -234,7 +235,7 @@ impl Shadow {
         self.check_windows()?;
         let write = u64::from(request.kind == Kind::Write) << 1;
         Ok(match outcome {
-            Outcome::Mapped { .. } if !self.is_effective(loaded.root, address)? => {
+            Outcome::Mapped { .. } if !self.is_mapped(address) && !self.is_effective(loaded.root, address)? => {
                 Handled::ToL1(Exit::ExecuteRights, address, write)
             }
             Outcome::Mapped { .. } | Outcome::Retry => Handled::Resume,
@@ -244,6 +245,11 @@ impl Shadow {
             }
             Outcome::WantsMemory { .. } => Handled::ToL1(Exit::Beyond, address, write),
         })
+    }
+
+    /// Whether a window maps something at `address`: that is what EPT02 grants there.
+    fn is_mapped(&self, address: u64) -> bool {
+        self.places.here().page(L2Gfn::containing(address)).is_some_and(|page| page != Page::CLOSED)
     }
 
     /// Whether a mapping can grant what EPT02 does at `address`. EPT02 may grant less than EPT12 does by now: execution is asked for, if that is it.
@@ -327,6 +333,7 @@ impl Shadow {
             let clearing = match self.means.mechanism {
                 Mechanism::KvmClear => Clearing::Manual,
                 Mechanism::KvmRing => Clearing::Ring,
+                Mechanism::Pagemap => Clearing::Protection,
                 _ => Clearing::ByGet,
             };
             self.places.start_log(clearing)?;
@@ -349,15 +356,34 @@ impl Shadow {
         if !self.means.traps() {
             return Ok(());
         }
-        let first = self.view.0.first_tracked();
-        for log in self.places.logs() {
-            for (word, place) in log.found().words().iter().zip((0..).step_by(64)).filter(|(word, _)| **word != 0) {
-                self.mmu.mark_logged(first.plus(place), *word);
-            }
-        }
+        let logged = self.logged_densely();
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
         self.mmu.harvest(&mut env, &mut self.found).map_err(|error| lost(&error))?;
-        self.check_windows()
+        for (first, pages) in logged {
+            self.mmu.count_logged(&mut env, first, pages);
+        }
+        self.check_windows()?;
+        self.places.settle_slots()
+    }
+
+    /// 2 MiB of memory of which the log has found so many pages that a copy would be cheaper, with how many.
+    fn logged_densely(&self) -> Vec<(Frame, u32)> {
+        let mut dense = Vec::new();
+        let leaves = (self.view.0.first_tracked().0..).step_by(512).map(Frame);
+        for log in self.places.logs() {
+            for (first, words) in leaves.clone().zip(log.found().words().chunks(8)) {
+                // A word may have 64 of them, and to count costs.
+                let most = words.iter().fold(0, |most, word| most + if *word == 0 { 0 } else { 64 });
+                if most < self.mmu.break_even() {
+                    continue;
+                }
+                let pages = words.iter().map(|word| word.count_ones()).sum();
+                if pages >= self.mmu.break_even() {
+                    dense.push((first, pages));
+                }
+            }
+        }
+        dense
     }
 
     /// Makes what was found report again.
@@ -396,7 +422,7 @@ impl Shadow {
     /// Whether clearing is a step of its own.
     #[must_use]
     pub fn clears(&self) -> bool {
-        self.means.mechanism != Mechanism::KvmBitmap
+        self.means.traps() || self.means.mechanism != Mechanism::KvmBitmap
     }
 
     /// Puts the tracked pages that the last harvest found into `into`, by their numbers.
@@ -406,12 +432,8 @@ impl Shadow {
         for (first, number, pages) in memory.tracked() {
             for page in 0..pages {
                 let frame = first.plus(page);
-                let found = if self.means.traps() {
-                    self.found.contains(frame)
-                } else {
-                    self.places.logs().any(|log| log.found().contains(frame.0 - base.0))
-                };
-                if found {
+                let logged = || self.places.logs().any(|log| log.found().contains(frame.0 - base.0));
+                if self.means.traps() && self.found.contains(frame) || logged() {
                     into.insert(number + page);
                 }
             }
@@ -437,10 +459,23 @@ impl Shadow {
             counters.push(("twins", mmu.twins));
             counters.push(("twin_bytes", self.mmu.twin_bytes()));
             counters.push(("made_dense", mmu.made_dense));
+            if self.means.logs() {
+                counters.push(("slots_cut", self.places.all().iter().map(|place| place.due.cuts).sum()));
+            }
         }
         if self.places.here().log.is_some() {
             counters.push(("log_transfers", self.places.logs().map(|log| log.transfers).sum()));
             counters.push(("ring_full_exits", self.places.logs().map(|log| log.ring_exits).sum()));
+            let (scans, protections) = self
+                .places
+                .logs()
+                .filter_map(|log| log.watch())
+                .map(Watch::calls)
+                .fold((0, 0), |sum, calls| (sum.0 + calls.0, sum.1 + calls.1));
+            if self.means.mechanism == Mechanism::Pagemap {
+                counters.push(("pagemap_scans", scans));
+                counters.push(("pagemap_protections", protections));
+            }
         }
         counters
     }

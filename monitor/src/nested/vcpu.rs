@@ -12,7 +12,7 @@ use kvm_bindings::{CpuId, kvm_regs, kvm_vcpu_events};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use std::mem::offset_of;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use umbra_shared::control::{self, ControlPage, State};
 use umbra_shared::layout::vcpu_area;
 use umbra_shared::protocol::{DOORBELL_PORT, Doorbell};
@@ -45,6 +45,8 @@ pub struct L2Vcpu {
     armed: bool,
     /// The address that L1 was asked about last.
     asked: Option<u64>,
+    /// Counts vCPUs that are in KVM.
+    in_kvm: Arc<AtomicUsize>,
 }
 
 /// Why `KVM_RUN` of L2's VM returned.
@@ -78,6 +80,7 @@ enum Next {
 impl L2Vcpu {
     pub(super) fn new(host: Arc<Host>, index: usize, cpuid: &CpuId) -> Result<Self, Error> {
         let fds = vec![host.vcpu_at(0, index, cpuid)?];
+        let in_kvm = Arc::clone(host.shadow()?.places.in_kvm());
         Ok(Self {
             host,
             index,
@@ -91,6 +94,7 @@ impl L2Vcpu {
             trace: None,
             armed: false,
             asked: None,
+            in_kvm,
         })
     }
 
@@ -212,9 +216,11 @@ impl L2Vcpu {
         self.tell(exit, address, qualification)
     }
 
-    /// One `KVM_RUN`.
+    /// One `KVM_RUN`. The vCPU counts as in KVM already.
     fn run_once(&mut self) -> Left {
-        match self.fds[self.at].run() {
+        let ran = self.fds[self.at].run();
+        self.in_kvm.fetch_sub(1, Ordering::Release);
+        match ran {
             Ok(VcpuExit::IoOut(DOORBELL_PORT, data)) => Left::Rang(data.try_into().map_or(0, u32::from_le_bytes)),
             Ok(VcpuExit::MmioRead(gpa, data)) => {
                 data.fill(0);
@@ -289,10 +295,17 @@ impl L2Vcpu {
 
     /// `KVM_RUN` failed: L2 touched a page that it may not, or not yet.
     fn fault(&mut self) -> Result<Next, Error> {
-        let told = self.host.shadow()?.places.here().source().told();
+        let recorded = self.trace.as_ref().filter(|_| self.armed).and_then(FaultTrace::last);
+        let shadow = self.host.shadow()?;
+        let told = shadow.places.here().source().told();
+        if told == Told::Trace && recorded.is_none() {
+            // It will be tried again. Under the lock, so that nobody counts while slots are replaced.
+            self.in_kvm.fetch_add(1, Ordering::AcqRel);
+        }
+        drop(shadow);
         match told {
             Told::At(fault) => self.handle(&fault),
-            Told::Trace => self.traced(),
+            Told::Trace => self.traced(recorded),
             Told::Again if self.failed < PATIENCE => {
                 self.failed += 1;
                 std::thread::yield_now();
@@ -308,11 +321,10 @@ impl L2Vcpu {
         self.next(Left::Broken(silence.to_owned()))
     }
 
-    /// Where it was, by KVM's tracepoint: as the entry that failed has recorded it, or the one that tries again with the tracepoint armed. That
+    /// Where it was, by KVM's tracepoint: as the entry that failed has `recorded` it, or the one that tries again with the tracepoint armed. That
     /// stays armed until L2 comes out for another reason. Who faults once mostly faults again, and to try again costs ten times what a fault pays
     /// for being recorded.
-    fn traced(&mut self) -> Result<Next, Error> {
-        let recorded = self.trace.as_ref().filter(|_| self.armed).and_then(FaultTrace::last);
+    fn traced(&mut self, recorded: Option<Traced>) -> Result<Next, Error> {
         let traced = if let Some(traced) = recorded {
             traced
         } else {
@@ -373,6 +385,7 @@ impl L2Vcpu {
         let here = shadow.places.here_mut();
         let fresh = std::mem::take(&mut here.fresh);
         if here.log.is_some() {
+            self.in_kvm.fetch_add(1, Ordering::AcqRel);
             drop(shadow);
             return self.disarm();
         }
@@ -384,6 +397,7 @@ impl L2Vcpu {
         if let Some(trace) = self.trace.as_ref().filter(|_| self.armed) {
             trace.forget();
         }
+        self.in_kvm.fetch_add(1, Ordering::AcqRel);
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! A window of L2's memory, what each of its pages maps, and what a mapper did.
 
 use super::reserve::Reserved;
-use super::slots::Slot;
+use super::slots::{Cut, Slot};
 use crate::hostmm::Stretch;
 use std::ops::Range;
 use umbra_mmu::{Extent, Frame};
@@ -68,7 +68,9 @@ pub struct Window {
     pub first: L2Gfn,
     /// What each page maps.
     pub pages: Vec<Page>,
-    /// KVM's slots, one behind the other, with numbers that are so too.
+    /// How it can be cut into slots.
+    pub(super) cut: Cut,
+    /// KVM's slots, one behind the other.
     pub(super) slots: Vec<Slot>,
     /// Whether it has ever mapped tracked memory.
     pub(super) tracked: bool,
@@ -84,6 +86,24 @@ impl Window {
 
     pub(super) fn stretch(&self, pages: &Range<usize>) -> Stretch {
         self.place.stretch().part(pages.start as u64, pages.len() as u64)
+    }
+
+    /// Runs of its pages that map memory from `first` on.
+    pub(super) fn runs_of(&self, first: Frame) -> impl Iterator<Item = Range<usize>> {
+        self.runs_in(first, 0..self.pages.len())
+    }
+
+    /// Runs of `pages` that map memory from `first` on.
+    pub(super) fn runs_in(&self, first: Frame, pages: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let maps =
+            move |at: usize| self.pages.get(at).and_then(|page| page.frame()).is_some_and(|frame| frame >= first);
+        let mut at = pages.start;
+        std::iter::from_fn(move || {
+            let start = (at..pages.end).find(|&at| maps(at))?;
+            let end = (start..pages.end).find(|&at| !maps(at)).unwrap_or(pages.end);
+            at = end;
+            Some(start..end)
+        })
     }
 
     /// The number of page `at`, counted from a boundary of 2 MiB.

@@ -7,10 +7,11 @@ use super::gather::Queue;
 use super::log::Log;
 use super::memory::L1Pages;
 use super::reserve::Reserved;
-use super::slots::{Slot, leaf_granule};
+use super::slots::{Cut, Due, leaf_granule};
 use super::source::Source;
+use super::watch::Watch;
 use super::window::{Counts, Page, Window};
-use super::{FirstReads, Options};
+use super::{FirstReads, Mechanism, Options};
 use crate::hostmm::Hva;
 use crate::hostmm::udmabuf::Udmabuf;
 use crate::kvm::ring::RingSet;
@@ -20,6 +21,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 use umbra_mmu::{Extent, Mapper, RootId};
 use umbra_shared::{L2Gfn, control};
 
@@ -44,8 +46,12 @@ pub struct Windows {
     pub(super) pieces: bool,
     /// What KVM's log makes of pages that L2 reads first.
     pub(super) first_reads: FirstReads,
-    /// Where each leaf of 2 MiB is a slot, so that it is logged or not by itself: 2 MiB of L1's memory that need not be logged, by number.
+    /// Where each leaf of 2 MiB is logged or not by itself: 2 MiB of L1's memory that need not be logged, by number.
     pub unlogged: Option<BTreeSet<u64>>,
+    /// What slots wait for.
+    pub(super) due: Due,
+    /// vCPUs that are in KVM. More of them enter with the shadow MMU's lock alone.
+    pub(super) in_kvm: Arc<AtomicUsize>,
     /// What is to be mapped, and is not yet.
     pub(super) queue: Queue,
     /// Maps scattered leaves together; `None` where the host has none.
@@ -74,13 +80,23 @@ pub struct Windows {
 impl Windows {
     /// No windows.
     #[must_use]
-    pub fn new(vm: Arc<VmFd>, memory: Arc<L1Pages>, source: Box<dyn Source>, options: &Options) -> Self {
+    pub fn new(
+        vm: Arc<VmFd>,
+        memory: Arc<L1Pages>,
+        source: Box<dyn Source>,
+        options: &Options,
+        in_kvm: Arc<AtomicUsize>,
+    ) -> Self {
+        let cut = options.means.traps() && options.means.logs();
         Self {
             pieces: options.pieces,
             first_reads: options.first_reads,
-            unlogged: (options.means.traps() && options.means.logs()).then(BTreeSet::new),
+            unlogged: cut.then(BTreeSet::new),
+            due: Due::new(&vm, cut),
+            in_kvm,
             queue: Queue::default(),
-            udmabuf: Udmabuf::open().ok(),
+            // Pages of a udmabuf tell of no writes: they cannot be registered.
+            udmabuf: Udmabuf::open().ok().filter(|_| options.means.mechanism != Mechanism::Pagemap),
             pre_faults: vm::offered(&vm, CAP_PRE_FAULT_MEMORY) > 0,
             vm,
             memory,
@@ -112,9 +128,10 @@ impl Windows {
             let mut pages = vec![Page::CLOSED; usize::try_from(window.frames).unwrap_or(usize::MAX)];
             // The host gives it memory here, not at L2's first touch.
             pages.iter_mut().step_by(1024).for_each(|page| *std::hint::black_box(page) = Page::CLOSED);
-            let slots = Slot::of_window(window.first, pages.len(), granule, number);
-            number = slots.last().map_or(number, Slot::next);
-            let window = Window { first: window.first, pages, slots, tracked: false, place };
+            let (cut, next) = Cut::new(window.first, pages.len(), granule, number);
+            number = next;
+            let slots = cut.slots(pages.len());
+            let window = Window { first: window.first, pages, cut, slots, tracked: false, place };
             for slot in &window.slots {
                 // SAFETY: the addresses are the window's as long as it lives, and whatever is mapped there is L1's memory.
                 unsafe { self.vm.set_user_memory_region(window.region(slot, 0)) }
@@ -222,6 +239,11 @@ impl Windows {
     /// # Errors
     /// The system's.
     pub fn start_log(&mut self, log: Log) -> Result<(), Error> {
+        if let Some(watch) = log.watch() {
+            let first = self.memory.first_tracked();
+            let runs = self.all.iter().flat_map(|window| window.runs_of(first).map(|run| window.stretch(&run)));
+            { runs }.try_for_each(|stretch| watch.begin(stretch))?;
+        }
         self.log = Some(log);
         for index in 0..self.all.len() {
             if self.all.get(index).is_some_and(|window| window.tracked) {
@@ -237,7 +259,27 @@ impl Windows {
     /// The system's.
     pub fn stop_log(&mut self) -> Result<Option<Log>, Error> {
         (0..self.all.len()).try_for_each(|index| self.set_logged(index, false))?;
-        Ok(self.log.take())
+        let log = self.log.take();
+        if let Some(watch) = log.as_ref().and_then(Log::watch) {
+            self.end_watch(watch)?;
+        }
+        Ok(log)
+    }
+
+    /// Pages are watched no longer; what can be huge is mapped anew.
+    fn end_watch(&mut self, watch: &Watch) -> Result<(), Error> {
+        let first = self.memory.first_tracked();
+        for index in 0..self.all.len() {
+            let runs: Vec<_> = self.all.get(index).into_iter().flat_map(|window| window.runs_of(first)).collect();
+            for run in runs {
+                let Some(window) = self.all.get(index) else { break };
+                watch.end(window.stretch(&run))?;
+                if !self.pieces {
+                    self.renew(index, run)?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Fetches the log: bits become pages of L1's memory by what is mapped, or was when the page was closed.
@@ -273,10 +315,16 @@ impl Windows {
 
     /// Whether what is mapped now must tell KVM's log a read from a write.
     pub(super) fn tells_apart(&self) -> bool {
-        self.log.is_some() && self.first_reads == FirstReads::Exact
+        self.log.as_ref().is_some_and(Log::is_of_kvm) && self.first_reads == FirstReads::Exact
     }
 }
 
+/// `error`, so that [`Windows::with_room`] knows when there are too many mappings.
 pub(super) fn call(error: &Error) -> io::Error {
-    io::Error::other(error.to_string())
+    match error {
+        Error::Call { source, .. } if source.raw_os_error() == Some(libc::ENOMEM) => {
+            io::Error::from_raw_os_error(libc::ENOMEM)
+        }
+        other => io::Error::other(other.to_string()),
+    }
 }

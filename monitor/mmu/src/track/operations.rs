@@ -82,8 +82,7 @@ impl Mmu {
         strategy.harvest(self, env);
         self.finish(env);
         let track = self.track.as_mut().ok_or(MmuError::NotTracking)?;
-        track.reported.union(&track.dirty);
-        Ok(into.copy_from(&track.dirty))
+        Ok(track.dirty.report(&mut track.reported, into))
     }
 
     /// The L2 frames through which dirty pages were written, or that share a shadow page with one, since they were
@@ -108,14 +107,16 @@ impl Mmu {
         // Writes since the harvest belong to what is cleared now.
         self.drain_log();
         let mut at = first.0;
-        let mut split_region = u64::MAX;
+        let (mut split_region, mut rearmed) = (u64::MAX, u64::MAX);
         while at < end {
             let base = at & !63;
-            let next = (base + 64).min(end);
-            let within = u64::MAX >> (63 - (next - 1 - base)) & u64::MAX << (at - base);
-            at = next;
             let Some(track) = &mut self.track else { break };
-            let word = track.reported.word(Frame(base)) & within;
+            let word = track.reported.word(Frame(base));
+            let from = std::mem::replace(&mut at, (base + 64).min(end));
+            if word == 0 {
+                continue;
+            }
+            let word = word & u64::MAX >> (63 - (at - 1 - base)) & u64::MAX << (from - base);
             if word == 0 {
                 continue;
             }
@@ -124,6 +125,11 @@ impl Mmu {
                 self.split_around(env, Frame(base));
             }
             self.clear_word(env, Frame(base), word);
+            // A leaf that holds all of them is dealt with once.
+            if base >> 9 != rearmed {
+                rearmed = base >> 9;
+                self.rearm_huge(env, Frame(base));
+            }
         }
         if let Some(track) = self.track.as_mut()
             && let Some(l2) = &mut track.l2
@@ -148,9 +154,14 @@ impl Mmu {
         } else {
             track.dirty.remove_word(first, word);
         }
+    }
+
+    /// The huge leaves that map `frame` notice writes again.
+    fn rearm_huge(&mut self, env: &mut Env<'_>, frame: Frame) {
+        let Some(strategy) = self.track.as_ref().map(|track| track.strategy) else { return };
         for level in [Level::M2, Level::G1] {
-            if !self.rmaps.head(first, level).is_empty() && !self.defect(Defect::HugeNotProtected) {
-                strategy.rearm(self, env, first, level);
+            if !self.rmaps.head(frame, level).is_empty() && !self.defect(Defect::HugeNotProtected) {
+                strategy.rearm(self, env, frame, level);
             }
         }
     }

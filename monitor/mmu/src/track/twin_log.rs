@@ -105,7 +105,10 @@ impl Mmu {
     /// Decides for each 2 MiB that was written how it is tracked from now on. Which way is better is found out a harvest late, and the
     /// way back needs a little less than the break-even: memory at the edge shall not go to and fro.
     fn choose_by_density(&mut self, env: &mut Env<'_>) {
-        let break_even = self.config.break_even;
+        let Some(track) = &self.track else { return };
+        if track.logs_huge && track.dense.is_empty() {
+            return;
+        }
         let regions = self.config.first_tracked.0.div_ceil(512)..self.config.memory_frames.div_ceil(512);
         for first in regions.map(|region| Frame(region << 9)) {
             let Some(track) = &self.track else { return };
@@ -113,13 +116,29 @@ impl Mmu {
             if written == 0 {
                 continue;
             }
-            let dense = track.is_dense(first);
-            if dense && written < break_even - break_even / 8 {
+            if !track.is_dense(first) {
+                self.count_logged(env, first, written);
+            } else if written < self.config.break_even - self.config.break_even / 8 {
                 self.set_dense(env, first, false);
-            } else if !dense && written >= break_even && self.make_huge(env, first) {
-                self.set_dense(env, first, true);
             }
         }
+    }
+
+    /// So many of the 512 pages from `first` on were logged since the last harvest, by whoever does that.
+    pub fn count_logged(&mut self, env: &mut Env<'_>, first: Frame, written: u32) {
+        let Some(track) = &self.track else { return };
+        // What would find no room for its copy stays with the log.
+        let room = track.dense.len() < u64::from(track.max_twins);
+        if written >= self.config.break_even && !track.is_dense(first) && room && self.make_huge(env, first) {
+            self.set_dense(env, first, true);
+            self.finish(env);
+        }
+    }
+
+    /// Of 512 pages, how many must be written that to copy them is cheaper than to log them.
+    #[must_use]
+    pub const fn break_even(&self) -> u32 {
+        self.config.break_even
     }
 
     /// Whether a leaf of 2 MiB maps the memory at `first`, or will at its next fault: tables that split one are dropped.
@@ -151,13 +170,6 @@ impl Mmu {
         }
         if track.logs_huge {
             env.mapper.log_writes(first, !dense);
-        }
-    }
-
-    /// Pages that whoever logs beside the MMU found written: those of the 64 from `first` on that `word` has a bit for.
-    pub fn mark_logged(&mut self, first: Frame, word: u64) {
-        if let Some(track) = &mut self.track {
-            track.dirty.insert_word(first, word);
         }
     }
 }

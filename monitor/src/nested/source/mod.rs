@@ -9,7 +9,7 @@ pub mod poison;
 pub mod tracepoint;
 pub mod userfault;
 
-pub(super) use pages::begins_with;
+pub(super) use pages::{begins_with, populate};
 
 use super::memory::InFile;
 use crate::hostmm::{Hva, Stretch};

@@ -67,15 +67,15 @@ pub fn map_part(
         return Err(io::ErrorKind::InvalidInput.into());
     }
     map(stretch, part.file, part.offset, Rights { write, populate: tables == Tables::Filled })?;
-    let advice = match tables {
-        Tables::Left | Tables::Filled => return Ok(()),
-        Tables::Written => Advice::LinuxPopulateWrite,
+    // It is a hint: what it does not do, a fault will.
+    match tables {
+        Tables::Left | Tables::Filled => {}
+        Tables::Written => drop(advise(stretch, Advice::LinuxPopulateWrite)),
         Tables::ToldApart => {
             register(stretch)?;
-            Advice::LinuxPopulateRead
+            let _ = populate(stretch);
         }
-    };
-    populate(stretch, advice);
+    }
     Ok(())
 }
 
@@ -93,26 +93,31 @@ pub fn map_guarded(
     guard()?;
     admit(stretch, true)?;
     if tables != Tables::Left {
-        populate(stretch, Advice::LinuxPopulateRead);
+        let _ = populate(stretch);
     }
     Ok(())
 }
 
-/// The host's page tables are filled, if it likes to.
-fn populate(stretch: Stretch, advice: Advice) {
+/// The host's page tables are filled for the stretch, as by reads.
+pub fn populate(stretch: Stretch) -> io::Result<()> {
+    advise(stretch, Advice::LinuxPopulateRead)
+}
+
+fn advise(stretch: Stretch, advice: Advice) -> io::Result<()> {
     let (address, length) = at(stretch);
-    // SAFETY: as above. It changes no byte, and a hint is all that it is.
-    let _ = unsafe { mm::madvise(address, length, advice) };
+    // SAFETY: as above. None of the advices that are given here changes a byte.
+    unsafe { mm::madvise(address, length, advice) }?;
+    Ok(())
 }
 
 /// The stretch does not become one mapping with a neighbour for which this was not called. The advice itself, not to be copied by fork(2), means
 /// nothing here: nobody forks.
 pub fn set_apart(stretch: Stretch) -> io::Result<()> {
-    let (address, length) = at(stretch);
-    // SAFETY: as above.
-    let told = unsafe { mm::madvise(address, length, Advice::LinuxDontFork) };
     // Where there is no room for one mapping more it says EAGAIN (madvise(2)), where the others say ENOMEM.
-    Ok(told.map_err(|error| if error == Errno::AGAIN { Errno::NOMEM } else { error })?)
+    advise(stretch, Advice::LinuxDontFork).map_err(|error| match error.raw_os_error() {
+        Some(libc::EAGAIN) => io::Error::from_raw_os_error(libc::ENOMEM),
+        _ => error,
+    })
 }
 
 /// What is mapped in the stretch may be read and written, or not be touched at all.
