@@ -207,7 +207,7 @@ pub struct RunArgs {
     /// Another firmware, an ELF file.
     #[arg(long)]
     pub firmware: Option<PathBuf>,
-    /// A fault to inject, for tests of the checks: lose-page, extra-page.
+    /// A fault to inject, for tests of the checks: lose-page, extra-page; some scenarios have more.
     #[arg(long)]
     pub inject: Option<String>,
     /// Write the Record to this file.
@@ -242,6 +242,9 @@ pub struct NestedArgs {
     /// Random edits of L1's table that `edits` makes, in epochs of one to eight (500); cases of `hostile` (2000).
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
     pub edits: Option<u64>,
+    /// The edits of `edits` race L2s that run meanwhile: the first vCPU edits, the L2s of the others (--vcpus 2 or more) use the table.
+    #[arg(long, action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false)]
+    pub race: bool,
     /// When L2 touches its pages for the first time: before (logging), or logged, in the first round (before).
     #[arg(long)]
     pub first_touch: Option<String>,
@@ -266,9 +269,10 @@ impl NestedArgs {
         let fault_source = self.fault_source.clone().map(|text| ("fault-source", text.into()));
         let remaps = self.remaps.map(|number| ("remaps", number.into()));
         let edits = self.edits.map(|number| ("edits", number.into()));
+        let race = self.race.then(|| ("race", true.into()));
         let first_touch = self.first_touch.clone().map(|text| ("first-touch", text.into()));
         let first_reads = self.first_reads.clone().map(|text| ("first-reads", text.into()));
-        [nesting, accessed_dirty, fill_batch, remaps, edits, first_touch, first_reads, mechanism, fault_source]
+        [nesting, accessed_dirty, fill_batch, remaps, edits, race, first_touch, first_reads, mechanism, fault_source]
             .into_iter()
             .flatten()
             .map(|(name, value)| (name.to_owned(), value))

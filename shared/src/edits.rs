@@ -25,7 +25,8 @@ pub const MAX_REGIONS: usize = 8;
 pub const MAX_PROBES: usize = 120;
 /// Edits of an epoch, at most.
 pub const MAX_EDITS: usize = 8;
-const PAGES: u64 = ENTRIES as u64;
+/// Pages of a region.
+pub const PAGES: u64 = ENTRIES as u64;
 /// Pages of a region that are looked at when all of it is concerned: its first, its last, and some between.
 const SAMPLE: u64 = 4;
 
@@ -50,7 +51,7 @@ pub enum Entry {
 
 /// An entry's place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
+pub enum Place {
     /// The directory's entry for a region.
     Region(u64),
     /// Entry `.1` of region `.0`'s own table.
@@ -72,19 +73,28 @@ enum Edit {
 }
 
 impl Edit {
-    /// The region that it is about.
-    const fn region(self) -> u64 {
+    /// What it is about.
+    const fn concern(self) -> Concern {
         match self {
             Self::Remap { page, .. } | Self::Unmap { page } | Self::Protect { page } | Self::Alias { page, .. } => {
-                page / PAGES
+                Concern::Page(page)
             }
             Self::Split { region }
             | Self::Merge { region, .. }
             | Self::Close { region }
             | Self::ProtectRegion { region }
-            | Self::Share { region, .. } => region,
+            | Self::Share { region, .. } => Concern::Region(region),
         }
     }
+}
+
+/// What of L2's memory an edit is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Concern {
+    /// A page.
+    Page(u64),
+    /// All pages of a region.
+    Region(u64),
 }
 
 /// An access of L2.
@@ -229,6 +239,11 @@ impl<W: Words> Board<W> {
         &mut self.words
     }
 
+    /// The words, to look at.
+    pub const fn as_words(&self) -> &W {
+        &self.words
+    }
+
     /// Physical addresses of the directory, and of the regions' own tables.
     #[must_use]
     pub const fn places(&self) -> (u64, [u64; MAX_REGIONS]) {
@@ -252,7 +267,9 @@ impl<W: Words> Board<W> {
         usize::try_from(region).ok().and_then(|region| self.tables.get(region).copied()).unwrap_or(0)
     }
 
-    fn address(&self, place: Place) -> u64 {
+    /// The physical address of an entry.
+    #[must_use]
+    pub fn address(&self, place: Place) -> u64 {
         match place {
             Place::Region(region) => self.directory + region * 8,
             Place::Page(region, index) => self.table(region) + index * 8,
@@ -260,7 +277,12 @@ impl<W: Words> Board<W> {
     }
 
     fn get(&self, place: Place) -> Entry {
-        let raw = self.words.read(self.address(place));
+        self.decode(place, self.words.read(self.address(place)))
+    }
+
+    /// What the word `raw` says at `place`.
+    #[must_use]
+    pub fn decode(&self, place: Place, raw: u64) -> Entry {
         let (present, write) = match self.format {
             Format::Ept => (ept::RIGHTS, ept::WRITE),
             _ => (long::PRESENT, long::WRITE),
@@ -392,9 +414,9 @@ impl<W: Words> Board<W> {
     }
 
     /// Probes the pages that an edit concerns, those included that see the same table by another region.
-    fn probe(&self, edit: Edit, epoch: &mut Epoch, random: &mut Random) {
-        match edit {
-            Edit::Remap { page, .. } | Edit::Unmap { page } | Edit::Protect { page } | Edit::Alias { page, .. } => {
+    fn probe(&self, concern: Concern, epoch: &mut Epoch, random: &mut Random) {
+        match concern {
+            Concern::Page(page) => {
                 let table = self.table_of(page / PAGES);
                 for region in 0..self.regions {
                     let same = region == page / PAGES || table.is_some() && self.table_of(region) == table;
@@ -403,8 +425,8 @@ impl<W: Words> Board<W> {
                     }
                 }
             }
-            _ => {
-                let first = edit.region() * PAGES;
+            Concern::Region(region) => {
+                let first = region * PAGES;
                 epoch.push(first);
                 (0..SAMPLE).for_each(|_| epoch.push(first + random.below(PAGES)));
                 epoch.push(first + PAGES - 1);
@@ -414,6 +436,11 @@ impl<W: Words> Board<W> {
 
     /// Plays epoch `number`.
     pub fn play(&mut self, seed: u64, number: u64) -> Epoch {
+        self.play_telling(seed, number, |_| ())
+    }
+
+    /// The same, and before each edit tells what it is about.
+    pub fn play_telling(&mut self, seed: u64, number: u64, mut tell: impl FnMut(Concern)) -> Epoch {
         let mut random = Random::of(seed, number);
         let mut epoch = Epoch { edits: 0, due: false, probes: [Probe::default(); MAX_PROBES], count: 0 };
         let mut edits = [None; MAX_EDITS];
@@ -424,11 +451,12 @@ impl<W: Words> Board<W> {
             }
             epoch.edits += 1;
             let chosen = self.choose(&mut random);
+            tell(chosen.concern());
             epoch.due |= self.apply(chosen);
             *edit = Some(chosen);
         }
         for edit in edits.into_iter().flatten() {
-            self.probe(edit, &mut epoch, &mut random);
+            self.probe(edit.concern(), &mut epoch, &mut random);
         }
         // What nobody edited is as it was.
         (0..2).for_each(|_| epoch.push(random.below(self.regions * PAGES)));

@@ -117,6 +117,8 @@ pub struct BootPage {
     pub legacy_table_bytes: u64,
     /// TSC ticks from one access of [`Command::PacedRun`] to the next, at least.
     pub pace: u64,
+    /// Physical address of the journals of [`Command::Race`] ([`crate::race::Journal`]), one for each vCPU but the first; 0 if there are none.
+    pub journals: u64,
     /// Slots in use.
     pub slot_count: u64,
     /// First frame and pages of each tracked slot.
@@ -172,6 +174,9 @@ pub enum Command {
     Unpaged = 19,
     /// Nothing: what was begun goes on.
     GoOn = 20,
+    /// The first vCPU's L1 edits its table while the L2s of the others use it, as the [`crate::race::Order`] in `argument` says. [`Mailbox::writes`] of
+    /// the first vCPU are the epochs that it played.
+    Race = 21,
 }
 
 impl Command {
@@ -199,6 +204,7 @@ impl Command {
             18 => Some(Self::Role),
             19 => Some(Self::Unpaged),
             20 => Some(Self::GoOn),
+            21 => Some(Self::Race),
             _ => None,
         }
     }

@@ -127,6 +127,28 @@ pub fn edited(row: &umbra::report::record::Row, edits: u64) {
     assert!(pages.written > edits / 2 || !row.name.starts_with("umbra:"), "{}: {pages:?}", row.name);
 }
 
+/// What a row of `edits --race` has to have: that many edits, accesses of every kind beside them, some of which depended on who was faster, and nothing
+/// that differed from what had to be, by L1's pages and by L2's.
+///
+/// # Panics
+/// If it has not.
+pub fn raced(row: &umbra::report::record::Row, edits: u64) {
+    let count = |name: &str| row.counters.get(name).unwrap_or_else(|| panic!("{} has no {name}", row.name)).value;
+    assert!(count("edits") >= edits && count("due") * 2 > count("epochs"), "{}: {:?}", row.name, row.counters);
+    for (name, least) in [("reads", edits), ("writes", edits), ("violations", edits / 4), ("raced", edits / 20)] {
+        assert!(count(name) > least, "{}: {:?}", row.name, row.counters);
+    }
+    assert!(count("overwritten") * 4 < count("writes"), "{}: {:?}", row.name, row.counters);
+    assert_eq!(count("different"), 0, "{}", row.name);
+    let l2 = row.truth.l2.as_ref().map(|l2| l2.pages).unwrap_or_default();
+    for pages in [row.truth.pages, l2] {
+        assert_eq!((pages.missed, pages.extra), (0, 0), "{}", row.name);
+        assert_eq!(pages.reported, pages.written + pages.explained, "{}", row.name);
+        assert!(pages.explained * 20 <= pages.written, "{}: {pages:?}", row.name);
+        assert!(pages.written > edits / 4 || !row.name.starts_with("umbra:"), "{}: {pages:?}", row.name);
+    }
+}
+
 /// What a row of `hostile` has to have: cases of both kinds, most of whose probes could be foretold, and nothing that went wrong.
 ///
 /// # Panics

@@ -28,6 +28,47 @@ fn random_edits_are_seen_by_l2_on_this_host() {
     assert!(run.stderr.contains("epoch 3, probe") && run.stderr.contains("the walker says"), "{}", run.stderr);
 }
 
+/// Edits that race L2s of other vCPUs, under each way to track that this host has.
+#[test]
+fn edits_that_race_l2_leave_it_nothing_of_the_old_table() {
+    if !kvm_here() {
+        return refused(&["run", "edits", "--race", "--vcpus", "2", "--nesting", "umbra"], 3, &["/dev/kvm"]);
+    }
+    for options in [
+        "--memory 4M --alias 2 --vcpus 2 --edits 600",
+        "--memory 2M --format npt --vcpus 2 --edits 600 --seed 2 --strategy log,twin",
+        "--memory 4M --alias 3 --alias-kind scattered --accessed-dirty clear --extent 8 --vcpus 3 --edits 600 --seed 3 --strategy log",
+    ] {
+        let words = ["run", "edits", "--race", "--nesting", "umbra"].into_iter().chain(options.split(' '));
+        let record = record(&words.collect::<Vec<_>>(), 300);
+        assert_eq!(record.faults(), [""; 0], "{options}");
+        assert!(record.measured().count() > 0, "{options}");
+        for row in record.measured() {
+            umbra_tests::raced(row, 600);
+        }
+    }
+}
+
+/// Each check of a race fails where it has to: L1 or the monitor does wrong.
+#[test]
+fn what_goes_wrong_in_a_race_is_caught() {
+    if !kvm_here() {
+        return;
+    }
+    for (fault, found) in [
+        ("lose-invalidation", "lead_to: []"),
+        ("late-invalidation", "lead_to: []"),
+        ("lose-transfer", "differs from its copy"),
+        ("lose-page", "differs from its copy"),
+    ] {
+        let words = "run edits --race --vcpus 2 --memory 4M --alias 2 --nesting umbra --strategy log --inject";
+        let words: Vec<_> = words.split(' ').chain([fault]).collect();
+        let run = umbra_tests::umbra(&words, 120);
+        assert_eq!(run.code, Some(1), "{fault}: {}", run.stderr);
+        assert!(run.stderr.contains(found), "{fault}: {}", run.stderr);
+    }
+}
+
 /// Cases of a malicious L1 on this host; and a page that EPT02 does not grant is noticed.
 #[test]
 fn a_malicious_l1_gets_nothing_but_what_its_table_says() {

@@ -17,6 +17,9 @@ use umbra_shared::toggle::Toggle;
 
 /// A CPU's extension, with the one L2 that this vCPU has on it.
 pub trait Extension: Sized {
+    /// Whether [`Self::forget`] on one vCPU is for the L2s of all. Where it is not, each must do it.
+    const FORGETS_FOR_ALL: bool = false;
+
     /// Why this vCPU cannot have an L2.
     type Absent: fmt::Display;
     /// The format of L1's table.

@@ -5,6 +5,7 @@
 mod entry;
 mod gdt;
 pub mod idt;
+pub mod journal;
 pub mod l2;
 #[cfg(not(test))]
 mod lang;

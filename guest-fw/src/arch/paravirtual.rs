@@ -81,6 +81,9 @@ fn state(vcpu: usize, pml4: u64) -> State {
 }
 
 impl Extension for Paravirtual {
+    /// The monitor has one shadow of the table.
+    const FORGETS_FOR_ALL: bool = true;
+
     type Absent = Absent;
 
     fn format(nested: &Nested) -> Format {

@@ -72,6 +72,13 @@ impl Tracked {
         unsafe { self.base.wrapping_byte_add((page << PAGE_SHIFT) as usize).write_volatile(value) }
     }
 
+    /// Stores a word of a page. Panics if it has no such word, or is not mapped.
+    pub fn write_word(self, page: u64, word: usize, value: u64) {
+        assert!(page < self.pages && word < PAGE_SIZE as usize / 8, "word {word} of page {page} of {}", self.pages);
+        // SAFETY: as above.
+        unsafe { self.base.wrapping_byte_add((page << PAGE_SHIFT) as usize + word * 8).write_volatile(value) }
+    }
+
     /// Executes the plan with `round`'s stamps: the bare loop. Writes are counted by the lengths of their runs, and four at a time are
     /// recognised at once, so that a write costs about six instructions.
     #[inline(never)]

@@ -21,11 +21,16 @@ pub fn find(setup: &Setup, nested: &Nested) -> Board<TableWords> {
     }
 }
 
+/// Does `work` on the part of the table that is edited, which all vCPUs share.
+pub fn with_board<R>(setup: &Setup, nested: &Nested, work: impl FnOnce(&mut Board<TableWords>) -> R) -> R {
+    BOARD.with(|board| work(board.get_or_insert_with(|| find(setup, nested))))
+}
+
 impl<E: Extension> Hypervisor<E> {
-    /// Makes the edits of epoch `number`, on the table that all vCPUs share. No L2 runs meanwhile.
+    /// Makes the edits of epoch `number`. No L2 runs meanwhile.
     pub fn play(&mut self, setup: &Setup, nested: &Nested, number: u64) -> Executed {
-        BOARD.with(|board| {
-            let epoch = board.get_or_insert_with(|| find(setup, nested)).play(nested.map.seed(), number);
+        with_board(setup, nested, |board| {
+            let epoch = board.play(nested.map.seed(), number);
             let stamped = |(index, &probe)| (probe, Probe::stamp(number, index));
             probes::set(epoch.probes().iter().enumerate().map(stamped), epoch.due);
         });

@@ -3,6 +3,7 @@
 mod edits;
 mod hostile;
 mod probes;
+mod race;
 pub mod table;
 
 use crate::arch::l2::{Answer, Extension, L2, Tables, Violation};

@@ -125,6 +125,7 @@ impl Worker {
             | Command::Renew
             | Command::Attack
             | Command::Role
+            | Command::Race
             | Command::GoOn => Executed::default(),
             Command::Unpaged => self.touch_unpaged(argument),
         }
@@ -253,6 +254,7 @@ fn serve_nested<E: Extension>(setup: &Setup, nested: &Nested, conduct: Conduct) 
         }
         Command::Play => hypervisor.play(setup, nested, argument),
         Command::Probe => hypervisor.probe(),
+        Command::Race => hypervisor.race(setup, nested, argument),
         Command::Renew => hypervisor.renew(setup, nested),
         Command::Attack => hypervisor.attack(setup, nested, argument),
         Command::Provoke => {

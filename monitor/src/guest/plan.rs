@@ -11,6 +11,7 @@ use umbra_shared::nested::{Map, Nested, WORDS};
 use umbra_shared::paging::Mode;
 use umbra_shared::pattern::Pattern;
 use umbra_shared::protocol::{BOOT_MAGIC, BootPage};
+use umbra_shared::race::JOURNAL_BYTES;
 use umbra_shared::{Gfn, Level, PAGE_SIZE, smm};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use zerocopy::IntoBytes;
@@ -38,6 +39,8 @@ pub struct Plan {
     pub nested: Option<Nested>,
     /// How the monitor runs L2, if it does.
     pub shadow: Option<nested::Options>,
+    /// Whether L2s keep journals ([`umbra_shared::race`]).
+    pub journals: bool,
     /// What SMM sees, if the machine has one.
     pub smm: Option<smm::View>,
     /// The firmware.
@@ -72,6 +75,8 @@ pub(super) struct SystemPlace {
     nested_table_bytes: u64,
     legacy_tables: u64,
     legacy_table_bytes: u64,
+    /// 0 where there are none.
+    pub(super) journals: u64,
 }
 
 impl SystemPlace {
@@ -83,7 +88,9 @@ impl SystemPlace {
         let nested_table_bytes = plan.nested.map_or(0, |nested| nested.table_bytes(plan.guest_page));
         let legacy_tables = nested_tables + nested_table_bytes;
         let legacy_table_bytes = layout::legacy_table_bytes(pages, plan.guest_page, plan.mode);
-        let bytes = (legacy_tables + legacy_table_bytes).next_multiple_of(Level::M2.bytes());
+        let journals = legacy_tables + legacy_table_bytes;
+        let journal_bytes = if plan.journals { JOURNAL_BYTES * (plan.vcpus as u64).saturating_sub(1) } else { 0 };
+        let bytes = (journals + journal_bytes).next_multiple_of(Level::M2.bytes());
         if bytes > layout::SYSTEM_LIMIT {
             return Err(Error::Memory(format!(
                 "{pages} pages with {plan_entries} accesses a round need {bytes} bytes of tables and plans, and there is room for {} (ask for less memory or --guest-page 2m)",
@@ -99,6 +106,7 @@ impl SystemPlace {
             nested_table_bytes,
             legacy_tables,
             legacy_table_bytes,
+            journals: if plan.journals { journals } else { 0 },
         })
     }
 
@@ -121,6 +129,7 @@ impl SystemPlace {
             legacy_tables: self.legacy_tables,
             legacy_table_bytes: self.legacy_table_bytes,
             pace: plan.pace,
+            journals: self.journals,
             smram: plan.smm.is_some().into(),
             slot_count: plan.slots.len() as u64,
             ..BootPage::default()

@@ -102,39 +102,77 @@ impl Windows {
         }
     }
 
-    /// Closes some pages, each time others. False if nothing is mapped any more.
+    /// Closes some pages, each time others. False if nothing is mapped any more. L2's own page tables are the last to go: there are hosts where a
+    /// vCPU that is without them ends.
     fn evict(&mut self) -> io::Result<bool> {
-        let chunks: Vec<(usize, Range<usize>)> = self
-            .all
-            .iter()
-            .enumerate()
-            .flat_map(|(index, window)| {
-                let count = window.pages.len();
-                (0..count).step_by(EVICTED).map(move |start| (index, start..count.min(start + EVICTED)))
-            })
-            .collect();
+        let chunks = self.evictable();
         for _ in 0..chunks.len() {
             self.hand = (self.hand + 1) % chunks.len();
             let Some((index, pages)) = chunks.get(self.hand).cloned() else { break };
-            let Some(window) = self.all.get(index) else { break };
-            let mapped =
-                window.pages.get(pages.clone()).unwrap_or_default().iter().filter(|page| **page != Page::CLOSED);
-            let mapped = mapped.count() as u64;
+            let mapped = self.mapped_in(index, &pages);
             if mapped == 0 {
                 continue;
             }
-            // A piece of a mapping cannot be closed when there is no room for one more: then the whole window.
             if let Err(error) = self.close_run(index, pages) {
-                let whole = self.all.get(index).map_or(0, |window| window.pages.len());
+                // A piece of a mapping cannot be closed when there is no room for one more: then the whole window.
                 if error.raw_os_error() != Some(libc::ENOMEM) {
                     return Err(error);
                 }
-                self.close_run(index, 0..whole)?;
+                if !self.tables_in(index).is_empty() {
+                    continue;
+                }
+                self.close_window(index)?;
             }
             self.counts.evicted_pages += mapped;
             return Ok(true);
         }
+        for index in 0..self.all.len() {
+            let mapped = self.close_window(index)?;
+            if mapped > 0 {
+                self.counts.evicted_pages += mapped;
+                return Ok(true);
+            }
+        }
         Ok(false)
+    }
+
+    /// Pages that can be closed together, each with its window: all but those of L2's own page tables.
+    fn evictable(&self) -> Vec<(usize, Range<usize>)> {
+        let mut chunks = Vec::new();
+        for (index, window) in self.all.iter().enumerate() {
+            let (count, tables) = (window.pages.len(), self.tables_in(index));
+            for part in [0..tables.start, tables.end..count] {
+                let starts = part.clone().step_by(EVICTED);
+                chunks.extend(starts.map(|start| (index, start..part.end.min(start + EVICTED))));
+            }
+        }
+        chunks
+    }
+
+    /// The pages of window `index` that are L2's own page tables.
+    fn tables_in(&self, index: usize) -> Range<usize> {
+        let Some(window) = self.all.get(index) else { return 0..0 };
+        let place = |gfn: u64| {
+            let page = usize::try_from(gfn.saturating_sub(window.first.0)).unwrap_or(usize::MAX);
+            page.min(window.pages.len())
+        };
+        place(self.tables.start)..place(self.tables.end)
+    }
+
+    /// Pages of `pages` in window `index` that are mapped.
+    fn mapped_in(&self, index: usize, pages: &Range<usize>) -> u64 {
+        let pages = self.all.get(index).and_then(|window| window.pages.get(pages.clone())).unwrap_or_default();
+        pages.iter().filter(|page| **page != Page::CLOSED).count() as u64
+    }
+
+    /// Closes a window. Says how many pages were mapped.
+    fn close_window(&mut self, index: usize) -> io::Result<u64> {
+        let whole = 0..self.all.get(index).map_or(0, |window| window.pages.len());
+        let mapped = self.mapped_in(index, &whole);
+        if mapped > 0 {
+            self.close_run(index, whole)?;
+        }
+        Ok(mapped)
     }
 
     /// The window that holds all of `extent`, and the pages there, if nothing is mapped in them: the usual case of a `map`, told at once.

@@ -177,8 +177,7 @@ impl Check {
                 reported.insert(page);
             }
             // No report's.
-            Some((Fault::BreakSmm | Fault::LoopSmm | Fault::LoseEdit | Fault::StrayPage | Fault::BreakL1, _))
-            | None => {}
+            _ => {}
         }
     }
 

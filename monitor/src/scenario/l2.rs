@@ -94,6 +94,8 @@ pub struct L2Options {
     remaps: u64,
     /// Random edits of the table, or cases of a malicious L1; 0 where there are none.
     pub edits: u64,
+    /// The edits race L2s that run.
+    pub race: bool,
     /// When L2 touches its pages for the first time.
     pub first_touch: FirstTouch,
     /// What KVM's log of umbra's L2 makes of pages that are first mapped by a read.
@@ -177,6 +179,7 @@ impl L2Options {
             check_edits(args, level, alias_kind)?;
             config.insert("edits".to_owned(), edits.into());
         }
+        check_race(args)?;
         let (first_touch, first_reads) = first(args, config)?;
         let means_by_name = !given.mechanism.is_empty();
         let (extent, twins) = (table.extent, table.twins);
@@ -188,6 +191,7 @@ impl L2Options {
             fill_batch,
             remaps,
             edits,
+            race: given.race,
             first_touch,
             first_reads,
             means,
@@ -263,6 +267,23 @@ fn check_edits(args: &RunArgs, leaf: Level, kind: AliasKind) -> Result<(), Failu
         (None | Some(0), None | Some(0)) => Ok(()),
         _ => wrong("--fill-batch and --remaps".to_owned()),
     }
+}
+
+/// Who races whom.
+fn check_race(args: &RunArgs) -> Result<(), Failure> {
+    if !args.nested.race {
+        return Ok(());
+    }
+    if args.scenario != setup::EDITS {
+        return Err(Failure::Input(format!("--race: it is for edits, and {} makes none", args.scenario)));
+    }
+    if args.vcpus < 2 {
+        return Err(Failure::Input(format!(
+            "--race with --vcpus {}: the first edits while the L2s of the others run, so there are 2 or more",
+            args.vcpus
+        )));
+    }
+    Ok(())
 }
 
 /// What `--fault-source` asks for; `None` for the cheapest that the host has.

@@ -196,7 +196,7 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
         roots_l2::no_stray_options(args)?;
     } else if !has_l2 && args.nested != NestedArgs::default() {
         return Err(Failure::Input(format!(
-            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --edits, --mechanism and --fault-source mean nothing (nested does)"
+            "{name}: it runs no L2, so --nesting, --accessed-dirty, --fill-batch, --remaps, --edits, --race, --mechanism and --fault-source mean nothing (nested does)"
         )));
     }
     if !has_toggles && args.role_log.is_some() {
@@ -215,13 +215,15 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
     }
     let has_fault = |fault: &str| match fault {
         "break-smm" | "loop-smm" => has_toggles,
-        "lose-edit" => name == setup::EDITS,
+        "lose-edit" => name == setup::EDITS && !args.nested.race,
+        "lose-invalidation" | "late-invalidation" | "lose-transfer" => args.nested.race,
+        "lose-page" if args.nested.race => true,
         "stray-page" | "break-l1" => name == setup::HOSTILE,
         _ => !has_toggles && !has_edits(name),
     };
     if let Some(fault) = args.inject.as_deref().filter(|&fault| !has_fault(fault)) {
         return Err(Failure::Input(format!(
-            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm and loop-smm are of roots, lose-edit of edits, stray-page and break-l1 of hostile)"
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm and loop-smm are of roots, lose-edit of edits, lose-page, lose-invalidation, late-invalidation and lose-transfer of edits --race, stray-page and break-l1 of hostile)"
         )));
     }
     if args.nested.edits.is_some() && !has_edits(name) {

@@ -35,6 +35,12 @@ pub enum Fault {
     ExtraPage,
     /// Has the walker play another epoch than L1, once.
     LoseEdit,
+    /// L1 leaves out one invalidation in four.
+    LoseInvalidation,
+    /// L1 says that it is over before it makes it, one in four.
+    LateInvalidation,
+    /// What the log of L2's VM holds for pages that are closed is lost.
+    LoseTransfer,
     /// Maps a page into a window that EPT02 does not grant.
     StrayPage,
     /// Breaks L1 where it waits.
@@ -53,10 +59,13 @@ impl Fault {
             "break-smm" => Ok(Self::BreakSmm),
             "loop-smm" => Ok(Self::LoopSmm),
             "lose-edit" => Ok(Self::LoseEdit),
+            "lose-invalidation" => Ok(Self::LoseInvalidation),
+            "late-invalidation" => Ok(Self::LateInvalidation),
+            "lose-transfer" => Ok(Self::LoseTransfer),
             "stray-page" => Ok(Self::StrayPage),
             "break-l1" => Ok(Self::BreakL1),
             other => Err(input(format!(
-                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm and loop-smm, (in edits) lose-edit and (in hostile) stray-page and break-l1"
+                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm and loop-smm, (in edits) lose-edit, (in edits --race) lose-invalidation, late-invalidation and lose-transfer, and (in hostile) stray-page and break-l1"
             ))),
         }
     }
@@ -66,7 +75,7 @@ impl Fault {
         match self {
             Self::BreakSmm => Some(&[0xf4]),
             Self::LoopSmm => Some(&[0xeb, 0xfe]),
-            Self::LosePage | Self::ExtraPage | Self::LoseEdit | Self::StrayPage | Self::BreakL1 => None,
+            _ => None,
         }
     }
 }
@@ -384,6 +393,7 @@ impl Setup {
             pace: 1_000_000 / args.rate.unwrap_or(DEFAULT_RATE),
             nested: None,
             shadow: None,
+            journals: false,
             smm: None,
             image: options.image,
             timer: Timer::new(ground.clock()),

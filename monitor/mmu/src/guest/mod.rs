@@ -8,7 +8,7 @@ mod long;
 mod reflect;
 mod walk;
 
-pub use reflect::Reflection;
+pub use reflect::{Reflect, Reflection};
 pub use walk::{
     Ended, Step, Walk, child_quadrant, entry_place, place, plain_leaf, read_entry, set_accessed_dirty, shadow_leaf,
     walk,

@@ -56,16 +56,19 @@ impl Reflect {
     }
 
     /// An entry is not present.
+    #[must_use]
     pub fn not_present(&self) -> Reflection {
         if self.format.is_ept() { self.violation() } else { self.fault(0) }
     }
 
     /// Rights do not suffice.
+    #[must_use]
     pub fn denied(&self) -> Reflection {
         if self.format.is_ept() { self.violation() } else { self.fault(npf::PRESENT) }
     }
 
     /// An entry has reserved bits set, or is no entry at all.
+    #[must_use]
     pub fn reserved(&self) -> Reflection {
         if self.format.is_ept() { Reflection::EptMisconfiguration } else { self.fault(npf::PRESENT | npf::RESERVED) }
     }

@@ -74,6 +74,7 @@ impl Machine {
             patience: plan.patience,
             stats,
             tsc_khz,
+            journals: place.journals,
             l2,
             vm,
         })

@@ -49,6 +49,8 @@ pub struct Machine {
     /// Of the VM, then of each vCPU.
     stats: Vec<Stats>,
     tsc_khz: u32,
+    /// Where the first journal is; 0 if there are none.
+    journals: u64,
     /// L2, if the monitor runs it.
     l2: Option<Arc<nested::Host>>,
     vm: Vm,
@@ -429,6 +431,7 @@ const fn name(command: Command) -> &'static str {
         Command::Probe => "probing what they came to",
         Command::Renew => "building L1's table anew",
         Command::Attack => "an attack of L1's",
+        Command::Race => "edits that race L2",
     }
 }
 

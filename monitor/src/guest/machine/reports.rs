@@ -9,9 +9,10 @@ use umbra_shared::histogram::Histogram;
 use umbra_shared::layout::vcpu_area;
 use umbra_shared::nested::Report;
 use umbra_shared::protocol::Mailbox;
+use umbra_shared::race::{self, Access, Journal, ROOM};
 use umbra_shared::{PAGE_SIZE, smm};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
-use zerocopy::FromBytes;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use zerocopy::{FromBytes, IntoBytes};
 
 impl Machine {
     /// The mailbox of one vCPU as the guest left it.
@@ -104,6 +105,23 @@ impl Machine {
     /// [`Error::Memory`] if they are not there.
     pub fn answers(&self, vcpu: usize) -> Result<Answers, Error> {
         read(self.vm.system(), vcpu_area(vcpu) + vcpu_area::ANSWERS)
+    }
+
+    /// What one vCPU's L2 did in the last race, as far as its journal is filled. The firmware says how far: no more than there is room is read.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there are no journals.
+    pub fn journal(&self, vcpu: usize) -> Result<Vec<Access>, Error> {
+        let failed = |error: GuestMemoryError| Error::Memory(error.to_string());
+        if self.journals == 0 || !(1..self.threads.len()).contains(&vcpu) {
+            return Err(Error::Memory(format!("vCPU {vcpu} keeps no journal")));
+        }
+        let place = GuestAddress(race::journal(self.journals, vcpu));
+        let count: u64 = self.vm.system().read_obj(place).map_err(failed)?;
+        let mut accesses = vec![Access::default(); usize::try_from(count).unwrap_or(usize::MAX).min(ROOM)];
+        let first = place.unchecked_add(std::mem::offset_of!(Journal, accesses) as u64);
+        self.vm.system().read_slice(accesses.as_mut_bytes(), first).map_err(failed)?;
+        Ok(accesses)
     }
 
     /// What SMM's handler keeps for one vCPU.

@@ -121,6 +121,14 @@ pub fn first(kinds: &[Kind], read_only: bool) -> Result<(Kind, Vec<String>), Err
     Err(Error::Capability { capability: "a fault source", consequence: missing.join("; ") })
 }
 
+/// An error as the system told it: who maps must know where there is no room for more mappings.
+fn as_told(error: Error) -> io::Error {
+    match error {
+        Error::Call { source, .. } => source,
+        other => io::Error::other(other.to_string()),
+    }
+}
+
 /// An access of L2 that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Fault {

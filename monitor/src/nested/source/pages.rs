@@ -3,6 +3,7 @@
 use super::Tables;
 use crate::hostmm::{Hva, Stretch};
 use crate::nested::memory::InFile;
+use rustix::io::Errno;
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, ProtFlags};
 use std::ffi::c_void;
 use std::io;
@@ -41,7 +42,17 @@ pub fn map_untouchable(stretch: Stretch, file: &OwnedFd, offset: u64) -> io::Res
     let (address, length) = at(stretch);
     let flags = MapFlags::SHARED | MapFlags::FIXED | MapFlags::NORESERVE;
     // SAFETY: as in `map`.
-    unsafe { mm::mmap(address, length, ProtFlags::empty(), flags, file, offset) }?;
+    let map = || unsafe { mm::mmap(address, length, ProtFlags::empty(), flags, file, offset) };
+    match map() {
+        Err(Errno::NOMEM) => {
+            // Who has one mapping more than can be gets none, not even in place of others (`do_mmap` in `mm/mmap.c`): those go first.
+            unmap(stretch)?;
+            map()?;
+        }
+        other => {
+            other?;
+        }
+    }
     Ok(())
 }
 
@@ -68,6 +79,25 @@ pub fn map_part(
     Ok(())
 }
 
+/// The same for memory that nobody may touch before `guard` is done with it.
+pub fn map_guarded(
+    stretch: Stretch,
+    part: InFile<'_>,
+    tables: Tables,
+    guard: impl FnOnce() -> io::Result<()>,
+) -> io::Result<()> {
+    if part.pages < stretch.pages {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    map_untouchable(stretch, part.file, part.offset)?;
+    guard()?;
+    admit(stretch, true)?;
+    if tables != Tables::Left {
+        let _ = populate(stretch);
+    }
+    Ok(())
+}
+
 /// The host's page tables are filled for the stretch, as by reads.
 pub fn populate(stretch: Stretch) -> io::Result<()> {
     advise(stretch, Advice::LinuxPopulateRead)
@@ -83,7 +113,11 @@ fn advise(stretch: Stretch, advice: Advice) -> io::Result<()> {
 /// The stretch does not become one mapping with a neighbour for which this was not called. The advice itself, not to be copied by fork(2), means
 /// nothing here: nobody forks.
 pub fn set_apart(stretch: Stretch) -> io::Result<()> {
-    advise(stretch, Advice::LinuxDontFork)
+    // Where there is no room for one mapping more it says EAGAIN (madvise(2)), where the others say ENOMEM.
+    advise(stretch, Advice::LinuxDontFork).map_err(|error| match error.raw_os_error() {
+        Some(libc::EAGAIN) => io::Error::from_raw_os_error(libc::ENOMEM),
+        _ => error,
+    })
 }
 
 /// What is mapped in the stretch may be read and written, or not be touched at all.

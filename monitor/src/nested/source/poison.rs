@@ -8,7 +8,7 @@
 //! signal does not say is whether L2 wrote, and a write to a page that is mapped read-only sends none.
 
 use super::holes::{Hole, outside};
-use super::{Closed, Fault, Mapped, Place, Source, Told, pages};
+use super::{Closed, Fault, Mapped, Place, Source, Told, as_told, pages};
 use crate::hostmm::userfault::{Mode, Userfault};
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::{Error, ioctls};
@@ -63,13 +63,13 @@ impl Source for Poison {
         let windows = self.windows();
         let hole = windows.iter().find(|hole| hole.holds(stretch).is_some()).ok_or_else(|| outside(stretch))?;
         hole.close(stretch, || {
-            self.userfault.register_missing(stretch).map_err(io::Error::other)?;
-            self.userfault.poison(stretch).map_err(io::Error::other)
+            self.userfault.register_missing(stretch).map_err(as_told)?;
+            self.userfault.poison(stretch).map_err(as_told)
         })
     }
 
     fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
-        let register = |stretch| self.userfault.register(stretch).map_err(io::Error::other);
+        let register = |stretch| self.userfault.register(stretch).map_err(as_told);
         pages::map_part(stretch, file, (how.writable, how.tables), register)?;
         if how.alone { pages::set_apart(stretch) } else { Ok(()) }
     }

@@ -1,7 +1,7 @@
 //! The source tracepoint: closed pages are holes, read-only ones are mapped without the right to write. KVM's tracepoint `kvm_page_fault` names
 //! the address; it is armed only to try a `KVM_RUN` again that has failed, so that no other fault pays for it.
 
-use super::{Closed, Mapped, Source, Told, pages};
+use super::{Closed, Mapped, Source, Told, as_told, pages};
 use crate::host;
 use crate::hostmm::Stretch;
 use crate::hostmm::userfault::{Mode, Userfault};
@@ -60,10 +60,10 @@ impl Source for Tracepoint {
     fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
         pages::map_part(stretch, file, (how.writable, how.tables), |stretch| {
             if self.userfault.get().is_none() {
-                let opened = Userfault::open(Mode::Synchronous).map_err(io::Error::other)?;
+                let opened = Userfault::open(Mode::Synchronous).map_err(as_told)?;
                 self.userfault.get_or_init(|| opened);
             }
-            self.userfault.get().map_or(Ok(()), |userfault| userfault.register(stretch).map_err(io::Error::other))
+            self.userfault.get().map_or(Ok(()), |userfault| userfault.register(stretch).map_err(as_told))
         })?;
         if how.alone { pages::set_apart(stretch) } else { Ok(()) }
     }

@@ -6,7 +6,7 @@
 //! with the fault, the rights come back.
 
 use super::holes::{Hole, outside};
-use super::{Closed, Fault, Mapped, Place, Source, Told, pages};
+use super::{Closed, Fault, Mapped, Place, Source, Told, as_told, pages};
 use crate::hostmm::userfault::{Event, Mode, Userfault};
 use crate::hostmm::{Hva, Stretch};
 use crate::kvm::Error;
@@ -37,6 +37,8 @@ struct State {
     windows: Vec<Window>,
     /// Pages without rights, until their fault is settled.
     blocked: BTreeSet<Hva>,
+    /// Windows without rights, where the process had no room for the mapping that one page takes.
+    whole: Vec<Stretch>,
     /// The last fault of each thread.
     faults: BTreeMap<u64, Fault>,
     /// What ended the thread.
@@ -53,8 +55,25 @@ impl State {
         found.ok_or_else(|| outside(stretch))
     }
 
-    /// Gives blocked pages their rights back.
+    /// Takes a page's rights away, so that the access that waits there fails.
+    fn block(&mut self, page: Stretch) -> io::Result<()> {
+        if !self.blocked.insert(page.start) {
+            return Ok(());
+        }
+        match pages::admit(page, false) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => {
+                let (window, _) = self.window(page)?;
+                let all = window.hole.window();
+                self.whole.push(all);
+                pages::admit(all, false)
+            }
+            other => other,
+        }
+    }
+
+    /// Gives what is blocked its rights back.
     fn release(&mut self) -> io::Result<()> {
+        std::mem::take(&mut self.whole).into_iter().try_for_each(|window| pages::admit(window, true))?;
         std::mem::take(&mut self.blocked)
             .into_iter()
             .try_for_each(|start| pages::admit(Stretch { start, pages: 1 }, true))
@@ -98,9 +117,7 @@ impl Shared {
         if refused {
             let fault = Fault { place: Place::Hva(page.start), write, table_walk: false };
             state.faults.insert(thread, fault);
-            if state.blocked.insert(page.start) {
-                pages::admit(page, false).map_err(|error| Error::call("mprotect of a page that L2 touched", error))?;
-            }
+            state.block(page).map_err(|error| Error::call("mprotect of a page that L2 touched", error))?;
         }
         drop(state);
         self.userfault.wake(page)
@@ -176,7 +193,7 @@ impl Source for Userfaults {
     fn close(&self, stretch: Stretch) -> io::Result<()> {
         let mut state = self.shared.state();
         let (window, first) = state.window(stretch)?;
-        window.hole.close(stretch, || self.shared.userfault.register_missing(stretch).map_err(io::Error::other))?;
+        window.hole.close(stretch, || self.shared.userfault.register_missing(stretch).map_err(as_told))?;
         set(window, first, stretch.pages, Page::Closed);
         state.blocked.retain(|page| stretch.page(*page).is_none());
         Ok(())
@@ -185,18 +202,18 @@ impl Source for Userfaults {
     fn map(&self, stretch: Stretch, file: InFile<'_>, how: Mapped) -> io::Result<()> {
         let mut state = self.shared.state();
         let (window, first) = state.window(stretch)?;
-        let register = |stretch| self.shared.userfault.register(stretch).map_err(io::Error::other);
-        // What is read-only here is so by the userfaultfd: its mapping has all rights.
-        pages::map_part(stretch, file, (true, how.tables), register)?;
+        let register = |stretch| self.shared.userfault.register(stretch).map_err(as_told);
+        // What is read-only here is so by the userfaultfd: its mapping has all rights, and no vCPU may use it before.
+        let page = if how.writable {
+            pages::map_part(stretch, file, (true, how.tables), register)?;
+            Page::Writable
+        } else {
+            pages::map_guarded(stretch, file, how.tables, || self.write_protect(stretch, true))?;
+            Page::ReadOnly
+        };
         if how.alone {
             pages::set_apart(stretch)?;
         }
-        let page = if how.writable {
-            Page::Writable
-        } else {
-            self.write_protect(stretch, true)?;
-            Page::ReadOnly
-        };
         set(window, first, stretch.pages, page);
         state.blocked.retain(|page| stretch.page(*page).is_none());
         Ok(())
@@ -231,6 +248,9 @@ impl Source for Userfaults {
     fn settled(&self, fault: &Fault) -> io::Result<()> {
         let Place::Hva(start) = fault.place else { return Ok(()) };
         let mut state = self.shared.state();
+        if !state.whole.is_empty() {
+            return state.release();
+        }
         if state.blocked.remove(&start) {
             pages::admit(Stretch { start, pages: 1 }, true)?;
         }
@@ -240,13 +260,9 @@ impl Source for Userfaults {
 
 impl Userfaults {
     fn write_protect(&self, stretch: Stretch, on: bool) -> io::Result<()> {
-        let failed = |error: Error| match error {
-            Error::Call { source, .. } => source,
-            other => io::Error::other(other.to_string()),
-        };
         if on {
-            self.shared.userfault.register(stretch).map_err(failed)?;
+            self.shared.userfault.register(stretch).map_err(as_told)?;
         }
-        self.shared.userfault.protect(stretch, on).map_err(failed)
+        self.shared.userfault.protect(stretch, on).map_err(as_told)
     }
 }

@@ -9,7 +9,7 @@ use umbra_mmu::walker::{Ended, PlainMemory, Walker};
 use umbra_mmu::{
     Config, Env, Format, Frame, Invalidation, Kind, L1Memory as _, Mmu, MmuError, Request, RootId, RootRole, Slot,
 };
-use umbra_shared::edits::{Board, Epoch, Probe, Words};
+use umbra_shared::edits::{Board, Epoch, MAX_REGIONS, PAGES, Probe, Words};
 use umbra_shared::layout::TRACKED_GPA;
 use umbra_shared::nested::{Flags, L2_BASE, Nested};
 use umbra_shared::paging::{ept, long};
@@ -34,6 +34,48 @@ impl Words for Tables {
     fn write(&mut self, address: u64, value: u64) {
         self.0.write(Frame(address / PAGE_SIZE), address % PAGE_SIZE, value);
     }
+}
+
+/// The table's format, as the shadow MMU has it.
+pub fn format_of(nested: &Nested) -> Format {
+    match nested.format {
+        nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: nested.flags != Flags::Unused },
+        _ => Format::Npt { five_levels: false, nx: true },
+    }
+}
+
+/// Makes a copy of the table that L1 has when it has filled it.
+pub fn lay(memory: &mut impl Words, nested: &Nested) {
+    let (table, leaf) = match nested.format {
+        nested::Format::Ept => (ept::RIGHTS, ept::RIGHTS | ept::WRITE_BACK),
+        _ => (long::PRESENT | long::WRITE | long::USER, long::PRESENT | long::WRITE | long::USER),
+    };
+    let at = |frame: u64| frame * PAGE_SIZE;
+    let index = |level: Level| (L2_BASE.address() >> level.shift() & 511) * 8;
+    memory.write(at(ROOT) + index(Level::T512), at(ROOT + 1) | table);
+    memory.write(at(ROOT + 1) + index(Level::G1), at(ROOT + 2) | table);
+    let regions = (nested.map.l2_pages() / PAGES).min(MAX_REGIONS as u64);
+    for region in 0..regions {
+        memory.write(at(ROOT + 2) + region * 8, at(ROOT + 3 + region) | table);
+    }
+    for page in 0..regions * PAGES {
+        let to = TRACKED_GPA + nested.map.l1_page(page) * PAGE_SIZE;
+        memory.write(at(ROOT + 3) + page * 8, to | leaf);
+    }
+}
+
+/// The part of such a copy that is edited.
+///
+/// # Errors
+/// [`Failure::Input`] for what cannot be edited.
+pub fn board<W: Words>(words: W, nested: &Nested) -> Result<Board<W>, Failure> {
+    let pages = nested.map.l1_pages();
+    Board::find(words, ROOT * PAGE_SIZE, nested.format, pages, nested.map.l2_pages()).ok_or_else(|| {
+        Failure::Input(format!(
+            "--memory {}M: regions of 2M are edited, so it is a multiple of 2M",
+            (pages * PAGE_SIZE) >> 20
+        ))
+    })
 }
 
 /// What a probe has to come to.
@@ -66,36 +108,12 @@ impl Mirror {
     /// # Errors
     /// [`Failure::Input`] for what cannot be edited.
     pub fn new(nested: &Nested, offered: Option<NestedEpt>) -> Result<Self, Failure> {
-        let (map, pages) = (nested.map, nested.map.l1_pages());
-        let mut memory = PlainMemory::new(FIRST + pages, 0);
-        let format = match nested.format {
-            nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: nested.flags != Flags::Unused },
-            _ => Format::Npt { five_levels: false, nx: true },
-        };
-        let (table, leaf) = match nested.format {
-            nested::Format::Ept => (ept::RIGHTS, ept::RIGHTS | ept::WRITE_BACK),
-            _ => (long::PRESENT | long::WRITE | long::USER, long::PRESENT | long::WRITE | long::USER),
-        };
-        let at = |frame: u64| frame * PAGE_SIZE;
-        let index = |level: Level| (L2_BASE.address() >> level.shift() & 511) * 8;
-        memory.write(Frame(ROOT), index(Level::T512), at(ROOT + 1) | table);
-        memory.write(Frame(ROOT + 1), index(Level::G1), at(ROOT + 2) | table);
-        let regions = (map.l2_pages() / 512).min(umbra_shared::edits::MAX_REGIONS as u64);
-        for region in 0..regions {
-            memory.write(Frame(ROOT + 2), region * 8, at(ROOT + 3 + region) | table);
-        }
-        for page in 0..regions * 512 {
-            let to = TRACKED_GPA + map.l1_page(page) * PAGE_SIZE;
-            memory.write(Frame(ROOT + 3 + page / 512), page % 512 * 8, to | leaf);
-        }
-        (0..pages).for_each(|page| memory.write(Frame(FIRST + page), 0, Self::word(page)));
-        let board = Board::find(Tables(memory), ROOT * PAGE_SIZE, nested.format, pages, map.l2_pages());
-        let Some(mut board) = board else {
-            return Err(Failure::Input(format!(
-                "--memory {}M: regions of 2M are edited, so it is a multiple of 2M",
-                (pages * PAGE_SIZE) >> 20
-            )));
-        };
+        let pages = nested.map.l1_pages();
+        let mut memory = Tables(PlainMemory::new(FIRST + pages, 0));
+        let format = format_of(nested);
+        lay(&mut memory, nested);
+        (0..pages).for_each(|page| memory.0.write(Frame(FIRST + page), 0, Self::word(page)));
+        let mut board = board(memory, nested)?;
         let mut walker = Walker::new(std::mem::take(&mut board.words().0), TLB_BITS);
         let slots = [
             Slot { base: Gfn(0), frames: FIRST, first: Frame(0), read_only: false, max_level: Level::G1 },

@@ -7,8 +7,12 @@
 //! vCPU 1            | probes | edits ----|                 each waits where the other one's bar is
 //! monitor  the same edits and probes on the walker, compared at each bar; harvest at every third
 //! ```
+//!
+//! With `--race` nobody waits ([`race`]).
 
+mod chronicle;
 mod mirror;
+mod race;
 
 use super::Setup;
 use super::l2::Nesting;
@@ -18,7 +22,7 @@ use crate::kvm::capabilities;
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Record;
-use crate::report::record::{Counter, Row};
+use crate::report::record::{Counter, Row, Truth};
 use crate::scenario::setup::Fault;
 use crate::track::{Kind, Tracker};
 use mirror::{Expected, Mirror};
@@ -52,6 +56,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
         for kind in kinds {
             let name = kind.map_or_else(|| nesting.to_string(), |kind| format!("{nesting}:{kind}"));
             let row = match &plan {
+                Ok(plan) if l2.race => race::row(setup, plan, kind, &name, progress),
                 Ok(plan) => Game::new(setup, plan, kind, &name, progress).and_then(|game| game.finish(progress)),
                 Err(Failure::NotHere(why)) => Err(Failure::NotHere(why.clone())),
                 Err(other) => Err(Failure::Check(other.to_string())),
@@ -69,15 +74,83 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     )
 }
 
-/// One row.
-struct Game<'a> {
-    setup: &'a Setup,
+/// A machine whose L1 has filled its table, each of its pages beginning with [`Mirror::word`], and what tracks its L2's writes, if something does.
+struct Table {
     nested: Nested,
     tracker: Option<(Kind, Box<dyn Tracker>)>,
     machine: Machine,
+}
+
+impl Table {
+    fn new(setup: &Setup, plan: &Plan, kind: Option<Kind>, name: &str, progress: &Progress) -> Result<Self, Failure> {
+        let mut plan = plan.clone();
+        if let Some(Kind::Shadow(means)) = kind {
+            plan.shadow = super::nested::shadow(setup, &plan, means, progress)?;
+        }
+        let Some(nested) = plan.nested else { return Err(Failure::Check("edits: a plan without an L2".into())) };
+        progress.step(&format!("{name}: boot"));
+        let machine = Machine::new(&plan, None, |_| Ok(()))?;
+        for slot in machine.vm().slots() {
+            let first = slot.place.first_page;
+            (0..slot.place.pages).for_each(|page| {
+                let _ = slot.memory.set_first_word(page, Mirror::word(first + page));
+            });
+        }
+        machine.untimed(0..machine.vcpus(), Command::Fill, 0)?;
+        let tracker = kind.map(|kind| Ok::<_, Failure>((kind, kind.build(&machine, None)?))).transpose()?;
+        Ok(Self { nested, tracker, machine })
+    }
+}
+
+/// What differed from what had to be: the first few of it in words.
+#[derive(Default)]
+struct Differences {
+    count: u64,
+    named: Vec<String>,
+}
+
+impl Differences {
+    fn add(&mut self, what: String) {
+        self.count += 1;
+        if self.named.len() < NAMED {
+            self.named.push(what);
+        }
+    }
+
+    /// Gives them to the row, together with what its pages add up to.
+    fn tell(self, truth: &mut Truth) {
+        let more = self.count - self.named.len() as u64;
+        truth.faults.extend(self.named);
+        if more > 0 {
+            truth.faults.push(format!("and {more} more differences"));
+        }
+        let pages = truth.pages;
+        if pages.missed + pages.extra > 0 {
+            truth.faults.push(format!("{} pages missed, {} extra", pages.missed, pages.extra));
+        }
+    }
+}
+
+/// What a row counts, by name.
+type Counts = BTreeMap<&'static str, u64>;
+
+/// Puts counts into a row, and those of its tracker.
+fn put_counts(row: &mut Row, counts: Counts, table: &Table) {
+    let tracked = table.tracker.as_ref().map_or(Vec::new(), |(_, tracker)| tracker.counters(&table.machine));
+    for (name, value) in counts.into_iter().chain(tracked) {
+        let counter = Counter { value, source: "umbra".to_owned(), pass: "observed".to_owned() };
+        row.counters.insert(name.to_owned(), counter);
+    }
+}
+
+/// One row.
+struct Game<'a> {
+    setup: &'a Setup,
+    table: Table,
     mirror: Mirror,
     row: Row,
-    counts: BTreeMap<&'static str, u64>,
+    counts: Counts,
+    differences: Differences,
     reported: PageSet,
 }
 
@@ -89,34 +162,22 @@ impl<'a> Game<'a> {
         name: &str,
         progress: &Progress,
     ) -> Result<Self, Failure> {
-        let mut plan = plan.clone();
-        if let Some(Kind::Shadow(means)) = kind {
-            plan.shadow = super::nested::shadow(setup, &plan, means, progress)?;
-        }
         let Some(nested) = plan.nested else { return Err(Failure::Check("edits: a plan without an L2".into())) };
         let offered = if nested.way == Way::Vmx { Some(capabilities::nested_vmx()?) } else { None };
         let mirror = Mirror::new(&nested, offered)?;
-        progress.step(&format!("{name}: boot"));
-        let machine = Machine::new(&plan, None, |_| Ok(()))?;
-        for slot in machine.vm().slots() {
-            let first = slot.place.first_page;
-            (0..slot.place.pages).for_each(|page| {
-                let _ = slot.memory.set_first_word(page, Mirror::word(first + page));
-            });
-        }
-        machine.untimed(0..machine.vcpus(), Command::Fill, 0)?;
-        let tracker = kind.map(|kind| Ok::<_, Failure>((kind, kind.build(&machine, None)?))).transpose()?;
+        let table = Table::new(setup, plan, kind, name, progress)?;
         let reported = PageSet::new(mirror.pages());
         let row = Row { name: name.to_owned(), ..Row::default() };
-        let counts = ["edits", "epochs", "due", "probes", "violations", "different"].map(|name| (name, 0)).into();
-        Ok(Self { setup, nested, tracker, machine, mirror, row, counts, reported })
+        let counts = ["edits", "epochs", "due", "probes", "violations"].map(|name| (name, 0)).into();
+        Ok(Self { setup, table, mirror, row, counts, differences: Differences::default(), reported })
     }
 
     fn finish(mut self, progress: &Progress) -> Result<Row, Failure> {
         let wanted = self.setup.l2.as_ref().map_or(0, |l2| l2.edits);
         progress.step(&format!("{}: {wanted} edits", self.row.name));
-        if let Some((_, tracker)) = &mut self.tracker {
-            tracker.start(&self.machine)?;
+        let Table { tracker, machine, .. } = &mut self.table;
+        if let Some((_, tracker)) = tracker {
+            tracker.start(machine)?;
         }
         let mut number = 0;
         while self.counts["edits"] < wanted {
@@ -132,23 +193,9 @@ impl<'a> Game<'a> {
         self.harvest(number)?;
         self.audit(number)?;
         self.compare_memory();
-        let different = self.counts["different"];
-        if different > NAMED as u64 {
-            self.row.truth.faults.push(format!("and {} more differences", different - NAMED as u64));
-        }
-        let pages = self.row.truth.pages;
-        if pages.missed + pages.extra > 0 {
-            let what = format!("{} pages missed, {} extra", pages.missed, pages.extra);
-            self.row.truth.faults.push(what);
-        }
-        let mut counts: Vec<(&str, u64)> = self.counts.iter().map(|(name, value)| (*name, *value)).collect();
-        if let Some((_, tracker)) = &self.tracker {
-            counts.extend(tracker.counters(&self.machine));
-        }
-        for (name, value) in counts {
-            let counter = Counter { value, source: "umbra".to_owned(), pass: "observed".to_owned() };
-            self.row.counters.insert(name.to_owned(), counter);
-        }
+        self.count("different", self.differences.count);
+        self.differences.tell(&mut self.row.truth);
+        put_counts(&mut self.row, self.counts, &self.table);
         Ok(self.row)
     }
 
@@ -156,22 +203,15 @@ impl<'a> Game<'a> {
         *self.counts.entry(name).or_default() += more;
     }
 
-    fn differs(&mut self, what: String) {
-        self.count("different", 1);
-        if self.counts["different"] <= NAMED as u64 {
-            self.row.truth.faults.push(what);
-        }
-    }
-
     /// One vCPU edits while every L2 stands still; then the L2 of another probes, if there is another.
     fn epoch(&mut self, number: u64) -> Result<(), Failure> {
-        let vcpus = self.machine.vcpus();
+        let vcpus = self.table.machine.vcpus();
         let editor = usize::try_from(number).unwrap_or(0) % vcpus;
         let prober = (editor + 1) % vcpus;
-        self.machine.untimed(editor..editor + 1, Command::Play, number)?;
-        self.machine.untimed(prober..prober + 1, Command::Probe, 0)?;
-        let answers = self.machine.answers(prober)?;
-        let seed = self.nested.map.seed();
+        self.table.machine.untimed(editor..editor + 1, Command::Play, number)?;
+        self.table.machine.untimed(prober..prober + 1, Command::Probe, 0)?;
+        let answers = self.table.machine.answers(prober)?;
+        let seed = self.table.nested.map.seed();
         // The fault: the walker plays another epoch.
         let lost = self.setup.inject == Some(Fault::LoseEdit) && number == 3;
         let epoch = self.mirror.play(seed, if lost { 0 } else { number });
@@ -179,14 +219,18 @@ impl<'a> Game<'a> {
         self.count("edits", epoch.edits);
         self.count("due", epoch.due.into());
         if answers.count != epoch.probes().len() as u64 {
-            self.differs(format!("epoch {number}: L2 made {} probes of {}", answers.count, epoch.probes().len()));
+            self.differences.add(format!(
+                "epoch {number}: L2 made {} probes of {}",
+                answers.count,
+                epoch.probes().len()
+            ));
         }
         for ((index, &probe), answer) in epoch.probes().iter().enumerate().zip(&answers.probes) {
             let expected = self.mirror.probe(probe, Probe::stamp(number, index))?;
             self.count("probes", 1);
             self.count("violations", u64::from(answer.code != 0));
-            if let Some(what) = difference(self.nested.way, probe, answer, expected) {
-                self.differs(format!("epoch {number}, probe {index}: {what}"));
+            if let Some(what) = difference(self.table.nested.way, probe, answer, expected) {
+                self.differences.add(format!("epoch {number}, probe {index}: {what}"));
             }
         }
         Ok(())
@@ -194,13 +238,13 @@ impl<'a> Game<'a> {
 
     /// Compares what the tracker reports with what was written since the last time.
     fn harvest(&mut self, number: u64) -> Result<(), Failure> {
-        let Some((kind, tracker)) = &mut self.tracker else { return Ok(()) };
-        tracker.harvest(&self.machine)?;
+        let Table { tracker: Some((kind, tracker)), machine, .. } = &mut self.table else { return Ok(()) };
+        tracker.harvest(machine)?;
         if tracker.clears() {
-            tracker.clear(&self.machine)?;
+            tracker.clear(machine)?;
         }
         self.reported.clear();
-        tracker.report(&self.machine, &mut self.reported);
+        tracker.report(machine, &mut self.reported);
         let written = &self.mirror.written;
         let missed = written.without(&self.reported).count();
         let unwritten = self.reported.without(written).count();
@@ -217,10 +261,9 @@ impl<'a> Game<'a> {
 
     /// The windows are what EPT02 says and what the process has mapped.
     fn audit(&mut self, number: u64) -> Result<(), Failure> {
-        let Some(l2) = self.machine.l2() else { return Ok(()) };
-        let audited = l2.shadow()?.audit();
+        let audited = self.table.machine.l2().map_or(Ok(Ok(())), |l2| Ok::<_, Failure>(l2.shadow()?.audit()))?;
         if let Err(what) = audited {
-            self.differs(format!("after epoch {number}: {what}"));
+            self.differences.add(format!("after epoch {number}: {what}"));
         }
         Ok(())
     }
@@ -228,22 +271,28 @@ impl<'a> Game<'a> {
     /// Every page of L1's memory ends as the walker's.
     fn compare_memory(&mut self) {
         for page in 0..self.mirror.pages() {
-            let (found, expected) = (self.machine.vm().first_word(page), self.mirror.word_now(page));
+            let (found, expected) = (self.table.machine.vm().first_word(page), self.mirror.word_now(page));
             if found != Some(expected) {
                 let found = found.unwrap_or(0);
-                self.differs(format!("L1's page {page} begins with {found:#x} at the end, not {expected:#x}"));
+                self.differences.add(format!("L1's page {page} begins with {found:#x} at the end, not {expected:#x}"));
             }
         }
     }
 }
 
-/// What is wrong with an answer, if something is. Umbra's fault sources know the page of an access, not always the byte.
-fn difference(way: Way, probe: Probe, answer: &Answer, expected: Expected) -> Option<String> {
-    let (code, bytes) = match way {
+/// The code by which L1 is told of a violation, and to how many bytes the address is known. Umbra's fault sources know the page of an access, not always
+/// the byte.
+const fn exit_of(way: Way) -> (u64, u64) {
+    match way {
         Way::Svm => (NESTED_PAGE_FAULT, 1),
         Way::Vmx => (EPT_VIOLATION, 1),
         Way::Umbra | Way::Plain => (control::Exit::Violation as u64, PAGE_SIZE),
-    };
+    }
+}
+
+/// What is wrong with an answer, if something is.
+fn difference(way: Way, probe: Probe, answer: &Answer, expected: Expected) -> Option<String> {
+    let (code, bytes) = exit_of(way);
     let address = L2_BASE.plus(probe.page).address();
     let right = match expected {
         Expected::Done(value) => answer.code == 0 && answer.value == value,
