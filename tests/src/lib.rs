@@ -164,4 +164,9 @@ pub fn besieged(row: &umbra::report::record::Row) {
         row.counters
     );
     assert!(count("told") * 4 > count("probes") && count("told") < count("probes"), "{}: {:?}", row.name, row.counters);
+    // Every L1 that may have broken itself is replaced, and no other; few cases are of that kind.
+    let (exposed, machines) = (count("exposed"), count("machines"));
+    assert!((exposed..=exposed + 1).contains(&machines), "{}: {:?}", row.name, row.counters);
+    assert!(exposed > 0 && exposed * 5 < count("cases"), "{}: {:?}", row.name, row.counters);
+    assert!(count("guest_deaths") <= exposed, "{}: {:?}", row.name, row.counters);
 }

@@ -289,10 +289,23 @@ impl<M: L1Memory> Reference<'_, M> {
     /// Whether `right` on `frame` was granted for `l2` in `context` at moments that still count, each entry at its own.
     #[must_use]
     pub fn granted(&self, context: &Context, l2: L2Gfn, right: Access, frame: Frame) -> bool {
+        self.granted_one(context, l2, right, &mut |found| found == frame)
+    }
+
+    /// The same for one of the frames that `fits` accepts, which is asked about each that was granted until then. True as well where there are too many
+    /// histories to tell.
+    #[must_use]
+    pub fn granted_one(
+        &self,
+        context: &Context,
+        l2: L2Gfn,
+        right: Access,
+        fits: &mut dyn FnMut(Frame) -> bool,
+    ) -> bool {
         let violated = context.violated.get(&l2).copied().unwrap_or(0);
         let since = context.since.max(violated);
         let mut fuel = 4000;
-        self.granted_below(context, since, Self::levels(context.format), context.table, (l2, right, frame), &mut fuel)
+        self.granted_below(context, since, Self::levels(context.format), context.table, (l2, right, fits), &mut fuel)
     }
 
     fn granted_below(
@@ -301,7 +314,7 @@ impl<M: L1Memory> Reference<'_, M> {
         since: u64,
         level: u32,
         table: u64,
-        (l2, right, frame): (L2Gfn, Access, Frame),
+        (l2, right, fits): (L2Gfn, Access, &mut dyn FnMut(Frame) -> bool),
         fuel: &mut u32,
     ) -> bool {
         if *fuel == 0 {
@@ -323,14 +336,13 @@ impl<M: L1Memory> Reference<'_, M> {
                 Meaning::Down(gfn, rights) => {
                     level > 1
                         && rights & right.bits() == right.bits()
-                        && self.granted_below(context, since, level - 1, gfn.address(), (l2, right, frame), fuel)
+                        && self.granted_below(context, since, level - 1, gfn.address(), (l2, right, fits), fuel)
                 }
                 Meaning::Page(gfn, rights) => {
                     let backing = self.slots.find(gfn);
                     rights & right.bits() == right.bits()
-                        && backing.is_some_and(|found| {
-                            found.frame == frame && (found.writable || !right.allows(Access::WRITE))
-                        })
+                        && backing
+                            .is_some_and(|found| (found.writable || !right.allows(Access::WRITE)) && fits(found.frame))
                 }
             };
             if granted {

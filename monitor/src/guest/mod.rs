@@ -30,6 +30,14 @@ pub enum Error {
         /// What happened, and where.
         what: String,
     },
+    /// The monitor could not go on with the guest.
+    #[error("vCPU {vcpu} cannot go on: {what}")]
+    Failed {
+        /// Which vCPU.
+        vcpu: usize,
+        /// What failed, and where the guest was.
+        what: String,
+    },
     /// The guest said nothing for too long.
     #[error("vCPU {vcpu} said nothing for {seconds} s during {command}; it was at {place}")]
     Silent {
@@ -59,7 +67,7 @@ impl From<Error> for Failure {
             Error::Kvm(error) => error.into(),
             Error::NotHere(what) => Self::NotHere(what),
             Error::Image { .. } | Error::Memory(_) => Self::Input(error.to_string()),
-            Error::Broken { .. } | Error::Silent { .. } => Self::Check(error.to_string()),
+            Error::Broken { .. } | Error::Failed { .. } | Error::Silent { .. } => Self::Check(error.to_string()),
         }
     }
 }

@@ -27,6 +27,13 @@ pub enum Exit {
         /// The instruction pointer.
         rip: u64,
     },
+    /// The monitor cannot go on with it, whatever the guest did: what failed, and the guest's RIP at that moment.
+    Failed {
+        /// In words.
+        what: String,
+        /// The instruction pointer.
+        rip: u64,
+    },
     /// It got the SMI of [`VcpuThread::smi`]. The order goes on.
     Interrupted(Box<Interrupted>),
     /// The work of [`VcpuThread::work`] is done.
@@ -162,7 +169,7 @@ impl VcpuThread {
         self.order(Order::Run);
     }
 
-    /// Orders `work`, which ends with [`Exit::Worked`], [`Exit::NotHere`], or [`Exit::Broken`] with the error.
+    /// Orders `work`, which ends with [`Exit::Worked`], [`Exit::NotHere`], or [`Exit::Failed`] with the error.
     pub fn work(&self, work: Work) {
         self.order(Order::Work(work));
     }
@@ -223,7 +230,7 @@ fn serve(mut vcpu: Vcpu, wishes: &Wishes, orders: &Receiver<Order>, stops: &Send
             Order::Work(work) => match work(&vcpu.fd) {
                 Ok(()) => Exit::Worked,
                 Err(error @ Error::Capability { .. }) => Exit::NotHere { what: error.to_string() },
-                Err(error) => Exit::Broken { what: error.to_string(), rip: rip(&vcpu.fd) },
+                Err(error) => Exit::Failed { what: error.to_string(), rip: rip(&vcpu.fd) },
             },
         });
         if stops.send(Stop { vcpu: vcpu.index, exit, window }).is_err() {
@@ -271,7 +278,7 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
                     Some(doorbell @ (Doorbell::EnterL2 | Doorbell::Invalidate | Doorbell::Yield)) => {
                         let Some(below) = &mut vcpu.below else { break format!("it rang {doorbell:?}, and has no L2") };
                         if let Err(error) = below.answer(doorbell) {
-                            break error.to_string();
+                            return Exit::Failed { what: error.to_string(), rip: rip(&vcpu.fd) };
                         }
                     }
                     Some(doorbell) => return Exit::Doorbell(doorbell),

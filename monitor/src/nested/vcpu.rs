@@ -261,7 +261,7 @@ impl L2Vcpu {
                 _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
             },
             Left::Ended(what) => what,
-            Left::Broken(what) => return Ok(Next::Stop(Exit::Broken { what, rip: self.rip() })),
+            Left::Broken(what) => return Ok(Next::Stop(Exit::Failed { what, rip: self.rip() })),
         };
         let rip = self.rip();
         self.ended(Exit::Broken { what, rip })
@@ -418,7 +418,7 @@ impl Below for L2Vcpu {
     fn run(&mut self, kicked: &AtomicBool) -> Option<Exit> {
         match self.run_l2(kicked) {
             Ok(exit) => exit,
-            Err(error) => Some(Exit::Broken { what: error.to_string(), rip: self.rip() }),
+            Err(error) => Some(Exit::Failed { what: error.to_string(), rip: self.rip() }),
         }
     }
 }

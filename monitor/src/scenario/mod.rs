@@ -218,12 +218,12 @@ fn no_stray_options(args: &RunArgs) -> Result<(), Failure> {
         "lose-edit" => name == setup::EDITS && !args.nested.race,
         "lose-invalidation" | "late-invalidation" | "lose-transfer" => args.nested.race,
         "lose-page" if args.nested.race => true,
-        "stray-page" => name == setup::HOSTILE,
+        "stray-page" | "break-l1" => name == setup::HOSTILE,
         _ => !has_toggles && !has_edits(name),
     };
     if let Some(fault) = args.inject.as_deref().filter(|&fault| !has_fault(fault)) {
         return Err(Failure::Input(format!(
-            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm and loop-smm are of roots, lose-edit of edits, lose-page, lose-invalidation, late-invalidation and lose-transfer of edits --race, stray-page of hostile)"
+            "--inject {fault}: {name} has no such fault (lose-page and extra-page are of trackers, break-smm and loop-smm are of roots, lose-edit of edits, lose-page, lose-invalidation, late-invalidation and lose-transfer of edits --race, stray-page and break-l1 of hostile)"
         )));
     }
     if args.nested.edits.is_some() && !has_edits(name) {

@@ -43,6 +43,8 @@ pub enum Fault {
     LoseTransfer,
     /// Maps a page into a window that EPT02 does not grant.
     StrayPage,
+    /// Breaks L1 where it waits.
+    BreakL1,
     /// Puts a HLT where SMM's handler begins, after which nobody would wake the vCPU.
     BreakSmm,
     /// Puts an endless loop there.
@@ -61,8 +63,9 @@ impl Fault {
             "late-invalidation" => Ok(Self::LateInvalidation),
             "lose-transfer" => Ok(Self::LoseTransfer),
             "stray-page" => Ok(Self::StrayPage),
+            "break-l1" => Ok(Self::BreakL1),
             other => Err(input(format!(
-                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm and loop-smm, (in edits) lose-edit, (in edits --race) lose-invalidation, late-invalidation and lose-transfer, and (in hostile) stray-page"
+                "--inject {other}: there are lose-page, extra-page, (in roots) break-smm and loop-smm, (in edits) lose-edit, (in edits --race) lose-invalidation, late-invalidation and lose-transfer, and (in hostile) stray-page and break-l1"
             ))),
         }
     }

@@ -14,8 +14,8 @@ const PAGES: u64 = 4096;
 /// Entries of a page-modification log (SDM 3, 29.3.6).
 const LOG: u64 = 512;
 
-/// The runs: `dirty-log` with the trackers that a bitmap is behind, `soak`, [`NESTED`], what L1 is told of violations, and 500 random edits.
-pub const JOBS: &[&str] = &[DIRTY_LOG, SOAK, NESTED[0], NESTED[1], NESTED[2], VIOLATIONS, EDITS];
+/// The runs: `dirty-log` with the trackers that a bitmap is behind, `soak`, [`NESTED`], what L1 is told of violations, 500 random edits, and a malicious L1.
+pub const JOBS: &[&str] = &[DIRTY_LOG, SOAK, NESTED[0], NESTED[1], NESTED[2], VIOLATIONS, EDITS, HOSTILE];
 const DIRTY_LOG: &str = "dirty-log --memory 16M --tracker bitmap,clear+init-set";
 const SOAK: &str = "soak --memory 4M --seconds 1 --tracker bitmap,clear";
 /// `nested`: KVM's own nested VMX. One entry a violation; aliases on two vCPUs by a table that L1 fills; A and D set beforehand.
@@ -26,6 +26,8 @@ const NESTED: [&str; 3] = [
 ];
 const VIOLATIONS: &str = "violations --memory 1M";
 const EDITS: &str = "edits --memory 4M --alias 2 --nesting vmx,umbra --strategy log --mechanism kvm-clear";
+/// Its L2's writes are logged by the processor.
+const HOSTILE: &str = "hostile --memory 4M --alias 2 --strategy log --mechanism kvm-clear --edits 100 --seed 200";
 
 /// A phase of the timed pass, for each page; the cheapest of the rounds from `from` on.
 fn timed(row: &Row, phase: &str, from: u64) -> u64 {
@@ -148,4 +150,9 @@ fn l2_sees_the_same_after_random_edits_whoever_shadows_the_table() {
     for name in ["vmx", "umbra:log@kvm-clear"] {
         umbra_tests::edited(row(record, name), 500);
     }
+}
+
+#[test]
+fn a_malicious_l1_meets_the_same_walls_on_intel() {
+    umbra_tests::besieged(row(Boot::Intel.good(HOSTILE), "umbra:log@kvm-clear"));
 }

@@ -33,6 +33,9 @@ const fn rest(clock: Clock) -> Duration {
     }
 }
 
+/// Texts that a guest may print within one command.
+const TEXTS: u32 = 10_000;
+
 /// A running machine.
 ///
 /// Field order matters: the vCPU threads end before the VM goes.
@@ -256,6 +259,7 @@ impl Machine {
     fn finish(&self, vcpus: Range<usize>, what: &'static str) -> Result<Window, Error> {
         let mut windows = Vec::with_capacity(vcpus.len());
         let mut waiting: Vec<usize> = vcpus.collect();
+        let mut texts = 0;
         while let Some(&first) = waiting.first() {
             let Ok(stop) = self.stops.recv_timeout(self.patience) else { return Err(self.silent(first, what)) };
             match stop.exit {
@@ -263,7 +267,8 @@ impl Machine {
                     windows.push(stop.window);
                     waiting.retain(|&vcpu| vcpu != stop.vcpu);
                 }
-                Exit::Doorbell(Doorbell::Print) => {
+                Exit::Doorbell(Doorbell::Print) if texts < TEXTS => {
+                    texts += 1;
                     eprint!("{}", self.text(stop.vcpu)?);
                     self.threads[stop.vcpu].run();
                 }
@@ -297,11 +302,14 @@ impl Machine {
                 Err(error) => return error,
             },
             Exit::Doorbell(Doorbell::Panic) => match self.text(vcpu) {
-                Ok(text) => format!("the firmware panicked: {}", text.trim_end()),
+                Ok(text) => format!("the firmware panicked: {}", one_line(&text)),
                 Err(error) => return error,
             },
             Exit::Doorbell(doorbell) => format!("it rang {doorbell:?} where Ready was expected"),
             Exit::Broken { what, rip } => format!("{what} at {}", self.image.place(rip)),
+            Exit::Failed { what, rip } => {
+                return Error::Failed { vcpu, what: format!("{what} (the guest was at {})", self.image.place(rip)) };
+            }
             Exit::Kicked { rip, mode } => format!("it was stopped at {}{mode}", self.image.place(rip)),
             Exit::NotHere { what } => what,
             Exit::Interrupted(_) => "it got an SMI that nobody sent".to_owned(),
@@ -390,6 +398,16 @@ impl Machine {
             }
         }
     }
+}
+
+/// Words of a guest's as one line: nothing in them moves a terminal's cursor.
+fn one_line(text: &str) -> String {
+    let clear = |letter: char| match letter {
+        '\n' => " ".to_owned(),
+        _ if letter.is_control() => letter.escape_default().to_string(),
+        _ => letter.to_string(),
+    };
+    text.trim_end().chars().map(clear).collect()
 }
 
 const fn name(command: Command) -> &'static str {

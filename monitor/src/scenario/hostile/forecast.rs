@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use umbra_mmu::guest::{GuestCaps, Reflection};
 use umbra_mmu::reference::{Context, History, Reference, Verdict};
-use umbra_mmu::{Exchange, Format, Frame, Kind, L1Memory, Request, Slots};
+use umbra_mmu::{Access, Exchange, Format, Frame, Kind, L1Memory, Request, Slots};
 use umbra_shared::control::Exit;
 use umbra_shared::edits::{Answer, Probe};
 use umbra_shared::nested::L2_BASE;
@@ -50,6 +50,15 @@ pub struct Forecast<'a> {
     first_tracked: Frame,
 }
 
+/// What probes have to come to.
+#[derive(Debug, Default)]
+pub struct Foretold {
+    /// The first answers, as many as can be told.
+    pub answers: Vec<Expected>,
+    /// The first words of the pages that L2 writes, if all can be told.
+    pub written: BTreeMap<Frame, u64>,
+}
+
 /// What a probe has to come to.
 #[derive(Clone, Copy, Debug)]
 pub struct Expected {
@@ -74,8 +83,26 @@ impl<'a> Forecast<'a> {
         Self { view, slots, context, history: History::default(), first_tracked: view.0.first_tracked() }
     }
 
+    /// The memory.
+    pub const fn view(&self) -> &View {
+        self.view
+    }
+
+    /// Whether a page that `fits` was granted at some moment after `since`, as [`Reference::granted_one`] says.
+    pub fn granted(
+        &self,
+        history: &History,
+        since: u64,
+        gfn: L2Gfn,
+        right: Access,
+        fits: &mut dyn FnMut(Frame) -> bool,
+    ) -> bool {
+        let reference = Reference { memory: self.view, slots: self.slots, caps: GuestCaps::default(), history };
+        reference.granted_one(&Context { since, ..self.context.clone() }, gfn, right, fits)
+    }
+
     /// The answers to `probes`, as far as they can be told: a write into a table makes what follows a question of what was cached.
-    pub fn answers(&self, probes: &[(Probe, u64)]) -> Vec<Expected> {
+    pub fn answers(&self, probes: &[(Probe, u64)]) -> Foretold {
         let written = BTreeMap::new();
         let mut overlay = Overlay { view: self.view, written, walked: RefCell::default() };
         let (mut answers, mut writes) = (Vec::with_capacity(probes.len()), Vec::new());
@@ -94,11 +121,13 @@ impl<'a> Forecast<'a> {
                 Err(answer) => Expected { answer, any_value: false },
             });
         }
-        let walked = overlay.walked.into_inner();
+        let Overlay { walked, mut written, .. } = overlay;
+        let walked = walked.into_inner();
         if let Some((index, _)) = writes.iter().find(|(_, frame)| walked.contains(frame)) {
             answers.truncate(index + 1);
+            written.clear();
         }
-        answers
+        Foretold { answers, written: written.into_iter().map(|((frame, _), word)| (frame, word)).collect() }
     }
 
     /// The page that a probe reaches, or what L1 is told.
