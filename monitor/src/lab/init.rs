@@ -8,8 +8,9 @@ use super::plan::{self, Plan};
 use super::quiet;
 use super::wire::{self, Message, Told};
 use crate::failure::Failure;
-use crate::ground::Ground;
+use crate::ground::{Clock, Ground};
 use crate::host;
+use crate::kvm::vm::Resident;
 use crate::progress::Progress;
 use crate::scenario;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -160,6 +161,8 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     quiet::ask()?;
     // Memfds get huge pages where they are asked for; most distributions leave that off.
     std::fs::write(SHMEM_HUGE_PAGES, "advise").map_err(check(SHMEM_HUGE_PAGES))?;
+    // Where CPUs run at a time, so that between two jobs no last VM goes and no first one comes either. A job says what a machine without KVM lacks.
+    let resident = (plan.clock == Clock::Nanoseconds).then(|| Resident::new().ok());
     step(port, "waiting until the machine is idle")?;
     if let Err(why) = idle::wait(plan.clock, plan.nanoseconds_per_instruction) {
         step(port, &format!("the machine is not idle: {why}"))?;
@@ -171,6 +174,7 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
             port.send(&message).map_err(check(PORT))?;
         }
     }
+    drop(resident);
     Ok(())
 }
 
