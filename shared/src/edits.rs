@@ -2,7 +2,7 @@
 //! table makes the same edits. The firmware plays them on EPT12 in L1's memory, the monitor on a copy of its own.
 //!
 //! An *epoch* is some edits, one invalidation if one of them made it due, and then probes: reads and writes of L2 at the pages that the edits
-//! concern. The state is the table itself. L2's first [`MAX_REGIONS`] regions of 2 MiB each have a leaf table of their own, whether it is in use or not:
+//! concern. The state is the table itself. L2's first [`MAX_REGIONS`](crate::board::MAX_REGIONS) regions of 2 MiB each have a leaf table of their own, whether it is in use or not:
 //!
 //! ```text
 //! directory of L2_BASE's GiB        leaf tables
@@ -12,51 +12,14 @@
 //!   region 3  ------------------>   table 3
 //! ```
 
-use crate::gfn::{Level, PAGE_SIZE};
-use crate::layout::TRACKED_GPA;
-use crate::nested::{Format, L2_BASE};
-use crate::paging::{ADDRESS_MASK, ENTRIES, ept, long};
+use crate::board::{Board, Entry, PAGES, Place, Words};
 use crate::pattern::mix;
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+use crate::probe::{MAX_PROBES, Probe};
 
-/// Regions that are edited, at most.
-pub const MAX_REGIONS: usize = 8;
-/// Probes of an epoch, at most.
-pub const MAX_PROBES: usize = 120;
 /// Edits of an epoch, at most.
 pub const MAX_EDITS: usize = 8;
-/// Pages of a region.
-pub const PAGES: u64 = ENTRIES as u64;
 /// Pages of a region that are looked at when all of it is concerned: its first, its last, and some between.
 const SAMPLE: u64 = 4;
-
-/// Memory that holds a table, by L1's physical addresses.
-pub trait Words {
-    /// The word at `address`, a multiple of 8.
-    fn read(&self, address: u64) -> u64;
-    /// Stores it.
-    fn write(&mut self, address: u64, value: u64);
-}
-
-/// An entry of the table, in no format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Entry {
-    /// Not present.
-    None,
-    /// A leaf: L1's tracked page, the first one of a region's, and whether L2 may write.
-    Page(u64, bool),
-    /// The leaf table of that region, and whether L2 may write below.
-    Table(u64, bool),
-}
-
-/// An entry's place.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// The directory's entry for a region.
-    Region(u64),
-    /// Entry `.1` of region `.0`'s own table.
-    Page(u64, u64),
-}
 
 /// An edit. Pages and regions are L2's but for `to`, which is L1's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,49 +59,6 @@ pub enum Concern {
     /// All pages of a region.
     Region(u64),
 }
-
-/// An access of L2.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Probe {
-    /// L2's page.
-    pub page: u64,
-    /// It is written, else read.
-    pub write: bool,
-}
-
-impl Probe {
-    /// What probe `index` of an epoch writes: no two are the same, and no page begins with such a word.
-    #[must_use]
-    pub const fn stamp(epoch: u64, index: usize) -> u64 {
-        1 << 63 | epoch << 8 | index as u64
-    }
-}
-
-/// What became of a probe.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct Answer {
-    /// What was read.
-    pub value: u64,
-    /// What L1 was told instead: the way's own code, or 0 where the access was made.
-    pub code: u64,
-    /// More about it.
-    pub qualification: u64,
-    /// L2's physical address.
-    pub address: u64,
-}
-
-/// What L1 reports of an epoch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub struct Answers {
-    /// Probes that were made.
-    pub count: u64,
-    /// One for each of them.
-    pub probes: [Answer; MAX_PROBES],
-}
-
-const _: () = assert!(size_of::<Answers>() as u64 <= PAGE_SIZE);
 
 /// An epoch that was played.
 #[derive(Clone, Debug)]
@@ -195,160 +115,14 @@ impl Random {
     }
 }
 
-/// The part of L1's table that is edited.
-#[derive(Debug)]
-pub struct Board<W> {
-    words: W,
-    format: Format,
-    /// Physical address of the directory.
-    directory: u64,
-    /// Physical addresses of the regions' own tables.
-    tables: [u64; MAX_REGIONS],
-    regions: u64,
-    /// L1's tracked pages, a multiple of 512.
-    pages: u64,
-}
-
 impl<W: Words> Board<W> {
-    /// The board in the table with its root at `root`, where every region of L2's `l2_pages` pages has a leaf table. `None` if one has none, if
-    /// pages make no whole regions, or the format has 4-byte entries or three levels.
-    pub fn find(words: W, root: u64, format: Format, l1_pages: u64, l2_pages: u64) -> Option<Self> {
-        let whole = l1_pages.is_multiple_of(PAGES) && l2_pages.is_multiple_of(PAGES);
-        if !whole || l1_pages == 0 || !matches!(format, Format::Ept | Format::Npt) {
-            return None;
-        }
-        let below = |table: u64, level: Level| {
-            let entry = words.read(table + (L2_BASE.address() >> level.shift()) % PAGES * 8);
-            (entry & ADDRESS_MASK != 0).then_some(entry & ADDRESS_MASK)
-        };
-        let directory = below(below(root, Level::T512)?, Level::G1)?;
-        let regions = (l2_pages / PAGES).min(MAX_REGIONS as u64);
-        let mut tables = [0; MAX_REGIONS];
-        for (region, table) in (0..regions).zip(&mut tables) {
-            let entry = words.read(directory + region * 8);
-            if entry & ADDRESS_MASK == 0 || entry & ept::LARGE != 0 {
-                return None;
-            }
-            *table = entry & ADDRESS_MASK;
-        }
-        Some(Self { words, format, directory, tables, regions, pages: l1_pages })
-    }
-
-    /// The words.
-    pub const fn words(&mut self) -> &mut W {
-        &mut self.words
-    }
-
-    /// The words, to look at.
-    pub const fn as_words(&self) -> &W {
-        &self.words
-    }
-
-    /// Physical addresses of the directory, and of the regions' own tables.
-    #[must_use]
-    pub const fn places(&self) -> (u64, [u64; MAX_REGIONS]) {
-        (self.directory, self.tables)
-    }
-
-    /// L1's tracked pages.
-    #[must_use]
-    pub const fn pages(&self) -> u64 {
-        self.pages
-    }
-
-    /// Regions that are edited.
-    #[must_use]
-    pub const fn regions(&self) -> u64 {
-        self.regions
-    }
-
-    /// The physical address of a region's own table.
-    fn table(&self, region: u64) -> u64 {
-        usize::try_from(region).ok().and_then(|region| self.tables.get(region).copied()).unwrap_or(0)
-    }
-
-    /// The physical address of an entry.
-    #[must_use]
-    pub fn address(&self, place: Place) -> u64 {
-        match place {
-            Place::Region(region) => self.directory + region * 8,
-            Place::Page(region, index) => self.table(region) + index * 8,
-        }
-    }
-
-    fn get(&self, place: Place) -> Entry {
-        self.decode(place, self.words.read(self.address(place)))
-    }
-
-    /// What the word `raw` says at `place`.
-    #[must_use]
-    pub fn decode(&self, place: Place, raw: u64) -> Entry {
-        let (present, write) = match self.format {
-            Format::Ept => (ept::RIGHTS, ept::WRITE),
-            _ => (long::PRESENT, long::WRITE),
-        };
-        let (writable, address) = (raw & write != 0, raw & ADDRESS_MASK);
-        if raw & present == 0 {
-            return Entry::None;
-        }
-        if matches!(place, Place::Region(_)) && raw & ept::LARGE == 0 {
-            let region = self.tables.iter().position(|&table| table == address).unwrap_or(0);
-            return Entry::Table(region as u64, writable);
-        }
-        Entry::Page(address.wrapping_sub(TRACKED_GPA) / PAGE_SIZE, writable)
-    }
-
-    /// Stores an entry. Says whether translations by what was there are void now: it was present, and it led elsewhere or granted more.
-    fn set(&mut self, place: Place, entry: Entry) -> bool {
-        let old = self.get(place);
-        let raw = match self.format {
-            Format::Ept => encode_ept(entry, place),
-            _ => encode_npt(entry, place),
-        };
-        let raw = match entry {
-            Entry::None => 0,
-            Entry::Page(page, _) => raw | (TRACKED_GPA + page * PAGE_SIZE),
-            Entry::Table(region, _) => raw | self.table(region),
-        };
-        let address = self.address(place);
-        self.words.write(address, raw);
-        match (old, entry) {
-            (Entry::None, _) => false,
-            (Entry::Page(old, was), Entry::Page(new, is)) | (Entry::Table(old, was), Entry::Table(new, is)) => {
-                old != new || was && !is
-            }
-            _ => true,
-        }
-    }
-
-    /// The table that serves a region, if one does.
-    fn table_of(&self, region: u64) -> Option<u64> {
-        match self.get(Place::Region(region)) {
-            Entry::Table(table, _) => Some(table),
-            _ => None,
-        }
-    }
-
-    /// L1's page that L2's page is.
-    fn leads_to(&self, page: u64) -> Option<u64> {
-        let (region, index) = (page / PAGES, page % PAGES);
-        match self.get(Place::Region(region)) {
-            Entry::None => None,
-            Entry::Page(first, _) => Some(first + index),
-            Entry::Table(table, _) => match self.get(Place::Page(table, index)) {
-                Entry::Page(page, _) => Some(page),
-                _ => None,
-            },
-        }
-    }
-
     fn choose(&self, random: &mut Random) -> Edit {
-        let region = random.below(self.regions);
+        let region = random.below(self.regions());
         // Half of the edits meet at a few pages.
         let index = if random.below(2) == 0 { random.below(8) * 67 } else { random.below(PAGES) };
         let page = region * PAGES + index;
-        let (to, leaf) = (random.below(self.pages), random.below(self.pages / PAGES) * PAGES);
-        let (other, writable) = (random.below(self.regions * PAGES), random.below(4) != 0);
+        let (to, leaf) = (random.below(self.pages()), random.below(self.pages() / PAGES) * PAGES);
+        let (other, writable) = (random.below(self.regions() * PAGES), random.below(4) != 0);
         if self.table_of(region).is_none() {
             return match (random.below(6), self.get(Place::Region(region))) {
                 (0, _) => Edit::Share { region, with: other / PAGES },
@@ -418,7 +192,7 @@ impl<W: Words> Board<W> {
         match concern {
             Concern::Page(page) => {
                 let table = self.table_of(page / PAGES);
-                for region in 0..self.regions {
+                for region in 0..self.regions() {
                     let same = region == page / PAGES || table.is_some() && self.table_of(region) == table;
                     if same {
                         epoch.push(region * PAGES + page % PAGES);
@@ -459,38 +233,17 @@ impl<W: Words> Board<W> {
             self.probe(edit.concern(), &mut epoch, &mut random);
         }
         // What nobody edited is as it was.
-        (0..2).for_each(|_| epoch.push(random.below(self.regions * PAGES)));
+        (0..2).for_each(|_| epoch.push(random.below(self.regions() * PAGES)));
         epoch
     }
-}
-
-/// Bits of an entry but for its address. Execution is always granted: a right that a shadow in userspace cannot enforce.
-fn encode_ept(entry: Entry, place: Place) -> u64 {
-    let rights = |writable: bool| ept::READ | ept::EXECUTE | if writable { ept::WRITE } else { 0 };
-    match entry {
-        Entry::None => 0,
-        Entry::Table(_, writable) => rights(writable),
-        Entry::Page(_, writable) => rights(writable) | ept::WRITE_BACK | large(place),
-    }
-}
-
-fn encode_npt(entry: Entry, place: Place) -> u64 {
-    let rights = |writable: bool| long::PRESENT | long::USER | if writable { long::WRITE } else { 0 };
-    match entry {
-        Entry::None => 0,
-        Entry::Table(_, writable) => rights(writable),
-        Entry::Page(_, writable) => rights(writable) | large(place),
-    }
-}
-
-/// Bit 7 in both formats.
-const fn large(place: Place) -> u64 {
-    if matches!(place, Place::Region(_)) { ept::LARGE } else { 0 }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gfn::PAGE_SIZE;
+    use crate::nested::Format;
+    use crate::paging::long;
     use proptest::prelude::*;
     use std::collections::HashMap;
 
@@ -579,9 +332,8 @@ mod tests {
 
     #[test]
     fn edits_of_every_kind_are_made() {
-        let board = board(0x1_0000, Format::Npt, 1024, 4096);
+        let mut closed = board(0x1_0000, Format::Npt, 1024, 4096);
         let mut random = Random(7);
-        let mut closed = Board { words: board.words.clone(), ..board };
         closed.set(Place::Region(1), Entry::None);
         closed.set(Place::Region(2), Entry::Page(512, true));
         let mut kinds = [0_u32; 9];
@@ -607,6 +359,6 @@ mod tests {
         let find = |l1, l2| Board::find(Memory::default(), 0x1000, Format::Ept, l1, l2).is_none();
         assert!(find(512, 512) && find(100, 512) && find(512, 100) && find(0, 512));
         let whole = board(0x1_0000, Format::Ept, 512, 1024);
-        assert!(Board::find(whole.words, 0x1_0000, Format::Pae, 512, 1024).is_none());
+        assert!(Board::find(whole.as_words().clone(), 0x1_0000, Format::Pae, 512, 1024).is_none());
     }
 }

@@ -7,10 +7,12 @@
 //! L1 may kill itself by that: its table may let L2 write EPT12, or L1's own image and stacks. What may have come to that the monitor has to tell, and
 //! it goes on with another L1. But L2 does not begin at an instruction that is there and not meant for it, which would tell nothing of the monitor.
 
+use crate::board::{Board, MAX_REGIONS, Words};
 use crate::control::ControlPage;
-use crate::edits::{Board, MAX_REGIONS, Probe, Random, Words};
+use crate::edits::Random;
 use crate::layout::{IMAGE_START, TRACKED_GPA, VCPU_AREA_BYTES, vcpu_area};
 use crate::paging::ADDRESS_MASK;
+use crate::probe::Probe;
 use crate::{Level, PAGE_SIZE};
 use core::mem::offset_of;
 

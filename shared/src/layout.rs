@@ -68,7 +68,7 @@ pub mod vcpu_area {
     pub const IO_MAP: u64 = 0xc000;
     /// The MSR permission map of L2: two pages. On VMX there is none: without a map every access exits.
     pub const MSR_MAP: u64 = 0xf000;
-    /// What became of L2's probes ([`crate::edits::Answers`]): one page.
+    /// What became of L2's probes ([`crate::probe::Answers`]): one page.
     pub const ANSWERS: u64 = 0x1_1000;
     /// Top of L2's stack, growing down to the page before it.
     pub const L2_STACK_TOP: u64 = 0x1_8000;

@@ -6,6 +6,7 @@
 //! list of accesses that L1's table may not permit, [`edits`] random edits of that table, [`race`] those that race a running L2, [`hostile`] those of a malicious L1. Nothing here knows KVM or the host.
 #![cfg_attr(not(test), no_std)]
 
+pub mod board;
 pub mod control;
 pub mod edits;
 pub mod gfn;
@@ -15,6 +16,7 @@ pub mod layout;
 pub mod nested;
 pub mod paging;
 pub mod pattern;
+pub mod probe;
 pub mod protocol;
 pub mod race;
 pub mod role;

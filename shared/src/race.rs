@@ -15,8 +15,10 @@
 //! A page's first word names it and is never written. The other words are written with [`stamp`]s, each another one, by turns: afterwards a page's
 //! words show which writes landed in it.
 
-use crate::edits::{Answer, Concern, PAGES, Probe, Random};
+use crate::board::PAGES;
+use crate::edits::{Concern, Random};
 use crate::gfn::PAGE_SIZE;
+use crate::probe::{Answer, Probe};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Accesses that a journal has room for.

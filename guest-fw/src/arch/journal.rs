@@ -3,8 +3,8 @@
 use core::mem::offset_of;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
-use umbra_shared::edits::{Answer, Probe};
 use umbra_shared::layout::{MAX_VCPUS, PLANS, SYSTEM_LIMIT};
+use umbra_shared::probe::{Answer, Probe};
 use umbra_shared::protocol::BootPage;
 use umbra_shared::race::{self, Access, JOURNAL_BYTES, Journal, ROOM};
 
@@ -61,8 +61,7 @@ impl LiveJournal {
         let count = self.count();
         let [_, _, after, words @ ..] = &self.accesses[count];
         after.store(begun, Relaxed);
-        let Answer { value, code, qualification, address } = answer;
-        for (word, value) in words.iter().zip([value, code, qualification, address]) {
+        for (word, value) in words.iter().zip(answer.words()) {
             word.store(value, Relaxed);
         }
         self.count.store(count as u64 + 1, Relaxed);

@@ -3,9 +3,9 @@
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 use core::sync::atomic::{AtomicU8, AtomicU64};
-use umbra_shared::edits::{Answer, Answers, MAX_PROBES};
 use umbra_shared::layout::{self, MAX_VCPUS};
 use umbra_shared::nested::Report;
+use umbra_shared::probe::{Answer, Answers, MAX_PROBES};
 use umbra_shared::protocol::{ExceptionReport, Mailbox, TEXT_BYTES};
 
 /// [`Mailbox`] word for word.
@@ -169,8 +169,7 @@ impl LiveAnswers {
     /// The next probe is made, and this is what became of it. Panics if there is no room.
     pub fn push(&self, answer: Answer) {
         let index = self.count();
-        let Answer { value, code, qualification, address } = answer;
-        for (word, value) in self.probes[index].iter().zip([value, code, qualification, address]) {
+        for (word, value) in self.probes[index].iter().zip(answer.words()) {
             word.store(value, Relaxed);
         }
         self.count.store(index as u64 + 1, Relaxed);

@@ -2,7 +2,7 @@
 
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
-use umbra_shared::edits::Words;
+use umbra_shared::board::Words;
 use umbra_shared::layout::{PLANS, SYSTEM_LIMIT};
 use umbra_shared::protocol::BootPage;
 

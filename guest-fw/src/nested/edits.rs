@@ -6,8 +6,9 @@ use crate::arch::lock::Lock;
 use crate::arch::table_words::TableWords;
 use crate::arch::tracked::Executed;
 use crate::boot::Setup;
-use umbra_shared::edits::{Board, Probe};
+use umbra_shared::board::Board;
 use umbra_shared::nested::Nested;
+use umbra_shared::probe::Probe;
 
 static BOARD: Lock<Option<Board<TableWords>>> = Lock::new(None);
 

@@ -7,7 +7,7 @@ use crate::arch::table_words::TableWords;
 use crate::arch::tracked::Executed;
 use crate::arch::vcpu;
 use crate::boot::Setup;
-use umbra_shared::edits::Words as _;
+use umbra_shared::board::Words as _;
 use umbra_shared::hostile::{CASES, Case, Place, Store};
 use umbra_shared::nested::Nested;
 

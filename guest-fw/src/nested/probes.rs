@@ -7,7 +7,7 @@ use crate::arch::mailbox::LiveAnswers;
 use crate::arch::tracked::Executed;
 use crate::arch::vcpu;
 use core::sync::atomic::Ordering::Relaxed;
-use umbra_shared::edits::{self, MAX_PROBES, Probe};
+use umbra_shared::probe::{self, MAX_PROBES, Probe};
 
 /// What the L2 of any vCPU is to do, and what is due before.
 #[derive(Clone)]
@@ -51,7 +51,7 @@ impl<E: Extension> Hypervisor<E> {
                 return Answer::Stopped;
             }
             let Violation { code, qualification, address } = violation;
-            answers.push(edits::Answer { value: 0, code, qualification, address });
+            answers.push(probe::Answer { value: 0, code, qualification, address });
             Answer::GivenUp
         };
         while answers.count() < list.len() {
@@ -63,7 +63,7 @@ impl<E: Extension> Hypervisor<E> {
                     } else {
                         tracked.read(page)
                     };
-                    answers.push(edits::Answer { value, ..edits::Answer::default() });
+                    answers.push(probe::Answer { value, ..probe::Answer::default() });
                 }
             };
             let run = self.l2.run(&mut work, &mut violation);

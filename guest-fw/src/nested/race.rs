@@ -10,9 +10,11 @@ use crate::boot::Setup;
 use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::{Acquire, Release, SeqCst};
 use core::sync::atomic::fence;
-use umbra_shared::edits::{self as shared, Concern, MAX_REGIONS, PAGES};
+use umbra_shared::board::{MAX_REGIONS, PAGES};
+use umbra_shared::edits::Concern;
 use umbra_shared::layout::MAX_VCPUS;
 use umbra_shared::nested::Nested;
+use umbra_shared::probe;
 use umbra_shared::protocol::Doorbell;
 use umbra_shared::race::{CONCERNS, Lapse, Order, ROOM, Turn};
 
@@ -194,12 +196,12 @@ impl<E: Extension> Hypervisor<E> {
                 // The access comes before the look at the clock, a write's way through the table included.
                 fence(SeqCst);
                 let begun = COURSE.begun.load(Acquire);
-                journal.end(begun, shared::Answer { value, ..shared::Answer::default() });
+                journal.end(begun, probe::Answer { value, ..probe::Answer::default() });
             }
         };
         let mut violation = |Violation { code, qualification, address }: Violation| {
             let begun = COURSE.begun.load(Acquire);
-            journal.end(begun, shared::Answer { value: 0, code, qualification, address });
+            journal.end(begun, probe::Answer { value: 0, code, qualification, address });
             Answer::GivenUp
         };
         let run = self.l2.run(&mut work, &mut violation);

@@ -10,8 +10,10 @@ use crate::failure::Failure;
 use std::collections::HashMap;
 use umbra_mmu::guest::{Reflect, Reflection};
 use umbra_mmu::{Access as Rights, Format, Kind, Request};
-use umbra_shared::edits::{Board, Entry, Epoch, PAGES, Place, Probe, Words};
+use umbra_shared::board::{Board, Entry, PAGES, Place, Words};
+use umbra_shared::edits::Epoch;
 use umbra_shared::nested::Nested;
+use umbra_shared::probe::Probe;
 use umbra_shared::race::Access;
 
 /// Words that keep what they were: the epochs, ascending, and what each stored.
@@ -172,8 +174,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use umbra_shared::Level;
-    use umbra_shared::edits::Answer;
     use umbra_shared::nested::{self, AliasKind, Flags, Map, Way};
+    use umbra_shared::probe::Answer;
 
     fn nested(format: nested::Format) -> Nested {
         let map = Map::new(512, Level::K4, 4, AliasKind::Contiguous, 1).unwrap();

@@ -9,10 +9,12 @@ use umbra_mmu::walker::{Ended, PlainMemory, Walker};
 use umbra_mmu::{
     Config, Env, Format, Frame, Invalidation, Kind, L1Memory as _, Mmu, MmuError, Request, RootId, RootRole, Slot,
 };
-use umbra_shared::edits::{Board, Epoch, MAX_REGIONS, PAGES, Probe, Words};
+use umbra_shared::board::{Board, MAX_REGIONS, PAGES, Words};
+use umbra_shared::edits::Epoch;
 use umbra_shared::layout::TRACKED_GPA;
 use umbra_shared::nested::{Flags, L2_BASE, Nested};
 use umbra_shared::paging::{ept, long};
+use umbra_shared::probe::Probe;
 use umbra_shared::{Gfn, Level, PAGE_SIZE, nested};
 
 /// Where the copy of the table is: root, pointers, directory, then leaf tables.

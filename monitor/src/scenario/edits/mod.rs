@@ -29,8 +29,8 @@ use mirror::{Expected, Mirror};
 use std::collections::BTreeMap;
 use umbra_shared::PAGE_SIZE;
 use umbra_shared::control;
-use umbra_shared::edits::{Answer, Probe};
 use umbra_shared::nested::{L2_BASE, Nested, Way};
+use umbra_shared::probe::{Answer, Probe};
 use umbra_shared::protocol::Command;
 
 /// SVM's exit code of a nested page fault (APM 2, appendix C); VMX's basic exit reason of an EPT violation (SDM 3D, appendix C).
@@ -99,6 +99,13 @@ impl Table {
         machine.untimed(0..machine.vcpus(), Command::Fill, 0)?;
         let tracker = kind.map(|kind| Ok::<_, Failure>((kind, kind.build(&machine, None)?))).transpose()?;
         Ok(Self { nested, tracker, machine })
+    }
+
+    /// How the windows differ from EPT02, or from what the process has mapped, if they do.
+    fn audit(&self) -> Result<Option<String>, Failure> {
+        let Some(l2) = self.machine.l2() else { return Ok(None) };
+        let audited = l2.shadow()?.audit();
+        Ok(audited.err())
     }
 }
 
@@ -259,10 +266,8 @@ impl<'a> Game<'a> {
         Ok(())
     }
 
-    /// The windows are what EPT02 says and what the process has mapped.
     fn audit(&mut self, number: u64) -> Result<(), Failure> {
-        let audited = self.table.machine.l2().map_or(Ok(Ok(())), |l2| Ok::<_, Failure>(l2.shadow()?.audit()))?;
-        if let Err(what) = audited {
+        if let Some(what) = self.table.audit()? {
             self.differences.add(format!("after epoch {number}: {what}"));
         }
         Ok(())

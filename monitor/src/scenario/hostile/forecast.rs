@@ -8,8 +8,8 @@ use umbra_mmu::guest::{GuestCaps, Reflection};
 use umbra_mmu::reference::{Context, History, Reference, Verdict};
 use umbra_mmu::{Access, Exchange, Format, Frame, Kind, L1Memory, Request, Slots};
 use umbra_shared::control::Exit;
-use umbra_shared::edits::{Answer, Probe};
 use umbra_shared::nested::L2_BASE;
+use umbra_shared::probe::{Answer, Probe};
 use umbra_shared::{L2Gfn, PAGE_SIZE};
 
 /// L1's memory as it will be when L2 has written so far. It remembers which pages were walked.

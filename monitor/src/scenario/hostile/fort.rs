@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use umbra_mmu::{Access, Extent, Format, Frame, Mapper as _, Slots};
-use umbra_shared::edits::{Board, Words};
+use umbra_shared::board::{Board, Words};
 use umbra_shared::hostile::{Case, Place};
 use umbra_shared::nested::{self, Flags, Nested};
 use umbra_shared::paging::ENTRIES;

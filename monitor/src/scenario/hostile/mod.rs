@@ -24,9 +24,9 @@ use fort::Fort;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use umbra_mmu::Frame;
-use umbra_shared::edits::Answer;
 use umbra_shared::hostile::{CASES, Case};
 use umbra_shared::nested::{L2_BASE, Nested};
+use umbra_shared::probe::Answer;
 use umbra_shared::protocol::Command;
 
 /// Faults that are named one by one.

@@ -7,9 +7,9 @@ use crate::nested::memory::View;
 use std::collections::{BTreeMap, BTreeSet};
 use umbra_mmu::reference::History;
 use umbra_mmu::{Access, Frame, L1Memory as _, Slots};
-use umbra_shared::edits::Probe;
 use umbra_shared::hostile::{Case, Store};
 use umbra_shared::nested::L2_BASE;
+use umbra_shared::probe::Probe;
 use umbra_shared::{Gfn, L2Gfn, PAGE_SIZE};
 
 /// Earlier words of the table, as long as they count.
