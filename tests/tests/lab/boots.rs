@@ -137,10 +137,6 @@ pub fn is_pinned(record: &Record) -> bool {
     pinned
 }
 
-pub fn row<'a>(record: &'a Record, name: &str) -> &'a Row {
-    record.measured().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name}"))
-}
-
 /// A phase of the timed pass; the cheapest of the rounds from `from` on.
 pub fn timed(row: &Row, phase: &str, from: u64) -> u64 {
     let rounds = row.phases.iter().filter(|p| p.pass == "timed" && p.phase == phase && p.round >= from);
