@@ -10,7 +10,7 @@ use umbra_tests::{count, kvm_here, record, refused, row};
 
 /// The runs whose truth holds.
 pub const JOBS: &[&str] = &[
-    "nested --memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect",
+    FIRST_TOUCH,
     "nested --memory 8M --tracker clear+init-set --leaf 2m --rounds 2 --nesting svm",
     "nested --memory 4M --tracker bitmap --backing anonymous --accessed-dirty preset --rounds 1 --nesting svm",
     "nested --memory 4M --tracker clear,ring-1024 --alias 3 --alias-kind scattered --pattern random --write-percent 25 --slots 2 --vcpus 2 --strategy log",
@@ -22,6 +22,8 @@ pub const JOBS: &[&str] = &[
     "nested --memory 2M --tracker bitmap --backing anonymous --alias-kind scattered --rounds 1 --nesting umbra --mechanism kvm-bitmap",
     "nested --memory 16K --tracker bitmap --backing anonymous --alias 1025 --rounds 1 --nesting svm,umbra --mechanism kvm-bitmap",
 ];
+pub const FIRST_TOUCH: &str =
+    "nested --memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect";
 /// What runs without the instruction clock: runs that go wrong, the last of them with a firmware that writes a page too few; 500 random edits of L1's
 /// table; a malicious L1; edits that race L2, and such of an L1 that loses invalidations.
 pub const FAST: &[&str] =
