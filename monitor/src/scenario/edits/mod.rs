@@ -16,7 +16,7 @@ use crate::guest::{Machine, Plan};
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Record;
-use crate::report::record::{Counter, Row, Truth};
+use crate::report::record::{Counter, Row};
 use crate::track::{Kind, Tracker};
 use mirror::Mirror;
 use std::collections::BTreeMap;
@@ -165,7 +165,7 @@ impl<'a> Trial<'a> {
     /// The row, with all that was found and counted.
     fn finish(mut self) -> Row {
         self.count("different", self.differences.count);
-        self.differences.tell(&mut self.row.truth);
+        self.differences.tell(&mut self.row);
         let tracked = self.tracker.as_ref().map_or(Vec::new(), |(_, tracker)| tracker.counters(&self.machine));
         for (name, value) in self.counts.into_iter().chain(tracked) {
             let counter = Counter { value, source: "umbra".to_owned(), pass: "observed".to_owned() };
@@ -195,17 +195,11 @@ impl Differences {
         }
     }
 
-    /// Gives them to the row, together with what its pages add up to.
-    fn tell(self, truth: &mut Truth) {
+    /// Gives them to the row.
+    fn tell(self, row: &mut Row) {
         let more = self.count - self.named.len() as u64;
-        truth.faults.extend(self.named);
-        if more > 0 {
-            truth.faults.push(format!("and {more} more differences"));
-        }
-        let pages = truth.pages;
-        if pages.missed + pages.extra > 0 {
-            truth.faults.push(format!("{} pages missed, {} extra", pages.missed, pages.extra));
-        }
+        let last = (more > 0).then(|| format!("and {more} more differences"));
+        row.truth.faults = self.named.into_iter().chain(last).map(|what| format!("{}: {what}", row.name)).collect();
     }
 }
 
