@@ -15,10 +15,10 @@ mod mirror;
 mod race;
 
 use super::Setup;
+use super::l1_cpu::{EPT_VIOLATION, NESTED_PAGE_FAULT, caps_of};
 use super::l2::Nesting;
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
-use crate::kvm::capabilities;
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Record;
@@ -33,9 +33,6 @@ use umbra_shared::nested::{L2_BASE, Nested, Way};
 use umbra_shared::probe::{Answer, Probe};
 use umbra_shared::protocol::Command;
 
-/// SVM's exit code of a nested page fault (APM 2, appendix C); VMX's basic exit reason of an EPT violation (SDM 3D, appendix C).
-const NESTED_PAGE_FAULT: u64 = 0x400;
-const EPT_VIOLATION: u64 = 48;
 /// Differences that are named one by one.
 const NAMED: usize = 16;
 /// Epochs from a harvest to the next: edits come between writes and their harvest, too.
@@ -170,8 +167,7 @@ impl<'a> Game<'a> {
         progress: &Progress,
     ) -> Result<Self, Failure> {
         let Some(nested) = plan.nested else { return Err(Failure::Check("edits: a plan without an L2".into())) };
-        let offered = if nested.way == Way::Vmx { Some(capabilities::nested_vmx()?) } else { None };
-        let mirror = Mirror::new(&nested, offered)?;
+        let mirror = Mirror::new(&nested, caps_of(nested.way)?)?;
         let table = Table::new(setup, plan, kind, name, progress)?;
         let reported = PageSet::new(mirror.pages());
         let row = Row { name: name.to_owned(), ..Row::default() };
