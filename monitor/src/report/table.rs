@@ -1,6 +1,6 @@
 //! A Record as a table on the terminal.
 
-use super::record::{Pages, Phase, Record, Row, Rows, Stall};
+use super::record::{Pages, Phase, Record, Row, Rows, Stall, Truth};
 use super::{rate, roots, snapshot};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
 use std::collections::BTreeSet;
@@ -37,7 +37,11 @@ pub fn render(record: &Record) -> String {
     if measured.iter().any(|row| !row.phases.is_empty()) {
         let _ = write!(text, "\n{}\n", costs(record, &measured));
     }
-    let _ = write!(text, "\n{}\n", checks(&measured));
+    // A scenario without a round tracks no page: what it checks, it counts.
+    let tracks = |truth: &Truth| truth.pages != Pages::default() || !truth.rounds.is_empty() || truth.l2.is_some();
+    if measured.iter().any(|row| row.stall.is_some() || tracks(&row.truth)) {
+        let _ = write!(text, "\n{}\n", checks(&measured));
+    }
     if let Some(table) = counters(&measured) {
         let _ = write!(text, "\n{table}\n");
     }

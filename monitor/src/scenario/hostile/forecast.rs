@@ -11,7 +11,7 @@
 //! | a page beyond L1's memory | exit `Beyond` | an access to a device: `KVM_EXIT_MMIO` with L1's address, then all bits set, or lost | the same |
 //! | a table beyond L1's memory | exit `Beyond` | as an entry that is not present | the same, bits 5:3 the rights of the entries above |
 //!
-//! What a processor does in the last two is its chipset's choice; these are KVM's (`walk_addr_generic` in its mmu/paging_tmpl.h ends at a table that no
+//! What a processor does in the last two is its chipset's choice; these are KVM's (`walk_addr_generic` in `mmu/paging_tmpl.h` ends at a table that no
 //! slot holds with what it has so far; a page that none holds is emulated).
 
 use crate::kvm;

@@ -143,6 +143,11 @@ impl Fort {
         frames.range(..self.first_tracked()).any(|frame| !self.tables.contains(frame))
     }
 
+    /// Whether L2 may take its own code away by writing `frames`.
+    pub fn is_code(&self, frames: &BTreeSet<Frame>) -> bool {
+        !frames.is_disjoint(&self.code_pages)
+    }
+
     /// Whether L1's table still leads L2 to its code.
     pub fn has_code(&self) -> bool {
         let (memory, flags) = (Memory(&self.view), self.rules.flags());

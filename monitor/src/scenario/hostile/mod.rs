@@ -32,8 +32,10 @@ use umbra_shared::protocol::Command;
 
 /// Faults that are named one by one.
 const NAMED: usize = 16;
-/// How long an L2 that begins with nonsense, or finds it in the place of its code, may run; and one that probes.
+/// How long an L2 that begins with nonsense, or finds it in the place of its code, may run; one of KVM's that may come to that by its own writes, since
+/// nobody can take that one back; and one that probes.
 const PATIENCE: Duration = Duration::from_millis(100);
+const DOUBT: Duration = Duration::from_secs(2);
 const PROBING: Duration = Duration::from_secs(30);
 /// How long L1 may be silent.
 const SILENCE: Duration = Duration::from_secs(40);
@@ -272,7 +274,11 @@ impl<'a> Siege<'a> {
             self.injected = fort.slip_in(&case.probes()[..told]);
         }
         let prober = fort.machine.vcpus() - 1;
-        let patience = if misled { PATIENCE } else { PROBING };
+        let patience = match &reached {
+            _ if misled || own && fort.is_kvms() => PATIENCE,
+            Some(reached) if fort.is_kvms() && fort.is_code(reached) => DOUBT,
+            _ => PROBING,
+        };
         let calls = fort.calls()?;
         drop(fort.went_beyond());
         let made = fort.machine.untimed_within(prober, Command::Probe, 0, patience);
