@@ -37,8 +37,8 @@ const HOSTILE: [&str; 2] = [
 ];
 /// KVM maps a page that L1's table does not grant; L1 is broken where nothing let it break itself.
 const HOSTILE_FAULTS: [&str; 2] = [
-    "hostile --memory 2M --nesting svm --edits 8 --inject stray-page",
-    "hostile --memory 2M --nesting svm --edits 8 --inject break-l1",
+    "hostile --memory 4M --alias 2 --nesting svm --edits 8 --inject stray-page",
+    "hostile --memory 4M --alias 2 --nesting svm --edits 8 --inject break-l1",
 ];
 const RACE: &str = "edits --race --vcpus 2 --memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect --mechanism kvm-clear,mprotect";
 

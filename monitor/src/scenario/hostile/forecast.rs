@@ -265,3 +265,45 @@ impl<'a> Forecast<'a> {
         reference.verdict(&self.context, gfn, Request::of(kind))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules(way: Way) -> Rules {
+        let format = match way {
+            Way::Svm => Format::Npt { five_levels: false, nx: true },
+            _ => Format::Ept { five_levels: false, accessed_dirty: way == Way::Vmx },
+        };
+        Rules { way, format, caps: GuestCaps::default() }
+    }
+
+    #[test]
+    fn each_way_tells_l1_in_its_own_words() {
+        let (violation, wrong) = (Reflection::EptViolation(0x1a2), Reflection::EptMisconfiguration);
+        let told = |way, reflection| rules(way).told(reflection, 2);
+        assert_eq!(told(Way::Svm, Reflection::NestedPageFault(1 << 32 | 7)), (0x400, 1 << 32 | 7));
+        assert_eq!((told(Way::Vmx, violation), told(Way::Vmx, wrong)), ((48, 0x1a2), (49, 0)));
+        assert_eq!(told(Way::Umbra, violation), (Exit::Violation as u64, 0x1a2));
+        assert_eq!(told(Way::Umbra, wrong), (Exit::Misconfigured as u64, 2));
+        assert_eq!([Way::Svm, Way::Vmx, Way::Umbra].map(|way| rules(way).flags()), [0x60, 0x300, 0]);
+    }
+
+    #[test]
+    fn an_answer_fits_but_for_what_nobody_can_tell() {
+        let answer = Answer { value: 0x1027, code: 48, qualification: 0x182, address: 0x1_0000_1000 };
+        let expected = Expected { answer, any: 0, precision: 1, beyond: None };
+        assert!(expected.fits(&answer));
+        for other in [
+            Answer { value: 0x1047, ..answer },
+            Answer { code: 49, ..answer },
+            Answer { qualification: 0x183, ..answer },
+            Answer { address: answer.address + 8, ..answer },
+        ] {
+            assert!(!expected.fits(&other), "{other:x?}");
+        }
+        assert!(Expected { any: 0x60, ..expected }.fits(&Answer { value: 0x1047, ..answer }));
+        assert!(Expected { precision: PAGE_SIZE, ..expected }.fits(&Answer { address: answer.address + 8, ..answer }));
+        assert!(!Expected { precision: PAGE_SIZE, ..expected }.fits(&Answer { address: answer.address - 8, ..answer }));
+    }
+}
