@@ -11,6 +11,9 @@
 //! | a page beyond L1's memory | exit `Beyond` | an access to a device: `KVM_EXIT_MMIO` with L1's address, then all bits set, or lost | the same |
 //! | a table beyond L1's memory | exit `Beyond` | as an entry that is not present | the same, bits 5:3 the rights of the entries above |
 //!
+//! An access to a device is emulated, from the second one on without a walk by the processor. If L1's table refuses *that*, VMX's L1 is told what KVM's
+//! emulator knows: [`emulated`].
+//!
 //! What a processor does in the last two is its chipset's choice; these are KVM's (`walk_addr_generic` in `mmu/paging_tmpl.h` ends at a table that no
 //! slot holds with what it has so far; a page that none holds is emulated).
 
@@ -25,6 +28,7 @@ use umbra_mmu::reference::{Context, History, Reference, Verdict};
 use umbra_mmu::{Access, Exchange, Format, Frame, Kind, L1Memory, Request, Slots};
 use umbra_shared::control::Exit;
 use umbra_shared::nested::{L2_BASE, Nested, Way};
+use umbra_shared::paging::ept::qualification;
 use umbra_shared::probe::{Answer, Probe};
 use umbra_shared::{Gfn, L2Gfn, PAGE_SIZE};
 
@@ -148,6 +152,20 @@ impl Expected {
     }
 }
 
+/// What L1 is told of an access that its table refuses, where L2 had reached a device by the same page before, and KVM emulates what it does there. The
+/// processor's exit was a misconfiguration of KVM's own entry, which has no qualification; so bits 7 and 8 are clear, and bit 0 is set, since KVM's walk
+/// for its emulator is one for a user (`translate_nested_gpa`), which an EPT walk takes for a read. SDM 3C, table 28-7 has neither. SVM's EXITINFO1 is as ever, since
+/// an access to a device is a nested page fault there, too.
+fn emulated(answer: Answer) -> Answer {
+    match answer.code {
+        EPT_VIOLATION => {
+            let linear = qualification::LINEAR_VALID | qualification::LINEAR_FINAL;
+            Answer { qualification: answer.qualification & !linear | qualification::READ, ..answer }
+        }
+        _ => answer,
+    }
+}
+
 /// Where a probe leads.
 enum End {
     Page(Frame),
@@ -199,6 +217,7 @@ impl<'a> Forecast<'a> {
         let written = BTreeMap::new();
         let mut overlay = Overlay { view: self.view, written, walked: RefCell::default() };
         let (mut answers, mut pages) = (Vec::with_capacity(probes.len()), Vec::new());
+        let mut devices = BTreeSet::new();
         for &(probe, word) in probes {
             let end = self.end(&overlay, probe);
             let mut expected =
@@ -215,10 +234,12 @@ impl<'a> Forecast<'a> {
                     }
                 }
                 End::Beyond(gfn) => {
+                    devices.insert(probe.page);
                     let written = probe.write.then_some(word);
                     expected.beyond = Some(bus::Access { address: gfn.address(), bytes: 8, written });
                     expected.answer.value = if probe.write { 0 } else { u64::MAX };
                 }
+                End::Told(answer) if devices.contains(&probe.page) => expected.answer = emulated(answer),
                 End::Told(answer) => expected.answer = answer,
             }
             answers.push(expected);
@@ -287,6 +308,14 @@ mod tests {
         assert_eq!(told(Way::Umbra, violation), (Exit::Violation as u64, 0x1a2));
         assert_eq!(told(Way::Umbra, wrong), (Exit::Misconfigured as u64, 2));
         assert_eq!([Way::Svm, Way::Vmx, Way::Umbra].map(|way| rules(way).flags()), [0x60, 0x300, 0]);
+    }
+
+    #[test]
+    fn what_kvm_emulates_is_told_in_its_words() {
+        let told = |code, qualification| Answer { code, qualification, ..Answer::default() };
+        assert_eq!(emulated(told(EPT_VIOLATION, 0x1aa)), told(EPT_VIOLATION, 0x2b));
+        let other = told(NESTED_PAGE_FAULT, 1 << 32 | 7);
+        assert_eq!(emulated(other), other);
     }
 
     #[test]
