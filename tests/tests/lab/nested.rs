@@ -21,11 +21,15 @@ pub const JOBS: &[&str] = &[
     "nested --memory 4M --tracker bitmap --backing anonymous --first-touch logged --first-reads counted --rounds 1 --nesting umbra --mechanism kvm-bitmap",
     "nested --memory 2M --tracker bitmap --backing anonymous --alias-kind scattered --rounds 1 --nesting umbra --mechanism kvm-bitmap",
     "nested --memory 16K --tracker bitmap --backing anonymous --alias 1025 --rounds 1 --nesting svm,umbra --mechanism kvm-bitmap",
+    TWIN,
 ];
+const TWIN: &str = "nested --memory 16M --tracker bitmap --leaf 2m --rounds 3 --pattern random --write-percent 50 --nesting umbra --strategy twin,twin+log --mechanism mprotect,kvm-clear";
+
 /// What runs without the instruction clock: runs that go wrong, the last of them with a firmware that writes a page too few; 500 random edits of L1's
 /// table; a malicious L1; edits that race L2.
-pub const FAST: &[&str] = &[LOSES_A_PAGE, PAE, ONE_WRITE_SHORT, EDITS, HOSTILE[0], HOSTILE[1], RACE];
+pub const FAST: &[&str] = &[LOSES_A_PAGE, TWIN_LOSES_A_PAGE, PAE, ONE_WRITE_SHORT, EDITS, HOSTILE[0], HOSTILE[1], RACE];
 const LOSES_A_PAGE: &str = "nested --memory 1M --tracker clear --inject lose-page --nesting svm";
+const TWIN_LOSES_A_PAGE: &str = "nested --memory 4M --tracker clear --leaf 2m --rounds 2 --nesting umbra --strategy twin --mechanism mprotect --inject lose-page";
 const PAE: &str = "nested --memory 1M --tracker clear --format pae --nesting svm";
 const ONE_WRITE_SHORT: &str = "nested --memory 1M --tracker clear --nesting svm --firmware one-write-short";
 const EDITS: &str = "edits --memory 4M --alias 2 --nesting svm,umbra --strategy log,write-protect";
@@ -109,12 +113,39 @@ fn what_can_go_wrong_is_caught() {
     let faults = Boot::Wall.record(LOSES_A_PAGE).faults();
     assert!(faults.iter().any(|fault| fault.contains("svm:clear") && fault.contains("round 2")), "{faults:?}");
     assert!(faults.iter().any(|fault| fault.contains("1 pages of L2 missed")), "{faults:?}");
+    let faults = Boot::Wall.record(TWIN_LOSES_A_PAGE).faults();
+    assert!(
+        faults.iter().any(|fault| fault.contains("umbra:twin@mprotect") && fault.contains("round 2")),
+        "{faults:?}"
+    );
+    assert!(faults.iter().any(|fault| fault.contains("1 pages of L2 missed")), "{faults:?}");
     let faults = Boot::Wall.record(ONE_WRITE_SHORT).faults();
     assert!(faults.iter().any(|fault| fault.contains("255 writes where the pattern has 256")), "{faults:?}");
     assert!(faults.iter().any(|fault| fault.contains("the guest did not write it")), "{faults:?}");
     match Boot::Wall.result(PAE) {
         Err(Failure::NotHere(why)) => assert!(why.contains("svm:clear") && why.contains("64-bit"), "{why}"),
         other => panic!("{other:?}"),
+    }
+}
+
+/// Each of the eight huge leaves is copied before its first write of a round and compared after it: all that was written is found so, and nothing else.
+#[test]
+fn copies_tell_what_l2_wrote() {
+    let record = Boot::First.good(TWIN);
+    for name in ["umbra:twin@mprotect", "umbra:twin+log@kvm-clear"] {
+        let row = row(record, name);
+        let (l1, l2) = (&row.truth.pages, &row.truth.l2.as_ref().expect("L2's pages are checked").pages);
+        // Two passes of three rounds.
+        for pages in [l1, l2] {
+            assert_eq!((pages.written, pages.missed, pages.extra), (6 * 2048, 0, 0), "{name}");
+            assert_eq!((pages.reported, pages.explained, pages.unchanged), (6 * 2048, 0, 0), "{name}");
+        }
+        let count = |name: &str| row.counters[name].value;
+        // The log's first round finds out that much is written, and the next one copies.
+        let copying = if name.contains("log") { 2 } else { 3 };
+        assert_eq!((count("twins"), count("twin_pages_compared")), (copying * 8, copying * 8 * 512), "{name}");
+        assert_eq!(count("twin_bytes"), 8 << 21, "{name}");
+        assert!(!name.contains("log") || count("made_dense") == 8, "{name}");
     }
 }
 
