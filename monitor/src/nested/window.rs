@@ -75,21 +75,22 @@ impl Page {
 
 /// Pages that are looked at together. A huge leaf has 512, and a fault may map eight of those: the loops below are most of what the mapper itself takes
 /// for that.
-const LANES: usize = 64;
+const LANES: u32 = 64;
+const CHUNK: usize = LANES as usize;
 
 // Always inlined: as they are called, so are they compiled.
 #[allow(clippy::inline_always)]
 #[inline(always)]
 fn fill(pages: &mut [Page], first: Page) {
-    let mut next = [Page::CLOSED; LANES];
+    let mut next = [Page::CLOSED; CHUNK];
     for (page, offset) in next.iter_mut().zip(0..) {
         *page = first.plus(offset);
     }
-    let mut chunks = pages.chunks_exact_mut(LANES);
+    let mut chunks = pages.chunks_exact_mut(CHUNK);
     for chunk in &mut chunks {
         chunk.copy_from_slice(&next);
         for page in &mut next {
-            *page = page.plus(LANES as u32);
+            *page = page.plus(LANES);
         }
     }
     let rest = chunks.into_remainder();
@@ -99,11 +100,11 @@ fn fill(pages: &mut [Page], first: Page) {
 #[allow(clippy::inline_always)]
 #[inline(always)]
 fn are_closed(pages: &[Page]) -> bool {
-    let mut any = [0; LANES / 8];
-    let chunks = pages.chunks_exact(LANES);
+    let mut any = [0; CHUNK / 8];
+    let chunks = pages.chunks_exact(CHUNK);
     let rest = chunks.remainder().iter().fold(0, |any, page| any | page.0);
     for chunk in chunks {
-        for part in chunk.chunks_exact(LANES / 8) {
+        for part in chunk.chunks_exact(CHUNK / 8) {
             for (any, page) in any.iter_mut().zip(part) {
                 *any |= page.0;
             }
