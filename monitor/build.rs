@@ -1,5 +1,5 @@
-//! Builds what has a target configuration of its own. The library that Bochs is started with, one file, is compiled by rustc itself
-//! (`env!("UMBRA_SEED")`). The firmware is built by a nested cargo call, and this says where it is:
+//! Builds what has a target configuration of its own. The libraries that emulators are started with, a file each, are compiled by rustc
+//! itself (`env!("UMBRA_SEED")` for Bochs, `env!("UMBRA_TURNS")` for QEMU). The firmware is built by a nested cargo call, and this says where it is:
 //!
 //! * to this crate: `env!("UMBRA_FIRMWARE")`, the path of the main image, for `include_bytes!`;
 //! * to the build scripts of crates that depend on this one: `DEP_UMBRA_FIRMWARE_DIR`, the directory with all images.
@@ -37,18 +37,20 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rustc-env=UMBRA_FIRMWARE={}", images.join(MAIN_IMAGE).display());
     println!("cargo::metadata=dir={}", images.display());
 
-    let seed = out.join("seed.so");
-    preload(&workspace.join("monitor/preload/seed.rs"), &seed)?;
-    println!("cargo::rustc-env=UMBRA_SEED={}", seed.display());
+    for name in ["seed", "turns"] {
+        let library = out.join(name).with_extension("so");
+        preload(name, &workspace.join("monitor/preload").join(name).with_extension("rs"), &library)?;
+        println!("cargo::rustc-env=UMBRA_{}={}", name.to_uppercase(), library.display());
+    }
     Ok(())
 }
 
 /// Compiles a shared library of one file, without the C library and without symbols that would tell where it was.
-fn preload(source: &Path, library: &Path) -> Result<(), Box<dyn Error>> {
+fn preload(name: &str, source: &Path, library: &Path) -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={}", source.display());
     let mut rustc = Command::new(env::var_os("RUSTC").ok_or("cargo did not set RUSTC")?);
     rustc
-        .args(["--edition", "2024", "--crate-name", "seed", "--crate-type", "cdylib", "--target", TARGET])
+        .args(["--edition", "2024", "--crate-name", name, "--crate-type", "cdylib", "--target", TARGET])
         .args([
             "-Cpanic=abort",
             "-Copt-level=2",

@@ -122,7 +122,7 @@ impl Emulator {
         std::fs::write(directory.join(file::INITRD), image).map_err(super::Error::Scratch)?;
         let (kernel, words) = (machine.kernel.vmlinuz(), self.append(&machine.append));
         match self {
-            Self::Qemu => qemu::svm(machine.clock, machine.cpus(), &kernel, &words),
+            Self::Qemu => qemu::svm(directory, machine.clock, machine.cpus(), &kernel, &words),
             Self::Bochs => bochs::vmx(directory, machine.cpus(), &kernel, &words),
         }
     }
