@@ -186,6 +186,9 @@ fn figures_are_those_of_the_findings() {
     below(8, "umbra:log@kvm-bitmap", "first-touch", 1024, 4500);
     below(9, "umbra:log@kvm-bitmap", "first-touch", 512, 9000);
     assert_eq!(row(good(9), "umbra:log@kvm-bitmap").counters["window_gathered_pages"].value, 512);
+    // Huge leaves on huge pages, eight of them a fault.
+    below(11, "umbra:twin@mprotect", "first-touch", 4096, 35);
+    below(11, "umbra:twin+log@kvm-clear", "first-touch", 4096, 35);
     // More aliases of a page than KVM keeps.
     below(10, "umbra:log@kvm-bitmap", "second-touch", 4100, 10);
     assert!(timed(row(good(10), "svm:bitmap"), "second-touch") / 4100 > 2000);
