@@ -34,18 +34,10 @@ pub enum Lapse {
     /// It does not.
     #[default]
     None,
-    /// One invalidation in four is not made.
+    /// No invalidation is made.
     Lost,
-    /// One invalidation in four is made after it was said to have returned.
+    /// Each invalidation is made after it was said to have returned.
     Late,
-}
-
-impl Lapse {
-    /// Whether it concerns epoch `number`.
-    #[must_use]
-    pub const fn hits(self, number: u64) -> bool {
-        !matches!(self, Self::None) && number.is_multiple_of(4)
-    }
 }
 
 /// A race that L1 is asked for, in one word.
@@ -57,7 +49,7 @@ pub struct Order {
     pub epochs: u64,
     /// Between two epochs L1 waits until each L2 has made so many accesses, at most 63; half of that on the average, and sometimes none.
     pub gap: u64,
-    /// Accesses after which an L2 lets others run, at most 255; 0 where each vCPU has a CPU.
+    /// Accesses after which an L2 lets others run, be it inside or left, at most 255; 0 where each vCPU has a CPU.
     pub burst: u64,
     /// An L2 spins so often between two accesses, at most 63; half of that on the average.
     pub spins: u64,
@@ -93,6 +85,12 @@ impl Order {
             spins: word >> 54 & 0x3f,
             lapse,
         }
+    }
+
+    /// Whether an L2 that has made `count` accesses lets others run.
+    #[must_use]
+    pub const fn rests_after(self, count: usize) -> bool {
+        self.burst > 0 && (count as u64).is_multiple_of(self.burst)
     }
 
     /// Accesses that L1 waits for after epoch `number`.

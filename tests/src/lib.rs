@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use umbra::report::Record;
+use umbra::report::record::Row;
 
 /// The binary under test: `target/umbra`, or what `UMBRA_BIN` names.
 ///
@@ -79,7 +80,7 @@ pub fn umbra(words: &[&str], seconds: u64) -> Run {
     finish(command(words).spawn().expect("starting umbra"), Duration::from_secs(seconds))
 }
 
-/// Runs `umbra` with these words and `--out`, and reads the Record.
+/// Runs `umbra` with these words and `--out`, and reads the Record. No page was missed, and none was extra.
 ///
 /// # Panics
 /// If it does not end with 0.
@@ -90,6 +91,24 @@ pub fn record(words: &[&str], seconds: u64) -> Record {
     let run = umbra(&[words, &["--out", &path.to_string_lossy()]].concat(), seconds);
     assert_eq!(run.code, Some(0), "{words:?}: {}\n{}", run.stderr, run.stdout);
     serde_json::from_str(&std::fs::read_to_string(path).expect("the Record")).expect("a Record")
+}
+
+/// A measured row by its name.
+///
+/// # Panics
+/// If there is none.
+#[must_use]
+pub fn row<'a>(record: &'a Record, name: &str) -> &'a Row {
+    record.measured().find(|row| row.name == name).unwrap_or_else(|| panic!("no row {name}"))
+}
+
+/// What a row counted under this name.
+///
+/// # Panics
+/// If it did not.
+#[must_use]
+pub fn count(row: &Row, name: &str) -> u64 {
+    row.counters.get(name).unwrap_or_else(|| panic!("{} has no {name}: {:?}", row.name, row.counters)).value
 }
 
 /// Whether this machine's /dev/kvm can be used by this process.
@@ -115,8 +134,8 @@ pub fn refused(words: &[&str], code: i32, parts: &[&str]) {
 ///
 /// # Panics
 /// If it has not.
-pub fn edited(row: &umbra::report::record::Row, edits: u64) {
-    let count = |name: &str| row.counters.get(name).unwrap_or_else(|| panic!("{} has no {name}", row.name)).value;
+pub fn edited(row: &Row, edits: u64) {
+    let count = |name: &str| count(row, name);
     assert!((edits..edits + 8).contains(&count("edits")), "{}: {} edits", row.name, count("edits"));
     assert!(count("due") * 2 > count("epochs") && count("epochs") < count("edits"), "{}: {:?}", row.name, row.counters);
     assert!(count("probes") > 4 * edits && count("violations") > edits / 2, "{}: {:?}", row.name, row.counters);
@@ -132,8 +151,8 @@ pub fn edited(row: &umbra::report::record::Row, edits: u64) {
 ///
 /// # Panics
 /// If it has not.
-pub fn raced(row: &umbra::report::record::Row, edits: u64) {
-    let count = |name: &str| row.counters.get(name).unwrap_or_else(|| panic!("{} has no {name}", row.name)).value;
+pub fn raced(row: &Row, edits: u64) {
+    let count = |name: &str| count(row, name);
     assert!(count("edits") >= edits && count("due") * 2 > count("epochs"), "{}: {:?}", row.name, row.counters);
     for (name, least) in [("reads", edits), ("writes", edits), ("violations", edits / 4), ("raced", edits / 20)] {
         assert!(count(name) > least, "{}: {:?}", row.name, row.counters);
@@ -153,8 +172,8 @@ pub fn raced(row: &umbra::report::record::Row, edits: u64) {
 ///
 /// # Panics
 /// If it has not.
-pub fn besieged(row: &umbra::report::record::Row) {
-    let count = |name: &str| row.counters.get(name).unwrap_or_else(|| panic!("{} has no {name}", row.name)).value;
+pub fn besieged(row: &Row) {
+    let count = |name: &str| count(row, name);
     assert_eq!(count("faults"), 0, "{}", row.name);
     assert!(count("control_pages") * 20 > count("cases"), "{}: {:?}", row.name, row.counters);
     assert!(

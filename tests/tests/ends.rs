@@ -92,7 +92,7 @@ fn nothing_is_left_of_an_l2() {
         return assert!(!std::path::Path::new("/dev/kvm").exists() || umbra::kvm::vm::open().is_err());
     }
     let sources = sources();
-    assert!(!sources.is_empty(), "{:?}", source::first(&Kind::ALL, true).err());
+    assert!(!sources.is_empty(), "{:?}", source::first(&Kind::ALL, None).err());
     // What is made once, and stays: a signal's handler, the firmware's symbols.
     drop(Machine::new(&plan(sources[0]), None, |_| Ok(())).expect("a machine"));
     std::thread::sleep(Duration::from_millis(200));

@@ -121,19 +121,20 @@ impl<E: Extension> Hypervisor<E> {
 
     /// Epoch `number` is made: says what is `due`, and that it is done. `accesses` waits for so many of each L2.
     fn say(&mut self, order: Order, number: u64, due: bool, heeded: &[AtomicU64], accesses: impl Fn(usize)) {
-        let lapse = if order.lapse.hits(number) { order.lapse } else { Lapse::None };
         let others_run = || {
             if order.burst > 0 {
                 port::ring(Doorbell::Wait);
             }
         };
-        // While L2 may still go by the old table, it is to run.
-        others_run();
-        if lapse == Lapse::Late {
+        if order.lapse == Lapse::None {
+            // While L2 may still go by the old table, it is to run. After a lapse it is to have no chance of coming into accord before that shows.
+            others_run();
+        }
+        if order.lapse == Lapse::Late {
             COURSE.returned.store(number, SeqCst);
             accesses(LATE);
         }
-        if due && lapse != Lapse::Lost {
+        if due && order.lapse != Lapse::Lost {
             if E::FORGETS_FOR_ALL {
                 self.l2.extension().forget();
             } else {
@@ -167,19 +168,19 @@ impl<E: Extension> Hypervisor<E> {
                 continue;
             }
             self.use_once(journal, nested, order, wanted);
-            if order.burst > 0 {
+            if order.rests_after(journal.count()) {
+                // And while it is outside, after a violation.
                 port::ring(Doorbell::Wait);
             }
         }
     }
 
-    /// Lets L2 go on until somebody wants its L1: up to a violation, an invalidation, the end of its burst or of the race.
+    /// Lets L2 go on until somebody wants its L1: up to a violation, an invalidation, or the end of the race.
     fn use_once(&mut self, journal: &LiveJournal, nested: &Nested, order: Order, heeded: u64) {
         let (tracked, me) = (self.tracked, vcpu::current());
         let regions = (nested.map.l2_pages() / PAGES).min(MAX_REGIONS as u64);
-        let end = if order.burst == 0 { ROOM } else { ROOM.min(journal.count() + order.burst as usize) };
         let mut work = || {
-            while journal.count() < end
+            while journal.count() < ROOM
                 && COURSE.wanted.load(Acquire) == heeded
                 && COURSE.over.load(Acquire) != order.first
             {
@@ -197,6 +198,11 @@ impl<E: Extension> Hypervisor<E> {
                 fence(SeqCst);
                 let begun = COURSE.begun.load(Acquire);
                 journal.end(begun, probe::Answer { value, ..probe::Answer::default() });
+                if order.rests_after(journal.count()) {
+                    // L1 edits while this L2 is inside: KVM's nested SVM brings its shadow into accord at every entry (`nested_svm_transition_tlb_flush`),
+                    // so there L2 sees an old entry only if it stays.
+                    port::ring(Doorbell::Wait);
+                }
             }
         };
         let mut violation = |Violation { code, qualification, address }: Violation| {

@@ -261,6 +261,10 @@ impl L2Vcpu {
             Left::Rang(number) => match Doorbell::from_number(number) {
                 Some(Doorbell::ChangeRole) => return self.change_role(),
                 Some(Doorbell::Yield) => return Ok(Next::L1(control::Exit::Yield, 0, 0)),
+                Some(Doorbell::Wait) => {
+                    std::thread::yield_now();
+                    return Ok(Next::L2);
+                }
                 Some(doorbell) if doorbell.is_of_any_guest() => return self.ended(Exit::Doorbell(doorbell)),
                 _ => format!("L2 rang doorbell {number:#x}, which is none of its own"),
             },

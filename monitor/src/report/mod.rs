@@ -2,6 +2,7 @@
 
 mod boots;
 pub mod compare;
+mod counters;
 pub mod file;
 pub mod known;
 pub mod output;

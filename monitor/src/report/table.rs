@@ -1,9 +1,8 @@
 //! A Record as a table on the terminal.
 
 use super::record::{Pages, Phase, Record, Row, Rows, Stall};
-use super::{rate, roots, snapshot};
+use super::{counters, rate, roots, snapshot};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, LineStyle, Table, TableStyle};
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 /// The text that a user reads: what ran where, the costs, the checks, and what the numbers leave out.
@@ -37,8 +36,11 @@ pub fn render(record: &Record) -> String {
     if measured.iter().any(|row| !row.phases.is_empty()) {
         let _ = write!(text, "\n{}\n", costs(record, &measured));
     }
-    let _ = write!(text, "\n{}\n", checks(&measured));
-    if let Some(table) = counters(&measured) {
+    let checked: Vec<_> = measured.iter().copied().filter(|row| is_tracked(row)).collect();
+    if !checked.is_empty() {
+        let _ = write!(text, "\n{}\n", checks(&checked));
+    }
+    for table in counters::tables(&measured) {
         let _ = write!(text, "\n{table}\n");
     }
     text.push_str(&missing(record));
@@ -102,13 +104,8 @@ fn heading(record: &Record) -> String {
         "lab" => format!("the lab ({}), ", host.emulator.as_deref().unwrap_or("emulator unknown")),
         _ => "this machine, ".to_owned(),
     };
-    let accesses = accesses(record);
-    let writes = match record.config.get("write-percent").and_then(serde_json::Value::as_u64) {
-        Some(percent) => format!("{} of {accesses} accesses a round write ({percent}%)", accesses * percent / 100),
-        None => format!("{accesses} accesses a round"),
-    };
     format!(
-        "{}: {place}Linux {}, KVM on {}\n{} pages ({} MiB) in {} slot{}, {}; {} vCPU{}; pattern {}, seed {}: {writes}\n",
+        "{}: {place}Linux {}, KVM on {}\n{} pages ({} MiB) in {} slot{}, {}; {} vCPU{}; {}\n",
         record.scenario,
         host.kernel,
         host.vendor,
@@ -119,14 +116,32 @@ fn heading(record: &Record) -> String {
         words(record, "backing"),
         number(record, "vcpus"),
         if number(record, "vcpus") == 1 { "" } else { "s" },
-        words(record, "pattern"),
-        words(record, "seed"),
+        work(record),
     ) + &about_l2(record)
+}
+
+/// What the guest does.
+fn work(record: &Record) -> String {
+    let (seed, edits) = (words(record, "seed"), number(record, "edits"));
+    match record.scenario.as_str() {
+        "edits" if record.config.contains_key("race") => {
+            return format!("seed {seed}: {edits} random edits of L1's table, beside an L2 that runs");
+        }
+        "edits" => return format!("seed {seed}: {edits} random edits of L1's table"),
+        "hostile" => return format!("seed {seed}: {edits} cases of a malicious L1"),
+        _ => {}
+    }
+    let accesses = accesses(record);
+    let writes = match record.config.get("write-percent").and_then(serde_json::Value::as_u64) {
+        Some(percent) => format!("{} of {accesses} accesses a round write ({percent}%)", accesses * percent / 100),
+        None => format!("{accesses} accesses a round"),
+    };
+    format!("pattern {}, seed {seed}: {writes}", words(record, "pattern"))
 }
 
 /// What L2 is, where there is one.
 fn about_l2(record: &Record) -> String {
-    if record.scenario != "nested" {
+    if !["nested", "edits", "hostile"].contains(&record.scenario.as_str()) {
         return String::new();
     }
     let filled = match number(record, "fill-batch") {
@@ -315,6 +330,11 @@ pub(super) fn right(text: String) -> Cell {
 }
 
 /// Truth and stalls, a row for each row of the Record, and one more for those that have an L2: the same by L2's pages.
+/// Whether something is tracked in that row, be it that nothing was written.
+fn is_tracked(row: &Row) -> bool {
+    !row.phases.is_empty() || row.truth.pages != Pages::default()
+}
+
 fn checks(rows: &[&Row]) -> Table {
     let mut table = plain_table();
     let unchanged = rows.iter().any(|row| row.truth.pages.unchanged > 0);
@@ -367,28 +387,6 @@ fn checks(rows: &[&Row]) -> Table {
         }
     }
     table
-}
-
-/// Counters: a row each, a column for each row of the Record.
-fn counters(rows: &[&Row]) -> Option<Table> {
-    // A counter that is 0 in every row says nothing.
-    let counted = rows.iter().flat_map(|row| &row.counters).filter(|(_, counter)| counter.value > 0);
-    let names: BTreeSet<_> = counted.map(|(name, counter)| (name, &counter.source)).collect();
-    if names.is_empty() {
-        return None;
-    }
-    let mut table = plain_table();
-    let mut header = vec![heading_cell("counted (source)")];
-    header.extend(rows.iter().map(|row| heading_cell(&row.name)));
-    table.set_header(header);
-    for (name, source) in names {
-        let mut cells = vec![Cell::new(format!("{name} ({source})"))];
-        let values =
-            rows.iter().map(|row| row.counters.get(name).map_or_else(|| "-".to_owned(), |c| c.value.to_string()));
-        cells.extend(values.map(right));
-        table.add_row(cells);
-    }
-    Some(table)
 }
 
 fn footnotes(record: &Record, rows: &[&Row]) -> String {

@@ -304,7 +304,7 @@ pub fn fault_source(given: &NestedArgs) -> Result<Option<source::Kind>, Failure>
 pub fn choose_source(
     asked: Option<source::Kind>,
     kinds: &[source::Kind],
-    read_only: bool,
+    read_only: Option<&str>,
     means: &str,
     progress: &Progress,
 ) -> Result<source::Kind, Failure> {

@@ -111,8 +111,15 @@ pub(super) fn shadow(
     progress: &Progress,
 ) -> Result<Option<Options>, Failure> {
     let (Some(given), Some(nested)) = (&setup.l2, plan.nested) else { return Ok(None) };
-    // A page is read-only until its dirty flag is set, until the strategy opens it, or because L1 edits its table at random.
-    let read_only = nested.flags == Flags::Clear || given.edits > 0 || means.traps();
+    let read_only = if means.traps() {
+        Some("the strategy closes pages to writes")
+    } else if nested.flags == Flags::Clear {
+        Some("all are until L1's dirty flag is set (--accessed-dirty preset sets it)")
+    } else if given.edits > 0 {
+        Some("L1 takes rights away")
+    } else {
+        None
+    };
     let source =
         l2::choose_source(given.source, means.mechanism.sources(), read_only, &format!("umbra:{means}: "), progress)?;
     Ok(Some(given.options(means, source, plan.backing)))

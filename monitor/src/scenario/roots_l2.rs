@@ -97,7 +97,7 @@ impl Cure {
             .map_err(|error| Failure::Input(format!("--memory: {error}")))?;
         let nested =
             Nested { way: Way::Umbra, map, format: Format::Ept, flags: Flags::Unused, fill_batch: 0, remaps: 0 };
-        let source = l2::choose_source(self.source, &source::Kind::ALL, false, "", progress)?;
+        let source = l2::choose_source(self.source, &source::Kind::ALL, None, "", progress)?;
         // Nothing tracks here.
         let means = Means { strategy: "log", mechanism: Mechanism::KvmBitmap };
         let pieces = !setup.plan.backing.is_huge();

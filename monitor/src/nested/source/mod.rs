@@ -61,19 +61,18 @@ impl Kind {
         !matches!(self, Self::Poison)
     }
 
-    /// [`Kind::open`], where there may be pages that L2 may only read.
+    /// [`Kind::open`], where there may be pages that L2 may only read: `read_only` says why.
     ///
     /// # Errors
     /// [`Error::Capability`] if it cannot tell of writes to them.
-    pub fn open_for(self, read_only: bool) -> Result<Box<dyn Source>, Error> {
-        if read_only && !self.tells_writes() {
-            return Err(Error::Capability {
+    pub fn open_for(self, read_only: Option<&str>) -> Result<Box<dyn Source>, Error> {
+        match read_only {
+            Some(why) if !self.tells_writes() => Err(Error::Capability {
                 capability: self.capability(),
-                consequence: "it is not told of writes to read-only pages, as all are while L1's dirty flags are clear"
-                    .into(),
-            });
+                consequence: format!("it is not told of writes to read-only pages, and there are some: {why}"),
+            }),
+            _ => self.open(),
         }
-        self.open()
     }
 
     /// Makes the source.
@@ -103,11 +102,11 @@ impl FromStr for Kind {
     }
 }
 
-/// The first of `kinds` that this host has, and what those before it lack. With `read_only` there will be pages that L2 may only read.
+/// The first of `kinds` that this host has, and what those before it lack. With `read_only` there will be pages that L2 may only read, and why.
 ///
 /// # Errors
 /// [`Error::Capability`] if it has none.
-pub fn first(kinds: &[Kind], read_only: bool) -> Result<(Kind, Vec<String>), Error> {
+pub fn first(kinds: &[Kind], read_only: Option<&str>) -> Result<(Kind, Vec<String>), Error> {
     if let [only] = kinds {
         return only.open_for(read_only).map(|_| (*only, Vec::new()));
     }

@@ -13,16 +13,12 @@
 
 use super::chronicle::{Chronicle, May};
 use super::mirror::Mirror;
-use super::{Counts, Differences, Table, describe, exit_of, put_counts};
+use super::{Trial, describe, exit_of};
 use crate::failure::Failure;
-use crate::guest::Plan;
 use crate::kvm::Vm;
 use crate::pages::PageSet;
-use crate::progress::Progress;
 use crate::report::record::{Pages, Row, TruthOfL2};
-use crate::scenario::Setup;
 use crate::scenario::setup::Fault;
-use crate::track::Kind;
 use std::time::Duration;
 use umbra_shared::nested::L2_BASE;
 use umbra_shared::protocol::Command;
@@ -30,13 +26,15 @@ use umbra_shared::race::{Access, Lapse, Order, Turn};
 
 /// Epochs of a race, at most.
 const EPOCHS: u64 = 64;
+/// Edits of an epoch, on the average.
+const EDITS: u64 = 4;
 /// Harvests while it is on, and the time from one to the next.
 const HARVESTS: u32 = 4;
 const PAUSE: Duration = Duration::from_millis(2);
 /// Accesses of each L2 between two epochs, at most.
 const GAP: u64 = 63;
-/// Accesses after which an L2 lets others run, where there are fewer CPUs than vCPUs.
-const BURST: u64 = 24;
+/// Accesses after which an L2 lets others run, where there are fewer CPUs than vCPUs. Few, so that it often is inside then: one in three is a violation.
+const BURST: u64 = 4;
 /// How long an L2 waits between two accesses at most, where each has a CPU: so the journals are not full before much is edited.
 const SPINS: u64 = 40;
 
@@ -65,89 +63,59 @@ impl Contents {
 }
 
 /// One row.
-pub fn row(setup: &Setup, plan: &Plan, kind: Option<Kind>, name: &str, progress: &Progress) -> Result<Row, Failure> {
-    Race::new(setup, plan, kind, name, progress)?.finish(progress)
+pub fn row(mut trial: Trial) -> Result<Row, Failure> {
+    let counts = ["edits", "epochs", "due", "races", "reads", "writes", "violations", "raced", "overwritten"];
+    trial.counts = counts.map(|name| (name, 0)).into();
+    trial.row.truth.l2 = trial.tracker.as_ref().map(|_| TruthOfL2::default());
+    let mut race = Race::new(trial)?;
+    race.start()?;
+    while race.trial.missing() > 0 {
+        race.race()?;
+    }
+    if race.trial.tracker.is_some() {
+        race.trial.count("harvests", race.harvests);
+    }
+    Ok(race.trial.finish())
 }
 
 struct Race<'a> {
-    setup: &'a Setup,
-    table: Table,
+    trial: Trial<'a>,
     chronicle: Chronicle,
-    row: Row,
-    counts: Counts,
-    differences: Differences,
     pages: u64,
     /// The first epoch of the next race.
     first: u64,
     /// What L1's memory held before the race; and what was copied of it since, as reported.
     before: Contents,
     copy: Contents,
-    reported: PageSet,
     /// Reported at some harvest of this race.
     ever: PageSet,
     harvests: u64,
 }
 
 impl<'a> Race<'a> {
-    fn new(
-        setup: &'a Setup,
-        plan: &Plan,
-        kind: Option<Kind>,
-        name: &str,
-        progress: &Progress,
-    ) -> Result<Self, Failure> {
-        let Some(nested) = plan.nested else { return Err(Failure::Check("edits: a plan without an L2".into())) };
-        let chronicle = Chronicle::new(&nested)?;
-        let table = Table::new(setup, &Plan { journals: true, ..plan.clone() }, kind, name, progress)?;
-        let pages = nested.map.l1_pages();
-        let counts = ["edits", "epochs", "due", "races", "reads", "writes", "violations", "raced", "overwritten"];
-        let mut row = Row { name: name.to_owned(), ..Row::default() };
-        row.truth.l2 = kind.map(|_| TruthOfL2::default());
+    fn new(trial: Trial<'a>) -> Result<Self, Failure> {
+        let pages = trial.nested.map.l1_pages();
         Ok(Self {
-            setup,
-            chronicle,
-            row,
-            counts: counts.map(|name| (name, 0)).into(),
-            differences: Differences::default(),
+            chronicle: Chronicle::new(&trial.nested)?,
             pages,
             first: 1,
-            before: Contents::of(table.machine.vm(), pages),
-            copy: Contents::of(table.machine.vm(), pages),
-            reported: PageSet::new(pages),
+            before: Contents::of(trial.machine.vm(), pages),
+            copy: Contents::of(trial.machine.vm(), pages),
             ever: PageSet::new(pages),
             harvests: 0,
-            table,
+            trial,
         })
     }
 
-    fn finish(mut self, progress: &Progress) -> Result<Row, Failure> {
-        let wanted = self.setup.l2.as_ref().map_or(0, |l2| l2.edits);
-        progress.step(&format!("{}: {wanted} edits that race L2", self.row.name));
-        self.start()?;
-        while self.counts["edits"] < wanted {
-            self.race()?;
-        }
-        self.count("harvests", self.harvests);
-        self.count("different", self.differences.count);
-        self.differences.tell(&mut self.row.truth);
-        put_counts(&mut self.row, self.counts, &self.table);
-        Ok(self.row)
-    }
-
-    fn count(&mut self, name: &'static str, more: u64) {
-        *self.counts.entry(name).or_default() += more;
-    }
-
     fn start(&mut self) -> Result<(), Failure> {
-        let Table { tracker: Some((kind, tracker)), machine, .. } = &mut self.table else { return Ok(()) };
-        tracker.start(machine)?;
-        if self.setup.inject == Some(Fault::LoseTransfer)
-            && let Some(l2) = machine.l2()
+        self.trial.start()?;
+        if self.trial.setup.inject == Some(Fault::LoseTransfer)
+            && let Some(l2) = self.trial.machine.l2()
             && let Some(log) = &mut l2.shadow()?.places.here_mut().log
         {
             log.forgetful = true;
         }
-        if kind.initially_all_set() {
+        if self.trial.tracker.as_ref().is_some_and(|(kind, _)| kind.initially_all_set()) {
             // What was there when tracking began is reported once.
             self.harvest()?;
         }
@@ -156,47 +124,44 @@ impl<'a> Race<'a> {
 
     fn order(&self) -> Order {
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        let (burst, spins) = if cpus < self.table.machine.vcpus() { (BURST, 0) } else { (0, SPINS) };
-        let lapse = match self.setup.inject {
+        let (burst, spins) = if cpus < self.trial.machine.vcpus() { (BURST, 0) } else { (0, SPINS) };
+        let lapse = match self.trial.setup.inject {
             Some(Fault::LoseInvalidation) => Lapse::Lost,
             Some(Fault::LateInvalidation) => Lapse::Late,
             _ => Lapse::None,
         };
-        Order { first: self.first, epochs: EPOCHS, gap: GAP, burst, spins, lapse }
+        let epochs = EPOCHS.min(self.trial.missing().div_ceil(EDITS));
+        Order { first: self.first, epochs, gap: GAP, burst, spins, lapse }
     }
 
     fn race(&mut self) -> Result<(), Failure> {
         let order = self.order();
         self.ever.clear();
-        self.table.machine.begin(Command::Race, order.word())?;
-        if self.table.tracker.is_some() {
+        self.trial.machine.begin(Command::Race, order.word())?;
+        if self.trial.tracker.is_some() {
             for _ in 0..HARVESTS {
                 std::thread::sleep(PAUSE);
                 self.harvest()?;
             }
         }
-        self.table.machine.finish_all(Command::Race)?;
+        self.trial.machine.finish_all(Command::Race)?;
         self.harvest()?;
 
-        let played = self.table.machine.mailbox(0)?.writes.min(EPOCHS);
+        let played = self.trial.machine.mailbox(0)?.writes.min(order.epochs);
         for number in self.first..self.first + played {
-            let epoch = self.chronicle.play(self.table.nested.map.seed(), number);
-            self.count("epochs", 1);
-            self.count("edits", epoch.edits);
-            self.count("due", epoch.due.into());
+            let epoch = self.chronicle.play(self.trial.nested.map.seed(), number);
+            self.trial.count_epoch(&epoch);
         }
-        self.count("races", 1);
+        self.trial.count("races", 1);
         if played == 0 {
-            return Err(Failure::Check(format!("{}: race {}: L1 made no edit", self.row.name, self.first)));
+            return Err(Failure::Check(format!("{}: race {}: L1 made no edit", self.trial.row.name, self.first)));
         }
-        let journals = (1..self.table.machine.vcpus())
-            .map(|vcpu| self.table.machine.journal(vcpu))
+        let journals = (1..self.trial.machine.vcpus())
+            .map(|vcpu| self.trial.machine.journal(vcpu))
             .collect::<Result<Vec<_>, _>>()?;
-        let now = Contents::of(self.table.machine.vm(), self.pages);
+        let now = Contents::of(self.trial.machine.vm(), self.pages);
         self.check(&journals, &now);
-        if let Some(what) = self.table.audit()? {
-            self.differences.add(format!("after epoch {}: {what}", self.first + played - 1));
-        }
+        self.trial.audit(self.first + played - 1)?;
         self.before = now;
         self.first += played;
         self.chronicle.forget(self.first - 1);
@@ -205,21 +170,19 @@ impl<'a> Race<'a> {
 
     /// Asks for what was written, and copies it once it was cleared: a write behind the copy is reported again.
     fn harvest(&mut self) -> Result<(), Failure> {
-        let Table { tracker: Some((_, tracker)), machine, .. } = &mut self.table else { return Ok(()) };
-        tracker.harvest(machine)?;
-        if tracker.clears() {
-            tracker.clear(machine)?;
+        if self.trial.tracker.is_none() {
+            return Ok(());
         }
-        self.reported.clear();
-        tracker.report(machine, &mut self.reported);
+        self.trial.harvest()?;
         self.harvests += 1;
-        if self.setup.inject == Some(Fault::LosePage) {
-            let first = self.reported.iter().next();
+        let Trial { setup, machine, reported, .. } = &mut self.trial;
+        if setup.inject == Some(Fault::LosePage) {
+            let first = reported.iter().next();
             if let Some(page) = first {
-                self.reported.remove(page);
+                reported.remove(page);
             }
         }
-        for page in self.reported.iter() {
+        for page in reported.iter() {
             self.copy.copy(machine.vm(), page);
             self.ever.insert(page);
         }
@@ -237,7 +200,7 @@ impl<'a> Race<'a> {
         }
         let landed = self.check_memory(journals, &may, now);
         self.check_lost(journals, &may, &landed, now);
-        if self.table.tracker.is_some() {
+        if self.trial.tracker.is_some() {
             self.check_report((journals, &may), &landed, now);
         }
     }
@@ -246,14 +209,14 @@ impl<'a> Race<'a> {
     fn check_access(&mut self, turn: Turn, access: &Access, may: &May) {
         let probe = access.probe();
         let answer = &access.answer;
-        self.count("raced", may.differ().into());
-        self.count(if probe.write { "writes" } else { "reads" }, 1);
+        self.trial.count("raced", may.differ().into());
+        self.trial.count(if probe.write { "writes" } else { "reads" }, 1);
         let right = if answer.code == 0 {
             let read = |page: &u64| answer.value == Mirror::word(*page);
             if probe.write { !may.lead_to.is_empty() } else { may.lead_to.iter().any(read) }
         } else {
-            self.count("violations", 1);
-            let (code, bytes) = exit_of(self.table.nested.way);
+            self.trial.count("violations", 1);
+            let (code, bytes) = exit_of(self.trial.nested.way);
             let within = if probe.write { turn.word() as u64 * 8 } else { 0 };
             let address = L2_BASE.plus(probe.page).address() + within;
             answer.code == code
@@ -262,7 +225,7 @@ impl<'a> Race<'a> {
         };
         if !right {
             let (verb, what) = (if probe.write { "writes" } else { "reads" }, describe(answer));
-            self.differences.add(format!(
+            self.trial.differences.add(format!(
                 "{}: L2 {verb} page {}: {what}, and {may:x?}",
                 self.at(turn, access),
                 probe.page
@@ -293,7 +256,7 @@ impl<'a> Race<'a> {
                         Some((turn, access, may.get(vcpu)?.get(index)?, landed.get_mut(vcpu)?.get_mut(index)?))
                     });
                 let Some((turn, access, may, landed)) = found else {
-                    self.differences.add(format!("word {word} of L1's page {page} became {value:#x}, which no L2 wrote there in the race from epoch {}", self.first));
+                    self.trial.differences.add(format!("word {word} of L1's page {page} became {value:#x}, which no L2 wrote there in the race from epoch {}", self.first));
                     continue;
                 };
                 *landed = Some(page);
@@ -304,7 +267,7 @@ impl<'a> Race<'a> {
                         access.probe().page,
                         describe(&access.answer)
                     );
-                    self.differences.add(what);
+                    self.trial.differences.add(what);
                 }
             }
         }
@@ -324,10 +287,10 @@ impl<'a> Race<'a> {
                     stamp.is_some_and(|it| it.first == turn.first && (it.vcpu != vcpu || it.index > index))
                 };
                 if may.lead_to.iter().any(over) {
-                    self.count("overwritten", 1);
+                    self.trial.count("overwritten", 1);
                 } else if !may.lead_to.is_empty() {
                     let page = access.probe().page;
-                    self.differences.add(format!(
+                    self.trial.differences.add(format!(
                         "{}: L2's write to its page {page} landed nowhere, and {may:x?}",
                         self.at(turn, access)
                     ));
@@ -351,7 +314,7 @@ impl<'a> Race<'a> {
             }
             if self.copy.page(page) != now.page(page) {
                 lost.insert(page);
-                self.differences.add(format!(
+                self.trial.differences.add(format!(
                     "L1's page {page} differs from its copy after the last harvest of the race from epoch {}",
                     self.first
                 ));
@@ -367,13 +330,13 @@ impl<'a> Race<'a> {
         }
         let extra = unwritten.without(&attempted);
         for page in extra.iter() {
-            self.differences.add(format!(
+            self.trial.differences.add(format!(
                 "L1's page {page} was reported in the race from epoch {}, and nobody wrote it",
                 self.first
             ));
         }
         // No tracker names L2's pages. One counts as reported where its writes are in the copy.
-        let l2_pages = self.table.nested.map.l2_pages();
+        let l2_pages = self.trial.nested.map.l2_pages();
         let (mut l2_written, mut l2_lost) = (PageSet::new(l2_pages), PageSet::new(l2_pages));
         for (access, to) in journals.iter().flatten().zip(landed.iter().flatten()) {
             let Some(to) = to else { continue };
@@ -382,7 +345,7 @@ impl<'a> Race<'a> {
                 l2_lost.insert(access.probe().page);
             }
         }
-        self.row.truth.pages += Pages {
+        self.trial.row.truth.pages += Pages {
             written: written.count(),
             reported: self.ever.count(),
             missed: lost.count(),
@@ -390,7 +353,7 @@ impl<'a> Race<'a> {
             explained: unwritten.count() - extra.count(),
             ..Pages::default()
         };
-        if let Some(l2) = &mut self.row.truth.l2 {
+        if let Some(l2) = &mut self.trial.row.truth.l2 {
             l2.pages += Pages {
                 written: l2_written.count(),
                 reported: l2_written.without(&l2_lost).count(),
@@ -400,7 +363,7 @@ impl<'a> Race<'a> {
         }
         // What was lost is named once.
         for page in lost.iter() {
-            self.copy.copy(self.table.machine.vm(), page);
+            self.copy.copy(self.trial.machine.vm(), page);
         }
     }
 }
