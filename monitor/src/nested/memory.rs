@@ -128,9 +128,15 @@ impl L1Pages {
     /// The word at L1 physical address `address`, a multiple of 8. `None` outside of memory.
     #[must_use]
     pub fn word(&self, address: u64) -> Option<&AtomicU64> {
+        self.words(address, 1)?.first()
+    }
+
+    /// The `count` words from L1 physical address `address` on, a multiple of 8. `None` if they leave their page, and outside of memory.
+    #[must_use]
+    pub fn words(&self, address: u64, count: usize) -> Option<&[AtomicU64]> {
         let gfn = Gfn::containing(address);
         let part = self.parts.iter().find(|part| gfn.0.wrapping_sub(part.base.0) < part.pages)?;
-        part.memory.word(gfn.0 - part.base.0, address % PAGE_SIZE)
+        part.memory.words(gfn.0 - part.base.0, address % PAGE_SIZE, count)
     }
 
     /// The first word of the page at `frame`.
@@ -140,9 +146,14 @@ impl L1Pages {
         part.memory.word(page, 0)
     }
 
-    /// Whether the host has memory for all tracked pages: the files have no holes. Once it has, it is not asked again.
+    /// Whether the host was seen to have memory for all tracked pages.
     #[must_use]
     pub fn is_resident(&self) -> bool {
+        self.resident.load(Ordering::Relaxed)
+    }
+
+    /// Looks whether the host has memory for all tracked pages: the files have no holes. Once it has, it is not asked again.
+    pub fn look_for_holes(&self) {
         /// What `st_blocks` counts (`stat(2)`).
         const BLOCK: u64 = 512;
         let whole = |part: &Part| {
@@ -150,10 +161,8 @@ impl L1Pages {
                 part.memory.file().and_then(|file| rustix::fs::fstat(file).ok()).map_or(0, |status| status.st_blocks);
             u64::try_from(blocks).unwrap_or(0) * BLOCK >= part.pages * PAGE_SIZE
         };
-        self.resident.load(Ordering::Relaxed) || {
-            let resident = self.parts.iter().skip(1).all(whole);
-            self.resident.store(resident, Ordering::Relaxed);
-            resident
+        if !self.is_resident() {
+            self.resident.store(self.parts.iter().skip(1).all(whole), Ordering::Relaxed);
         }
     }
 
