@@ -107,9 +107,10 @@ bench-nested: build shelf ## what a guest's guest costs: on Umbra's shadow MMU, 
 
 .PHONY: edits
 edits: build shelf ## 10,000 random edits of L1's table: what L2 sees, on KVM's nested SVM, Umbra's shadow MMU and its walker; and edits that race L2
-	@$(UMBRA) lab edits --memory 4M --alias 2 --edits 10000 $(ARGS)
-	$(UMBRA) lab edits --race --vcpus 2 --memory 4M --alias 2 --edits 10000 $(ARGS)
-	$(UMBRA) run edits --race --vcpus 2 --memory 4M --alias 2 --edits 10000 $(ARGS) || [ $$? = 3 ]
+	@edits='edits --memory 4M --alias 2 --edits 10000 --strategy log,write-protect'
+	$(UMBRA) lab --clock wall $$edits --mechanism kvm-clear,mprotect $(ARGS)
+	$(UMBRA) lab --clock wall $$edits --mechanism kvm-clear,mprotect --race --vcpus 2 $(ARGS)
+	$(UMBRA) run $$edits --race --vcpus 2 $(ARGS) || [ $$? = 3 ]
 
 .PHONY: hostile
 hostile: build shelf ## 100,000 cases of a malicious L1 against the monitor: 90,000 on this machine's KVM, 10,000 in the lab

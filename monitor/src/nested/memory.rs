@@ -49,29 +49,36 @@ pub struct InFile<'a> {
 
 impl L1Pages {
     /// The memory of `vm`.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if a part of it is private, so that nobody else can map it.
-    pub fn of(vm: &Vm) -> Result<Self, Error> {
+    #[must_use]
+    pub fn of(vm: &Vm) -> Self {
         let system = vm.system_memory();
         let system = (Gfn(0), system.len() as u64 / PAGE_SIZE, system);
         let tracked = vm.slots().iter().map(|slot| (slot.place.base, slot.place.pages, &slot.memory));
         let (mut parts, mut next) = (Vec::new(), 0_u64);
         let mut first_tracked = Frame(0);
         for (base, pages, memory) in std::iter::once(system).chain(tracked) {
-            if memory.file().is_none() {
-                return Err(Error::Memory(format!(
-                    "--backing {}: it is private memory, which no other VM can map; umbra needs a memfd (anonymous, thp or shmem)",
-                    memory.backing()
-                )));
-            }
             if parts.len() == 1 {
                 first_tracked = Frame(next);
             }
             parts.push(Part { base, first: Frame(next), pages, memory: Arc::clone(memory) });
             next = (next + pages).next_multiple_of(Level::M2.frames());
         }
-        Ok(Self { parts, frames: next, first_tracked, resident: AtomicBool::new(false) })
+        Self { parts, frames: next, first_tracked, resident: AtomicBool::new(false) }
+    }
+
+    /// The same, which an L2 in another VM is to map.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if a part of it is private, so that nobody else can map it.
+    pub fn shared(vm: &Vm) -> Result<Self, Error> {
+        let pages = Self::of(vm);
+        match pages.parts.iter().find(|part| part.memory.file().is_none()) {
+            None => Ok(pages),
+            Some(part) => Err(Error::Memory(format!(
+                "--backing {}: it is private memory, which no other VM can map; umbra needs a memfd (anonymous, thp or shmem)",
+                part.memory.backing()
+            ))),
+        }
     }
 
     /// Page indices, gaps included.

@@ -314,13 +314,19 @@ impl L2Vcpu {
         match told {
             Told::At(fault) => self.handle(&fault),
             Told::Trace => self.traced(recorded),
-            Told::Again if self.failed < PATIENCE => {
-                self.failed += 1;
-                std::thread::yield_now();
-                Ok(Next::L2)
-            }
-            Told::Again | Told::Nothing => self.unknown(),
+            Told::Again => self.again(),
+            Told::Nothing => self.unknown(),
         }
+    }
+
+    /// The source may know more the next time.
+    fn again(&mut self) -> Result<Next, Error> {
+        if self.failed >= PATIENCE {
+            return self.unknown();
+        }
+        self.failed += 1;
+        std::thread::yield_now();
+        Ok(Next::L2)
     }
 
     /// `KVM_RUN` failed, and the source knows nothing about it.
@@ -340,7 +346,8 @@ impl L2Vcpu {
             let left = self.run_once();
             match (left, self.trace.as_ref().and_then(FaultTrace::last)) {
                 (Left::Fault, Some(traced)) => traced,
-                (Left::Fault, None) => return self.unknown(),
+                // Another vCPU had settled that fault, and L2 went on to so many that KVM resolved that the record had no room for this one.
+                (Left::Fault, None) => return self.again(),
                 // Another vCPU has settled the same fault meanwhile.
                 (left, _) => {
                     self.disarm()?;

@@ -310,7 +310,9 @@ impl World {
                 self.contexts[number].1.violated.insert(l2, now);
                 Ok(())
             }
-            Ended::WantsMemory(gfn) if expected == Verdict::NoMemory(gfn) => Ok(()),
+            Ended::WantsMemory(gfn) if matches!(expected, Verdict::NoMemory(other) | Verdict::NoTable(other, _) if other == gfn) => {
+                Ok(())
+            }
             Ended::WantsMemory(gfn) => Err(format!("{request:?} of L2 {l2} wants {gfn}, expected {expected:x?}")),
             Ended::NoMemory if self.starved => Ok(()),
             Ended::NoMemory => Err(format!("{request:?} of L2 {l2} found no memory")),

@@ -10,13 +10,14 @@ mod race;
 mod turns;
 
 use super::Setup;
+use super::l1_cpu::{EPT_VIOLATION, NESTED_PAGE_FAULT};
 use super::l2::Nesting;
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
 use crate::pages::PageSet;
 use crate::progress::Progress;
 use crate::report::Record;
-use crate::report::record::{Counter, Row, Truth};
+use crate::report::record::{Counter, Row};
 use crate::track::{Kind, Tracker};
 use mirror::Mirror;
 use std::collections::BTreeMap;
@@ -27,9 +28,6 @@ use umbra_shared::nested::{Nested, Way};
 use umbra_shared::probe::Answer;
 use umbra_shared::protocol::Command;
 
-/// SVM's exit code of a nested page fault (APM 2, appendix C); VMX's basic exit reason of an EPT violation (SDM 3D, appendix C).
-const NESTED_PAGE_FAULT: u64 = 0x400;
-const EPT_VIOLATION: u64 = 48;
 /// Differences that are named one by one.
 const NAMED: usize = 16;
 
@@ -165,7 +163,7 @@ impl<'a> Trial<'a> {
     /// The row, with all that was found and counted.
     fn finish(mut self) -> Row {
         self.count("different", self.differences.count);
-        self.differences.tell(&mut self.row.truth);
+        self.differences.tell(&mut self.row);
         let tracked = self.tracker.as_ref().map_or(Vec::new(), |(_, tracker)| tracker.counters(&self.machine));
         for (name, value) in self.counts.into_iter().chain(tracked) {
             let counter = Counter { value, source: "umbra".to_owned(), pass: "observed".to_owned() };
@@ -195,17 +193,11 @@ impl Differences {
         }
     }
 
-    /// Gives them to the row, together with what its pages add up to.
-    fn tell(self, truth: &mut Truth) {
+    /// Gives them to the row.
+    fn tell(self, row: &mut Row) {
         let more = self.count - self.named.len() as u64;
-        truth.faults.extend(self.named);
-        if more > 0 {
-            truth.faults.push(format!("and {more} more differences"));
-        }
-        let pages = truth.pages;
-        if pages.missed + pages.extra > 0 {
-            truth.faults.push(format!("{} pages missed, {} extra", pages.missed, pages.extra));
-        }
+        let last = (more > 0).then(|| format!("and {more} more differences"));
+        row.truth.faults = self.named.into_iter().chain(last).map(|what| format!("{}: {what}", row.name)).collect();
     }
 }
 
