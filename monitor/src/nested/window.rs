@@ -28,6 +28,10 @@ impl Page {
     /// Pages that map `first` and the frames after it.
     pub(super) fn fill(pages: &mut [Self], first: Frame, writable: bool) {
         let first = Self::new(first, writable);
+        // Leaves that lie apart come one by one: the lanes would cost more than they save.
+        if pages.len() < CHUNK {
+            return (0..).zip(pages).for_each(|(offset, page)| *page = first.plus(offset));
+        }
         if std::arch::is_x86_feature_detected!("avx2") {
             // SAFETY: the processor has AVX2.
             return unsafe { fill_avx2(pages, first) };
@@ -37,6 +41,9 @@ impl Page {
 
     /// Whether all of `pages` are closed.
     pub(super) fn are_closed(pages: &[Self]) -> bool {
+        if pages.len() < CHUNK {
+            return pages.iter().all(|page| *page == Self::CLOSED);
+        }
         if std::arch::is_x86_feature_detected!("avx2") {
             // SAFETY: the processor has AVX2.
             return unsafe { are_closed_avx2(pages) };
