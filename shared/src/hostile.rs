@@ -56,6 +56,12 @@ impl Place {
         Self { root, table_pages, directory, tables, regions: board.regions(), tracked_pages: board.pages() }
     }
 
+    /// Where L1 built the entry for L2's page.
+    #[must_use]
+    pub fn leaf(&self, page: u64) -> u64 {
+        self.table(page / ENTRIES) + page % ENTRIES * 8
+    }
+
     fn table(&self, region: u64) -> u64 {
         usize::try_from(region).ok().and_then(|region| self.tables.get(region).copied()).unwrap_or(0)
     }

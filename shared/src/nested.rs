@@ -405,6 +405,8 @@ pub struct Report {
     pub filled: u64,
     /// Pages of L1's table, those for the system slot included.
     pub table_pages: u64,
+    /// L1's physical address of its root, the first of them.
+    pub table_root: u64,
     /// Where the last violation was: an L2 physical address.
     pub last_address: u64,
     /// What it was: SVM's exit code or VMX's basic exit reason.

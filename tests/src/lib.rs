@@ -168,16 +168,27 @@ pub fn raced(row: &Row, edits: u64) {
     }
 }
 
-/// What a row of `hostile` has to have: cases of both kinds, most of whose probes could be foretold, and nothing that went wrong.
+/// What a row of `hostile` has to have: cases of both kinds, most of whose probes could be foretold, at least `compared` of them, and nothing that went
+/// wrong. Where KVM shadows the table, the cases about Umbra's control page are counted and not made, and L2 gets beyond L1's memory.
 ///
 /// # Panics
 /// If it has not.
-pub fn besieged(row: &Row) {
+pub fn besieged(row: &Row, compared: u64) {
+    let is_kvms = !row.name.starts_with("umbra:");
     let count = |name: &str| count(row, name);
     assert_eq!(count("faults"), 0, "{}", row.name);
-    assert!(count("control_pages") * 20 > count("cases"), "{}: {:?}", row.name, row.counters);
+    let control = if is_kvms { "not_here" } else { "control_pages" };
     assert!(
-        count("compared") * 2 > count("probes") && count("probes") > 5 * count("cases"),
+        count(control) * 20 > count("cases") && count(control) * 5 < count("cases"),
+        "{}: {:?}",
+        row.name,
+        row.counters
+    );
+    assert!(!is_kvms || count("beyond") > 0, "{}: {:?}", row.name, row.counters);
+    assert!(
+        count("compared") * 2 > count("probes")
+            && count("compared") >= compared
+            && count("probes") > 5 * count("cases"),
         "{}: {:?}",
         row.name,
         row.counters
@@ -186,6 +197,6 @@ pub fn besieged(row: &Row) {
     // Every L1 that may have broken itself is replaced, and no other; few cases are of that kind.
     let (exposed, machines) = (count("exposed"), count("machines"));
     assert!((exposed..=exposed + 1).contains(&machines), "{}: {:?}", row.name, row.counters);
-    assert!(exposed > 0 && exposed * 5 < count("cases"), "{}: {:?}", row.name, row.counters);
+    assert!((is_kvms || exposed > 0) && exposed * 5 < count("cases"), "{}: {:?}", row.name, row.counters);
     assert!(count("guest_deaths") <= exposed, "{}: {:?}", row.name, row.counters);
 }

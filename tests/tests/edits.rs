@@ -83,7 +83,7 @@ fn a_malicious_l1_gets_nothing_but_what_its_table_says() {
         let record = record(&words, 300);
         assert_eq!(record.faults(), [""; 0], "{options}");
         for row in record.measured() {
-            umbra_tests::besieged(row);
+            umbra_tests::besieged(row, 2000);
         }
     }
     let stray = ["--memory", "2M", "--edits", "10", "--strategy", "log", "--inject", "stray-page"];

@@ -43,6 +43,7 @@ fn plan(source: Kind) -> Plan {
             roots: RootPolicy::Keep,
             log_roots: false,
         }),
+        bus: None,
         journals: false,
         smm: None,
         image: Arc::new(Image::load(None).expect("the firmware")),

@@ -88,6 +88,7 @@ fn program(name: &str) -> Result<(String, u64), umbra::guest::Error> {
         pace: 0,
         nested: None,
         shadow: None,
+        bus: None,
         journals: false,
         smm: None,
         image: Arc::new(Image::load(Some(&image(name))).expect("an image of ours")),

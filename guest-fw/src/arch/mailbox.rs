@@ -98,6 +98,8 @@ pub struct LiveReport {
     pub filled: AtomicU64,
     /// Pages of L1's table.
     pub table_pages: AtomicU64,
+    /// Its root.
+    pub table_root: AtomicU64,
     /// Where the last violation was.
     pub last_address: AtomicU64,
     /// What it was.
@@ -114,6 +116,7 @@ const _: () = {
     assert!(offset_of!(LiveReport, violations) == offset_of!(Report, violations));
     assert!(offset_of!(LiveReport, filled) == offset_of!(Report, filled));
     assert!(offset_of!(LiveReport, table_pages) == offset_of!(Report, table_pages));
+    assert!(offset_of!(LiveReport, table_root) == offset_of!(Report, table_root));
     assert!(offset_of!(LiveReport, last_address) == offset_of!(Report, last_address));
     assert!(offset_of!(LiveReport, last_code) == offset_of!(Report, last_code));
     assert!(offset_of!(LiveReport, last_qualification) == offset_of!(Report, last_qualification));

@@ -1,6 +1,6 @@
 //! The firmware as a malicious L1 ([`umbra_shared::hostile`]).
 
-use super::{Hypervisor, SHARED, edits, probes};
+use super::{Hypervisor, SHARED, edits, probes, table_place};
 use crate::arch::l2::Extension;
 use crate::arch::lock::Lock;
 use crate::arch::table_words::TableWords;
@@ -22,8 +22,7 @@ impl<E: Extension> Hypervisor<E> {
                 panic!("L1's nested page table: {error}");
             }
             self.fill();
-            let (root, pages) =
-                SHARED.with(|shared| shared.as_ref().map_or((0, 0), |it| (it.table.root(), it.table.table_pages())));
+            let (root, pages) = table_place();
             PLACE.with(|place| *place = Some(Place::of(&edits::find(setup, nested), root, pages)));
         }
         self.l2.extension().renew();
@@ -45,7 +44,8 @@ impl<E: Extension> Hypervisor<E> {
             self.l2.extension().attack(control);
             self.l2.restart();
         }
-        probes::set(case.probes().iter().copied(), false);
+        // Where a vCPU forgets for itself alone, the one whose L2 probes has to be told.
+        probes::set(case.probes().iter().copied(), !E::FORGETS_FOR_ALL && case.invalidations > 0);
         Executed::default()
     }
 }

@@ -43,6 +43,11 @@ fn with_shared<E: Extension, R>(setup: &Setup, nested: &Nested, work: impl FnOnc
     SHARED.with(|shared| work(shared.get_or_insert_with(|| create::<E>(setup, nested))))
 }
 
+/// Root and pages of L1's table; zeroes while there is none.
+fn table_place() -> (u64, u64) {
+    SHARED.with(|shared| shared.as_ref().map_or((0, 0), |it| (it.table.root(), it.table.table_pages())))
+}
+
 fn create<E: Extension>(setup: &Setup, nested: &Nested) -> Shared {
     let (tables, bytes) = (setup.page.nested_tables, setup.page.nested_table_bytes);
     let SecondSpace { pml4, tracked, nested: rest, nested_address } =
@@ -175,7 +180,8 @@ impl<E: Extension> Hypervisor<E> {
     }
 
     fn report_tables(&self) {
-        let pages = SHARED.with(|shared| shared.as_ref().map_or(0, |shared| shared.table.table_pages()));
+        let (root, pages) = table_place();
+        self.report.table_root.store(root, Relaxed);
         self.report.table_pages.store(pages, Relaxed);
     }
 }

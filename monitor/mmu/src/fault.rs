@@ -38,7 +38,7 @@ pub enum Outcome {
 }
 
 /// Pages that a fault may need: a walk, and a 1 GiB leaf split twice.
-const PAGES_A_FAULT: u32 = 8;
+pub(crate) const PAGES_A_FAULT: u32 = 8;
 const WALKS: usize = 4;
 
 impl Mmu {
@@ -69,50 +69,6 @@ impl Mmu {
             }
             _ => self.fault_slowly(env, root, l2, request),
         }
-    }
-
-    /// Maps what EPT12 has at `l2_gpa` for reading, if no flag of EPT12 must be set for that and there is room. Says whether something was
-    /// mapped. What L2 will touch costs no fault then; nothing counts as touched.
-    ///
-    /// # Errors
-    /// A stale root, or no memory: nothing was mapped then.
-    pub fn prefetch(&mut self, env: &mut Env<'_>, root: RootId, l2_gpa: u64) -> Result<bool, MmuError> {
-        let l2 = L2Gfn::containing(l2_gpa);
-        let (page, frames) = self.roots.get(root).map(|root| (root.page, root.frames))?;
-        if l2.0 >= frames {
-            return Ok(false);
-        }
-        let found = self.lookup_hinted(root, page, l2);
-        if found.spte.present() {
-            return Ok(false);
-        }
-        let outcome = match found.level {
-            Level::K4 => self.resolve_below(env, root, found.at, l2, Access::READ),
-            _ => self.prefetch_by_walk(env, root, page, l2),
-        };
-        self.finish(env);
-        Ok(outcome?.is_some())
-    }
-
-    fn prefetch_by_walk(
-        &mut self,
-        env: &mut Env<'_>,
-        root: RootId,
-        page: u32,
-        l2: L2Gfn,
-    ) -> Result<Option<Outcome>, NoMemory> {
-        let (role, table) = (self.arena.header(page).role, self.arena.header(page).gfn);
-        let mut walk = Walk::new();
-        let ended = guest::walk(&mut walk, env.memory, &self.slots, self.config.caps, (role, table), l2, Request::READ);
-        let flags = !role.format().has_accessed_dirty() || walk.accessed;
-        if ended != Ended::AtPage || !flags || self.arena.in_use() + PAGES_A_FAULT > self.config.quota() {
-            return Ok(None);
-        }
-        let gfn = Gfn(walk.gfn.0 | l2.0 & (walk.level.frames() - 1));
-        let Some(backing) = self.slots.find(gfn) else { return Ok(None) };
-        let rights = if backing.writable && walk.dirty { walk.access } else { walk.access.without(Access::WRITE) };
-        let target = Target { walk: &walk, l2, rights, frame: backing.frame, gfn, write: false };
-        self.map(env, root, page, &target).map(Some)
     }
 
     /// A write hit a small leaf that is only closed.
@@ -196,7 +152,7 @@ impl Mmu {
     /// Resolves a fault from the lowest shadow page alone, as a processor does that has the upper entries cached: the
     /// entries above count as they were when they were linked or last synchronised, the lowest is read now. `None` when
     /// that does not permit the access; a walk from the top then decides.
-    fn resolve_below(
+    pub(crate) fn resolve_below(
         &mut self,
         env: &mut Env<'_>,
         root: RootId,

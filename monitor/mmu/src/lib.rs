@@ -16,6 +16,7 @@
 )]
 
 mod access;
+mod ahead;
 mod arena;
 mod audit;
 mod block;

@@ -233,6 +233,12 @@ impl Slots {
         self.slot(gfn).map(|slot| Backing { frame: slot.frame(gfn), writable: !slot.read_only })
     }
 
+    /// Frames from `gfn` to the end of its slot, behind which consecutive pages are; 0 when no slot covers it.
+    #[must_use]
+    pub fn straight(&self, gfn: Gfn) -> u64 {
+        self.slot(gfn).map_or(0, |slot| slot.end() - gfn.0)
+    }
+
     /// A guest frame that `frame` backs: of the first slot that has it.
     #[must_use]
     pub fn gfn_of(&self, frame: Frame) -> Option<Gfn> {

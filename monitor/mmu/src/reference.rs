@@ -26,6 +26,8 @@ pub enum Verdict {
     Reflected(Reflection),
     /// Beyond the memory map.
     NoMemory(Gfn),
+    /// A table that is; and what L1 gets from who takes that for an entry that is not present.
+    NoTable(Gfn, Reflection),
 }
 
 /// Earlier values of table entries.
@@ -232,7 +234,7 @@ impl<M: L1Memory> Reference<'_, M> {
         for level in (1..=levels).rev() {
             let (place, shift) = match self.place(format, level, table, l2) {
                 Ok(found) => found,
-                Err(gfn) => return Verdict::NoMemory(gfn),
+                Err(gfn) => return Verdict::NoTable(gfn, Self::exit(format, request, rights, 0)),
             };
             let entry = Self::entry(format, self.memory.read(Frame(place.0), place.1), shift);
             match self.meaning(format, level, entry, l2) {

@@ -65,6 +65,8 @@ counters! {
     log_entries,
     /// Copies made of huge leaves.
     twins,
+    /// Pages that were compared with a copy.
+    compared,
     /// Times that 2 MiB of memory were found to be written densely.
     made_dense,
     /// Blocks of 64 opened.

@@ -10,6 +10,7 @@ pub use machine::Machine;
 pub use plan::Plan;
 
 use crate::{Failure, kvm};
+use std::time::Duration;
 
 /// What can go wrong between the monitor and its guest.
 #[derive(Debug, thiserror::Error)]
@@ -39,12 +40,12 @@ pub enum Error {
         what: String,
     },
     /// The guest said nothing for too long.
-    #[error("vCPU {vcpu} said nothing for {seconds} s during {command}; it was at {place}")]
+    #[error("vCPU {vcpu} said nothing for {} s during {command}; it was at {place}", after.as_secs_f64())]
     Silent {
         /// Which vCPU.
         vcpu: usize,
         /// How long the monitor waited.
-        seconds: u64,
+        after: Duration,
         /// What it had been told to do.
         command: &'static str,
         /// The symbol at RIP.

@@ -2,6 +2,7 @@
 
 use super::{Error, Image};
 use crate::kvm::Backing;
+use crate::kvm::bus::EmptyBus;
 use crate::kvm::clock::Timer;
 use crate::nested;
 use std::sync::Arc;
@@ -39,6 +40,8 @@ pub struct Plan {
     pub nested: Option<Nested>,
     /// How the monitor runs L2, if it does.
     pub shadow: Option<nested::Options>,
+    /// What answers accesses beyond the slots; without it the machine stops there.
+    pub bus: Option<Arc<EmptyBus>>,
     /// Whether L2s keep journals ([`umbra_shared::race`]).
     pub journals: bool,
     /// What SMM sees, if the machine has one.

@@ -53,7 +53,7 @@ impl Machine {
             let Some(stop) = self.stop_within(pace) else {
                 silence += pace;
                 if silence > self.patience {
-                    return Err(self.silent(first, "a command under SMIs"));
+                    return Err(self.silent(first, "a command under SMIs", self.patience));
                 }
                 turn = (turn + 1) % targets.len();
                 self.compare(turn, &mut targets[turn], smis)?;

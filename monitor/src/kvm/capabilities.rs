@@ -103,19 +103,33 @@ fn leaf(cpuid: &CpuId, number: u32) -> Option<&kvm_cpuid_entry2> {
     cpuid.as_slice().iter().find(|entry| entry.function == number)
 }
 
-/// Whether a guest of this KVM can run guests of its own by SVM with nested paging.
+/// Bits of a guest's physical address (CPUID 80000008h). Without the leaf a processor has 36.
+fn address_bits(cpuid: &CpuId) -> u8 {
+    leaf(cpuid, 0x8000_0008).map_or(36, |entry| entry.eax.to_le_bytes()[0])
+}
+
+/// What KVM offers to a guest that runs guests of its own by SVM with nested paging.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NestedNpt {
+    /// Bits of a physical address.
+    pub address_bits: u8,
+    /// Leaves of 1 GiB (CPUID 80000001h, EDX bit 26).
+    pub giant_pages: bool,
+}
+
+/// Whether a guest of this KVM can run guests of its own by SVM with nested paging, and what it is offered.
 ///
 /// # Errors
 /// [`Error::Capability`] with what is missing first: the module, its parameter, the capability, or a bit of CPUID (AMD APM 3, E.4.2 and E.4.9).
-pub fn nested_svm() -> Result<(), Error> {
+pub fn nested_svm() -> Result<NestedNpt, Error> {
     let cpuid = cpuid(&SVM.open()?)?;
-    if leaf(&cpuid, 0x8000_0001).is_none_or(|entry| entry.ecx >> 2 & 1 == 0) {
+    let Some(extended) = leaf(&cpuid, 0x8000_0001).filter(|entry| entry.ecx >> 2 & 1 == 1) else {
         return Err(missing("SVM in CPUID", "KVM offers guests none here".to_owned()));
-    }
+    };
     if leaf(&cpuid, 0x8000_000a).is_none_or(|entry| entry.edx & 1 == 0) {
         return Err(missing("nested paging in CPUID", "KVM offers guests none here (kvm_amd.npt=0?)".to_owned()));
     }
-    Ok(())
+    Ok(NestedNpt { address_bits: address_bits(&cpuid), giant_pages: extended.edx >> 26 & 1 == 1 })
 }
 
 /// What KVM offers to a guest that runs guests of its own by VMX with extended page tables (Intel SDM 3D, A.10; 2A, CPUID).
@@ -159,7 +173,10 @@ pub fn nested_vmx() -> Result<NestedEpt, Error> {
     }
     let offered = feature_msr(&kvm, IA32_VMX_EPT_VPID_CAP)?;
     let bit = |bit: u32| offered >> bit & 1 == 1;
-    // CPUID 80000008h: without the leaf a processor has 36 bits.
-    let address_bits = leaf(&cpuid, 0x8000_0008).map_or(36, |entry| entry.eax.to_le_bytes()[0]);
-    Ok(NestedEpt { address_bits, execute_only: bit(0), giant_pages: bit(17), accessed_dirty: bit(21) })
+    Ok(NestedEpt {
+        address_bits: address_bits(&cpuid),
+        execute_only: bit(0),
+        giant_pages: bit(17),
+        accessed_dirty: bit(21),
+    })
 }

@@ -1,5 +1,6 @@
 //! Everything that talks to /dev/kvm: capabilities, VM, vCPUs, memory, dirty log, dirty ring, statistics.
 
+pub mod bus;
 pub mod capabilities;
 pub mod carry;
 pub mod clock;

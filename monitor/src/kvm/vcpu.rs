@@ -1,6 +1,7 @@
 //! A vCPU on its own thread. Between orders the thread sleeps; an order runs the guest until it rings a doorbell.
 
 use super::Error;
+use super::bus::EmptyBus;
 use super::clock::{Timer, Window};
 use super::ring::{self, Rings};
 use super::vm::failed;
@@ -112,6 +113,8 @@ pub struct Vcpu {
     pub rings: Option<Arc<Mutex<Rings>>>,
     /// Who runs this vCPU's L2, if the monitor does.
     pub below: Option<Box<dyn Below>>,
+    /// What answers accesses beyond all slots; without it they end the order.
+    pub bus: Option<Arc<EmptyBus>>,
 }
 
 /// An L2 that the monitor runs on the thread of the L1 vCPU that owns it.
@@ -297,12 +300,14 @@ fn run_through_smis(vcpu: &mut Vcpu, wishes: &Wishes, stops: &Sender<Stop>) -> E
             }
             Ok(VcpuExit::IoOut(port, _)) => break format!("it wrote to port {port:#x}, where nothing is"),
             Ok(VcpuExit::IoIn(port, _)) => break format!("it read from port {port:#x}, where nothing is"),
-            Ok(VcpuExit::MmioRead(gpa, _)) => {
-                break format!("it read guest physical address {gpa:#x}, which no slot holds");
-            }
-            Ok(VcpuExit::MmioWrite(gpa, _)) => {
-                break format!("it wrote guest physical address {gpa:#x}, which no slot holds");
-            }
+            Ok(VcpuExit::MmioRead(gpa, data)) => match &vcpu.bus {
+                Some(bus) => bus.read(gpa, data),
+                None => break format!("it read guest physical address {gpa:#x}, which no slot holds"),
+            },
+            Ok(VcpuExit::MmioWrite(gpa, data)) => match &vcpu.bus {
+                Some(bus) => bus.write(gpa, data),
+                None => break format!("it wrote guest physical address {gpa:#x}, which no slot holds"),
+            },
             Ok(VcpuExit::Shutdown) => break "it triple-faulted (KVM_EXIT_SHUTDOWN)".to_owned(),
             Ok(VcpuExit::Hlt) => break "it halted (KVM_EXIT_HLT), and nothing would wake it".to_owned(),
             Ok(VcpuExit::FailEntry(reason, _)) => {

@@ -40,9 +40,8 @@ impl Windows {
             let alone = self.pieces && piece / PIECE % 2 == 1;
             let tables = match (told_apart && logged, left) {
                 (true, _) => Tables::ToldApart,
-                (false, true) if writable && !part.small && memory.is_resident() => Tables::Written,
-                (false, true) => Tables::Left,
-                (false, false) => Tables::Filled,
+                (false, true) if part.small || !writable || !memory.is_resident() => Tables::Left,
+                (false, _) => Tables::Filled,
             };
             let (stretch, is_tracked) = (window.stretch(&(at..end)), first >= memory.first_tracked());
             match self.log.as_ref().and_then(Log::watch).filter(|_| is_tracked) {
@@ -181,8 +180,7 @@ impl Windows {
         let index = self.all.iter().position(whole)?;
         let window = self.all.get(index)?;
         let pages = window.clip(extent);
-        let closed = window.pages.get(pages.clone())?.iter().fold(0, |all, page| all | page.0) == 0;
-        closed.then_some((index, pages))
+        Page::are_closed(window.pages.get(pages.clone())?).then_some((index, pages))
     }
 
     /// The window that holds all of `extent`, and the pages there, if all of them are mapped and their rights change: the usual case of a `protect`,

@@ -49,29 +49,36 @@ pub struct InFile<'a> {
 
 impl L1Pages {
     /// The memory of `vm`.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if a part of it is private, so that nobody else can map it.
-    pub fn of(vm: &Vm) -> Result<Self, Error> {
+    #[must_use]
+    pub fn of(vm: &Vm) -> Self {
         let system = vm.system_memory();
         let system = (Gfn(0), system.len() as u64 / PAGE_SIZE, system);
         let tracked = vm.slots().iter().map(|slot| (slot.place.base, slot.place.pages, &slot.memory));
         let (mut parts, mut next) = (Vec::new(), 0_u64);
         let mut first_tracked = Frame(0);
         for (base, pages, memory) in std::iter::once(system).chain(tracked) {
-            if memory.file().is_none() {
-                return Err(Error::Memory(format!(
-                    "--backing {}: it is private memory, which no other VM can map; umbra needs a memfd (anonymous, thp or shmem)",
-                    memory.backing()
-                )));
-            }
             if parts.len() == 1 {
                 first_tracked = Frame(next);
             }
             parts.push(Part { base, first: Frame(next), pages, memory: Arc::clone(memory) });
             next = (next + pages).next_multiple_of(Level::M2.frames());
         }
-        Ok(Self { parts, frames: next, first_tracked, resident: AtomicBool::new(false) })
+        Self { parts, frames: next, first_tracked, resident: AtomicBool::new(false) }
+    }
+
+    /// The same, which an L2 in another VM is to map.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if a part of it is private, so that nobody else can map it.
+    pub fn shared(vm: &Vm) -> Result<Self, Error> {
+        let pages = Self::of(vm);
+        match pages.parts.iter().find(|part| part.memory.file().is_none()) {
+            None => Ok(pages),
+            Some(part) => Err(Error::Memory(format!(
+                "--backing {}: it is private memory, which no other VM can map; umbra needs a memfd (anonymous, thp or shmem)",
+                part.memory.backing()
+            ))),
+        }
     }
 
     /// Page indices, gaps included.
@@ -121,9 +128,15 @@ impl L1Pages {
     /// The word at L1 physical address `address`, a multiple of 8. `None` outside of memory.
     #[must_use]
     pub fn word(&self, address: u64) -> Option<&AtomicU64> {
+        self.words(address, 1)?.first()
+    }
+
+    /// The `count` words from L1 physical address `address` on, a multiple of 8. `None` if they leave their page, and outside of memory.
+    #[must_use]
+    pub fn words(&self, address: u64, count: usize) -> Option<&[AtomicU64]> {
         let gfn = Gfn::containing(address);
         let part = self.parts.iter().find(|part| gfn.0.wrapping_sub(part.base.0) < part.pages)?;
-        part.memory.word(gfn.0 - part.base.0, address % PAGE_SIZE)
+        part.memory.words(gfn.0 - part.base.0, address % PAGE_SIZE, count)
     }
 
     /// The first word of the page at `frame`.
@@ -133,9 +146,14 @@ impl L1Pages {
         part.memory.word(page, 0)
     }
 
-    /// Whether the host has memory for all tracked pages: the files have no holes. Once it has, it is not asked again.
+    /// Whether the host was seen to have memory for all tracked pages.
     #[must_use]
     pub fn is_resident(&self) -> bool {
+        self.resident.load(Ordering::Relaxed)
+    }
+
+    /// Looks whether the host has memory for all tracked pages: the files have no holes. Once it has, it is not asked again.
+    pub fn look_for_holes(&self) {
         /// What `st_blocks` counts (`stat(2)`).
         const BLOCK: u64 = 512;
         let whole = |part: &Part| {
@@ -143,10 +161,8 @@ impl L1Pages {
                 part.memory.file().and_then(|file| rustix::fs::fstat(file).ok()).map_or(0, |status| status.st_blocks);
             u64::try_from(blocks).unwrap_or(0) * BLOCK >= part.pages * PAGE_SIZE
         };
-        self.resident.load(Ordering::Relaxed) || {
-            let resident = self.parts.iter().skip(1).all(whole);
-            self.resident.store(resident, Ordering::Relaxed);
-            resident
+        if !self.is_resident() {
+            self.resident.store(self.parts.iter().skip(1).all(whole), Ordering::Relaxed);
         }
     }
 

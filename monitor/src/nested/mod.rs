@@ -93,7 +93,7 @@ impl Host {
     /// # Errors
     /// [`Error::Capability`] for what this host lacks; else the system's.
     pub fn new(vm: &Vm, options: &Options) -> Result<Arc<Self>, Error> {
-        let memory = Arc::new(L1Pages::of(vm)?);
+        let memory = Arc::new(L1Pages::shared(vm)?);
         let shadow = Shadow::new(Arc::clone(&memory), options)?;
         Ok(Arc::new(Self { memory, shadow: Mutex::new(shadow), expelled: AtomicBool::new(false) }))
     }

@@ -128,6 +128,8 @@ impl Shadow {
         if !same && (self.running > 0 || !self.load(entry.root, role)?) {
             return Ok(false);
         }
+        // Here, rather than at each fault that would like to know.
+        self.view.0.look_for_holes();
         self.map_tables()?;
         self.running += 1;
         Ok(true)
@@ -275,20 +277,18 @@ impl Shadow {
             return Ok(());
         }
         let next = address / Level::M2.bytes() + 1;
-        for leaf in next..next.next_multiple_of(self.far) {
-            if !self.prefetch(leaf * Level::M2.bytes())? {
-                break;
-            }
+        match next.next_multiple_of(self.far) - next {
+            0 => Ok(()),
+            more => self.prefetch(next * Level::M2.bytes(), more),
         }
-        Ok(())
     }
 
-    /// Maps what L2 will touch, as far as EPT12 has it and no flag of EPT12's must be set for that. What it does not do, a fault will. It is in the
-    /// windows after [`Self::check_windows`].
-    fn prefetch(&mut self, address: u64) -> Result<bool, Error> {
-        let Some(loaded) = self.loaded else { return Ok(false) };
+    /// Maps what L2 will touch from `address` on, in so many stretches of 2 MiB, as far as EPT12 has it and no flag of EPT12's must be set for that. What
+    /// it does not do, a fault will. It is in the windows after [`Self::check_windows`].
+    fn prefetch(&mut self, address: u64, stretches: u64) -> Result<(), Error> {
+        let Some(loaded) = self.loaded else { return Ok(()) };
         let mut env = Env { memory: &mut self.view, mapper: &mut self.places };
-        self.mmu.prefetch(&mut env, loaded.root, address).map_err(|error| lost(&error))
+        self.mmu.prefetch(&mut env, loaded.root, address, stretches).map_err(|error| lost(&error))
     }
 
     /// L1 was asked about `address`, and comes back.
@@ -296,7 +296,7 @@ impl Shadow {
     /// # Errors
     /// The system's.
     pub(super) fn answered(&mut self, address: u64) -> Result<(), Error> {
-        self.prefetch(address)?;
+        self.prefetch(address, 1)?;
         self.check_windows()
     }
 
@@ -318,7 +318,7 @@ impl Shadow {
         self.mmu.invalidate(&mut env, Invalidation::All);
         self.check_windows()?;
         for gfn in std::mem::take(&mut self.places.here_mut().invalidated) {
-            self.prefetch(gfn.address())?;
+            self.prefetch(gfn.address(), 1)?;
         }
         self.check_windows()
     }
@@ -457,6 +457,7 @@ impl Shadow {
         ];
         if self.means.compares() {
             counters.push(("twins", mmu.twins));
+            counters.push(("twin_pages_compared", mmu.compared));
             counters.push(("twin_bytes", self.mmu.twin_bytes()));
             counters.push(("made_dense", mmu.made_dense));
             if self.means.logs() {

@@ -138,9 +138,13 @@ impl L2Vcpu {
     }
 
     fn read_control(&self) -> Result<ControlPage, Error> {
+        const WORDS: usize = size_of::<ControlPage>() / 8;
+        let address = vcpu_area(self.index) + vcpu_area::CONTROL_BLOCK;
+        let page = self.host.memory().words(address, WORDS);
+        let page = page.ok_or_else(|| Error::Memory(format!("L1 has no memory at {address:#x}")))?;
         let mut bytes = [0; size_of::<ControlPage>()];
-        for (index, word) in bytes.chunks_exact_mut(8).enumerate() {
-            word.copy_from_slice(&self.control(index * 8)?.load(Ordering::Acquire).to_le_bytes());
+        for (word, from) in bytes.chunks_exact_mut(8).zip(page) {
+            word.copy_from_slice(&from.load(Ordering::Acquire).to_le_bytes());
         }
         ControlPage::read_from_bytes(&bytes).map_err(|_| Error::Memory("a control page has the wrong size".into()))
     }
@@ -394,14 +398,14 @@ impl L2Vcpu {
     fn prepare(&mut self) -> Result<(), Error> {
         let mut shadow = self.host.shadow()?;
         let here = shadow.places.here_mut();
-        let fresh = std::mem::take(&mut here.fresh);
         if here.log.is_some() {
+            here.fresh.clear();
             self.in_kvm.fetch_add(1, Ordering::AcqRel);
             drop(shadow);
             return self.disarm();
         }
         // Under the lock, so that nobody closes what KVM is about to map: over a poisoned page the call would not end.
-        for (start, frames) in fresh {
+        for (start, frames) in here.fresh.drain(..) {
             // It is a hint: what it does not do, a fault will.
             let _ = ioctls::pre_fault_memory(&self.fds[self.at], start.address(), frames * PAGE_SIZE);
         }

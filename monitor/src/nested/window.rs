@@ -27,9 +27,21 @@ impl Page {
 
     /// Pages that map `first` and the frames after it.
     pub(super) fn fill(pages: &mut [Self], first: Frame, writable: bool) {
-        for (number, page) in (Self::new(first, writable).0..).zip(pages) {
-            *page = Self(number);
+        let first = Self::new(first, writable);
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2.
+            return unsafe { fill_avx2(pages, first) };
         }
+        fill(pages, first);
+    }
+
+    /// Whether all of `pages` are closed.
+    pub(super) fn are_closed(pages: &[Self]) -> bool {
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2.
+            return unsafe { are_closed_avx2(pages) };
+        }
+        are_closed(pages)
     }
 
     /// What maps the memory `pages` behind this one's as this does its own.
@@ -59,6 +71,56 @@ impl Page {
     pub const fn writable(self) -> bool {
         self.0 & Self::WRITABLE != 0
     }
+}
+
+/// Pages that are looked at together. A huge leaf has 512, and a fault may map eight of those: the loops below are most of what the mapper itself takes
+/// for that.
+const LANES: u32 = 64;
+const CHUNK: usize = LANES as usize;
+
+// Always inlined: as they are called, so are they compiled.
+#[allow(clippy::inline_always)]
+#[inline(always)]
+fn fill(pages: &mut [Page], first: Page) {
+    let mut next = [Page::CLOSED; CHUNK];
+    for (page, offset) in next.iter_mut().zip(0..) {
+        *page = first.plus(offset);
+    }
+    let mut chunks = pages.chunks_exact_mut(CHUNK);
+    for chunk in &mut chunks {
+        chunk.copy_from_slice(&next);
+        for page in &mut next {
+            *page = page.plus(LANES);
+        }
+    }
+    let rest = chunks.into_remainder();
+    rest.iter_mut().zip(next).for_each(|(page, next)| *page = next);
+}
+
+#[allow(clippy::inline_always)]
+#[inline(always)]
+fn are_closed(pages: &[Page]) -> bool {
+    let mut any = [0; CHUNK / 8];
+    let chunks = pages.chunks_exact(CHUNK);
+    let rest = chunks.remainder().iter().fold(0, |any, page| any | page.0);
+    for chunk in chunks {
+        for part in chunk.chunks_exact(CHUNK / 8) {
+            for (any, page) in any.iter_mut().zip(part) {
+                *any |= page.0;
+            }
+        }
+    }
+    any.iter().fold(rest, |all, any| all | any) == 0
+}
+
+#[target_feature(enable = "avx2")]
+fn fill_avx2(pages: &mut [Page], first: Page) {
+    fill(pages, first);
+}
+
+#[target_feature(enable = "avx2")]
+fn are_closed_avx2(pages: &[Page]) -> bool {
+    are_closed(pages)
 }
 
 /// A window.
@@ -160,6 +222,35 @@ impl Counts {
             closes: self.closes + other.closes,
             evicted_pages: self.evicted_pages + other.evicted_pages,
             tracked_pages: self.tracked_pages + other.tracked_pages,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As many pages as a fault may map, by none to two blocks more, each way to do it.
+    #[test]
+    fn pages_are_filled_and_told_from_closed_ones() {
+        for count in (0..200).chain([4096, 4097]) {
+            for fill in
+                [fill, |pages: &mut [Page], first: Page| Page::fill(pages, first.frame().unwrap(), first.writable())]
+            {
+                let mut pages = vec![Page::CLOSED; count + 2];
+                assert!(are_closed(&pages) && Page::are_closed(&pages));
+                fill(&mut pages[1..=count], Page::new(Frame(7), true));
+                for (at, page) in pages.iter().enumerate() {
+                    let inside = (1..=count).contains(&at);
+                    assert_eq!(page.frame(), inside.then(|| Frame(at as u64 + 6)), "{count} {at}");
+                    assert_eq!(page.writable(), inside);
+                }
+            }
+            for at in 0..count {
+                let mut pages = vec![Page::CLOSED; count];
+                pages[at] = Page::new(Frame(0), false);
+                assert!(!are_closed(&pages) && !Page::are_closed(&pages), "{count} {at}");
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ mod dirty_log;
 mod dirty_rate;
 mod edits;
 mod hostile;
+mod l1_cpu;
 mod l2;
 mod model;
 mod nested;

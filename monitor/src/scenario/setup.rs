@@ -393,6 +393,7 @@ impl Setup {
             pace: 1_000_000 / args.rate.unwrap_or(DEFAULT_RATE),
             nested: None,
             shadow: None,
+            bus: None,
             journals: false,
             smm: None,
             image: options.image,

@@ -181,7 +181,7 @@ impl Toggling {
         let toggle = match self.change {
             Change::Firmware(toggle) | Change::Unpaged(toggle) => toggle,
             Change::SmiStorm => Toggle::Smm,
-            Change::Nested => return capabilities::nested_svm(),
+            Change::Nested => return capabilities::nested_svm().map(|_| ()),
             _ => return Ok(()),
         };
         if host::vendor() == "pvm" {

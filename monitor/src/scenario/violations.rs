@@ -3,6 +3,7 @@
 //! flags have to be the same, bit by bit. What is excused, and why, says `as_bochs_says`.
 
 use super::Setup;
+use super::l1_cpu::{EPT_MISCONFIGURATION as MISCONFIGURATION, EPT_VIOLATION as VIOLATION};
 use super::l2::Nesting;
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
@@ -12,7 +13,7 @@ use crate::report::Record;
 use crate::report::record::{Counter, Row};
 use std::collections::BTreeMap;
 use std::fmt;
-use umbra_mmu::guest::{GuestCaps, Reflection};
+use umbra_mmu::guest::Reflection;
 use umbra_mmu::track::strategy;
 use umbra_mmu::walker::PlainMemory;
 use umbra_mmu::{Config, Env, Format, Frame, Kind, L1Memory as _, Mmu, NoMapper, Outcome, Request, RootRole, Slot};
@@ -23,9 +24,6 @@ use umbra_shared::paging::ept::qualification;
 use umbra_shared::protocol::Command;
 use umbra_shared::violation::{Access, CASES, Case, PROBE};
 
-/// Basic exit reasons (Intel SDM 3D, appendix C).
-const VIOLATION: u64 = 48;
-const MISCONFIGURATION: u64 = 49;
 /// Differences that are named one by one.
 const NAMED: usize = 16;
 
@@ -151,11 +149,7 @@ fn answer_of_umbra(case: &Case, offered: NestedEpt) -> Result<Answer, Failure> {
     let Some(strategy) = strategy("write-protect") else {
         return Err(Failure::Check("the shadow MMU has no strategy write-protect".into()));
     };
-    let caps = GuestCaps {
-        address_bits: offered.address_bits,
-        execute_only: offered.execute_only,
-        giant_pages: offered.giant_pages,
-    };
+    let caps = offered.into();
     let mut memory = PlainMemory::new(FRAMES, 0);
     let l2 = PROBE | PAGE << 12;
     let mut place = (Frame(ROOT), 0);

@@ -162,6 +162,7 @@ impl Episode {
             (Action::Slots, 4),
             (Action::Starve, 2),
             (Action::Feed, 6),
+            (Action::Prefetch, 20),
         ];
         for (_, weight) in &mut weights {
             *weight = *weight * rng.pick(&[0, 1, 2, 2, 2, 4]) / 2;

@@ -51,6 +51,8 @@ ops! {
     Feed = "feed",
     /// L2 writes a run of neighbouring pages.
     Sweep = "sweep",
+    /// Pages are mapped that L2 has not touched.
+    Prefetch = "prefetch",
 }
 
 /// One operation.

@@ -10,6 +10,7 @@ use umbra_shared::{Gfn, L2Gfn, Level};
 use super::draw::{Episode, Rng, Setup, TABLES};
 use super::op::{Action, Op};
 use crate::access::{Access, Kind, Request};
+use crate::config::MmuError;
 use crate::defects::Defects;
 use crate::dirty::PageSet;
 use crate::memory::{L1Memory, Slot, Slots};
@@ -204,6 +205,7 @@ impl World {
                 }
                 Ok(())
             }
+            Action::Prefetch => self.prefetch(c >> 4, self.l2(a, b), u64::from(c & 15)),
             Action::Edit => {
                 self.edit(a, b, c);
                 Ok(())
@@ -237,6 +239,16 @@ impl World {
                 Ok(())
             }
         }
+    }
+
+    /// What it maps is checked as all that is granted; it is no access, so it changes no table of L1's.
+    fn prefetch(&mut self, which: u32, l2: L2Gfn, stretches: u64) -> Result<(), String> {
+        let Some(loaded) = self.loaded.get(index(which, self.loaded.len())) else { return Ok(()) };
+        match self.mmu.prefetch(&mut self.walker.env(), loaded.id, l2.address(), stretches) {
+            Err(MmuError::NoMemory) if self.starved => {}
+            done => done.map_err(|error| error.to_string())?,
+        }
+        if self.walker.memory.take_journal().is_empty() { Ok(()) } else { Err(format!("it wrote a table at L2 {l2}")) }
     }
 
     fn access(&mut self, which: u32, l2: L2Gfn, request: Request, c: u32) -> Result<(), String> {
@@ -298,7 +310,9 @@ impl World {
                 self.contexts[number].1.violated.insert(l2, now);
                 Ok(())
             }
-            Ended::WantsMemory(gfn) if expected == Verdict::NoMemory(gfn) => Ok(()),
+            Ended::WantsMemory(gfn) if matches!(expected, Verdict::NoMemory(other) | Verdict::NoTable(other, _) if other == gfn) => {
+                Ok(())
+            }
             Ended::WantsMemory(gfn) => Err(format!("{request:?} of L2 {l2} wants {gfn}, expected {expected:x?}")),
             Ended::NoMemory if self.starved => Ok(()),
             Ended::NoMemory => Err(format!("{request:?} of L2 {l2} found no memory")),

@@ -98,6 +98,7 @@ impl Mmu {
         // Closed for every processor before anything is compared.
         self.finish(env);
         let Some(track) = &mut self.track else { return };
+        self.stats.compared += twins.len() as u64 * Level::M2.frames();
         for twin in &twins {
             let changed = env.memory.changed_since(twin.first, &twin.kept, &twin.pages);
             for (word, block) in changed.into_iter().zip((0..).step_by(64)) {

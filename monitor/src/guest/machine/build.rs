@@ -62,7 +62,8 @@ impl Machine {
                     Some(l2) => Some(Box::new(l2.vcpu(index, &cpuid)?) as Box<dyn Below>),
                     None => None,
                 };
-                VcpuThread::start(Vcpu { index, fd, timer: plan.timer, rings: rings.clone(), below }, report.clone())
+                let (timer, rings, bus) = (plan.timer, rings.clone(), plan.bus.clone());
+                VcpuThread::start(Vcpu { index, fd, timer, rings, below, bus }, report.clone())
             })
             .collect::<Result<Vec<_>, _>>()?;
         Ok(Self {

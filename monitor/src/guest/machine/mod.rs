@@ -116,7 +116,7 @@ impl Machine {
     /// The same for a command in which one vCPU's L2 may never come to an end: after `patience` it is given back to its L1. Says how often.
     ///
     /// # Errors
-    /// [`Error::Broken`] and [`Error::Silent`].
+    /// [`Error::Broken`] and [`Error::Silent`]; the latter after `patience` where it is not the monitor who runs L2, and nobody can give it back.
     pub fn untimed_within(
         &self,
         vcpu: usize,
@@ -137,13 +137,12 @@ impl Machine {
                 // A kick that came when L2 had just been left.
                 Ok(Stop { exit: Exit::Kicked { .. }, .. }) => self.threads[vcpu].run(),
                 Ok(stop) => return Err(self.broken(stop.vcpu, stop.exit)),
-                Err(_) if waited > self.patience => return Err(self.silent(vcpu, name(command))),
+                Err(_) if waited > self.patience => return Err(self.silent(vcpu, name(command), waited)),
                 Err(_) => {
                     waited += wait;
                     expelled += 1;
-                    if let Some(l2) = &self.l2 {
-                        l2.expel();
-                    }
+                    let Some(l2) = &self.l2 else { return Err(self.silent(vcpu, name(command), waited)) };
+                    l2.expel();
                     self.threads[vcpu].kick();
                 }
             }
@@ -261,7 +260,9 @@ impl Machine {
         let mut waiting: Vec<usize> = vcpus.collect();
         let mut texts = 0;
         while let Some(&first) = waiting.first() {
-            let Ok(stop) = self.stops.recv_timeout(self.patience) else { return Err(self.silent(first, what)) };
+            let Ok(stop) = self.stops.recv_timeout(self.patience) else {
+                return Err(self.silent(first, what, self.patience));
+            };
             match stop.exit {
                 Exit::Doorbell(Doorbell::Ready) | Exit::Worked => {
                     windows.push(stop.window);
@@ -281,7 +282,7 @@ impl Machine {
         Ok(Window::around(windows).unwrap_or(Window { begin: 0, end: 0, clean: true }))
     }
 
-    pub(super) fn silent(&self, vcpu: usize, command: &'static str) -> Error {
+    pub(super) fn silent(&self, vcpu: usize, command: &'static str, after: Duration) -> Error {
         let mut place = "an unknown place".to_owned();
         for _ in 0..100 {
             self.threads[vcpu].kick();
@@ -292,7 +293,7 @@ impl Machine {
                 break;
             }
         }
-        Error::Silent { vcpu, seconds: self.patience.as_secs(), command, place }
+        Error::Silent { vcpu, after, command, place }
     }
 
     pub(super) fn broken(&self, vcpu: usize, exit: Exit) -> Error {
@@ -388,7 +389,7 @@ impl Machine {
         loop {
             machine.threads[0].run();
             let Ok(stop) = machine.stops.recv_timeout(machine.patience) else {
-                return Err(machine.silent(0, "its program"));
+                return Err(machine.silent(0, "its program", machine.patience));
             };
             match stop.exit {
                 Exit::Doorbell(Doorbell::Print) => output.push_str(&machine.text(0)?),

@@ -86,6 +86,7 @@ impl Machine {
                 filled: sum.filled.saturating_add(one.filled),
                 // All vCPUs have one table.
                 table_pages: sum.table_pages.max(one.table_pages),
+                table_root: sum.table_root.max(one.table_root),
                 ..one
             })
         })

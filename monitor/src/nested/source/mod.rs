@@ -187,10 +187,8 @@ pub enum Tables {
     /// They are left to KVM. Where `KVM_PRE_FAULT_MEMORY` follows, that costs less than to fill them here: Linux maps 16 pages around each that KVM
     /// finds missing.
     Left,
-    /// They are filled at once, as by writes. Where all memory is huge and there: for a write Linux maps a huge page with no more ado; for a read it first
-    /// takes a page table, for 16 small ones, and gives it back (`do_fault_around` in `mm/memory.c`).
-    Written,
-    /// They are filled at once.
+    /// They are filled at once, as by reads. For a huge page that is cheaper than a write, which looks after the file's times as well; for either Linux
+    /// takes a page table for small pages first, and gives it back (`do_fault_around` and `__do_fault` in `mm/memory.c`).
     Filled,
     /// The same, and L2's first write to each page is told from a read before it. KVM asks the host for a page with the right to write even if L2
     /// reads, and counts the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.

@@ -70,7 +70,6 @@ pub fn map_part(
     // It is a hint: what it does not do, a fault will.
     match tables {
         Tables::Left | Tables::Filled => {}
-        Tables::Written => drop(advise(stretch, Advice::LinuxPopulateWrite)),
         Tables::ToldApart => {
             register(stretch)?;
             let _ = populate(stretch);

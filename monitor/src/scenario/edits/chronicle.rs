@@ -7,6 +7,7 @@
 
 use super::mirror;
 use crate::failure::Failure;
+use crate::scenario::l1_cpu::format_of;
 use std::collections::HashMap;
 use umbra_mmu::guest::{Reflect, Reflection};
 use umbra_mmu::{Access as Rights, Format, Kind, Request};
@@ -65,7 +66,7 @@ impl Chronicle {
     pub fn new(nested: &Nested) -> Result<Self, Failure> {
         let mut words = Kept::default();
         mirror::lay(&mut words, nested);
-        Ok(Self { board: mirror::board(words, nested)?, format: mirror::format_of(nested), due: Vec::new() })
+        Ok(Self { board: mirror::board(words, nested)?, format: format_of(nested), due: Vec::new() })
     }
 
     /// Plays an epoch, which is later than all before.
@@ -173,6 +174,7 @@ mod tests {
     use super::super::mirror::{Expected, Mirror};
     use super::*;
     use proptest::prelude::*;
+    use umbra_mmu::guest::GuestCaps;
     use umbra_shared::Level;
     use umbra_shared::nested::{self, AliasKind, Flags, Map, Way};
     use umbra_shared::probe::Answer;
@@ -195,7 +197,8 @@ mod tests {
         fn without_a_race_it_is_what_the_walker_says(seed: u64, ept: bool) {
             let nested = nested(if ept { nested::Format::Ept } else { nested::Format::Npt });
             let mut chronicle = Chronicle::new(&nested).unwrap();
-            let (mut reads, mut writes) = (Mirror::new(&nested, None).unwrap(), Mirror::new(&nested, None).unwrap());
+            let mirror = || Mirror::new(&nested, GuestCaps::default()).unwrap();
+            let (mut reads, mut writes) = (mirror(), mirror());
             for number in 1..40 {
                 let epoch = chronicle.play(seed, number);
                 reads.play(seed, number);

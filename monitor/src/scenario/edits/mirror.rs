@@ -1,18 +1,18 @@
 //! The same edits on a table of the monitor's own, and what Umbra's software walker makes of L2's probes under it.
 
 use crate::failure::Failure;
-use crate::kvm::capabilities::NestedEpt;
 use crate::pages::PageSet;
+use crate::scenario::l1_cpu::format_of;
 use umbra_mmu::guest::{GuestCaps, Reflection};
 use umbra_mmu::track::strategy;
 use umbra_mmu::walker::{Ended, PlainMemory, Walker};
 use umbra_mmu::{
-    Config, Env, Format, Frame, Invalidation, Kind, L1Memory as _, Mmu, MmuError, Request, RootId, RootRole, Slot,
+    Config, Env, Frame, Invalidation, Kind, L1Memory as _, Mmu, MmuError, Request, RootId, RootRole, Slot,
 };
 use umbra_shared::board::{Board, MAX_REGIONS, PAGES, Words};
 use umbra_shared::edits::Epoch;
 use umbra_shared::layout::TRACKED_GPA;
-use umbra_shared::nested::{Flags, L2_BASE, Nested};
+use umbra_shared::nested::{L2_BASE, Nested};
 use umbra_shared::paging::{ept, long};
 use umbra_shared::probe::Probe;
 use umbra_shared::{Gfn, Level, PAGE_SIZE, nested};
@@ -35,14 +35,6 @@ impl Words for Tables {
 
     fn write(&mut self, address: u64, value: u64) {
         self.0.write(Frame(address / PAGE_SIZE), address % PAGE_SIZE, value);
-    }
-}
-
-/// The table's format, as the shadow MMU has it.
-pub fn format_of(nested: &Nested) -> Format {
-    match nested.format {
-        nested::Format::Ept => Format::Ept { five_levels: false, accessed_dirty: nested.flags != Flags::Unused },
-        _ => Format::Npt { five_levels: false, nx: true },
     }
 }
 
@@ -109,7 +101,7 @@ impl Mirror {
     ///
     /// # Errors
     /// [`Failure::Input`] for what cannot be edited.
-    pub fn new(nested: &Nested, offered: Option<NestedEpt>) -> Result<Self, Failure> {
+    pub fn new(nested: &Nested, caps: GuestCaps) -> Result<Self, Failure> {
         let pages = nested.map.l1_pages();
         let mut memory = Tables(PlainMemory::new(FIRST + pages, 0));
         let format = format_of(nested);
@@ -130,11 +122,6 @@ impl Mirror {
         let Some(strategy) = strategy("write-protect") else {
             return Err(Failure::Check("the walker has no strategy write-protect".into()));
         };
-        let caps = offered.map_or_else(GuestCaps::default, |offered| GuestCaps {
-            address_bits: offered.address_bits,
-            execute_only: offered.execute_only,
-            giant_pages: offered.giant_pages,
-        });
         let config = Config { caps, ..Config::new(FIRST + pages, strategy) };
         let mut mmu = Mmu::new(config, &slots).map_err(|error| broken(&error))?;
         let root = mmu

@@ -10,6 +10,7 @@ mod race;
 mod turns;
 
 use super::Setup;
+use super::l1_cpu::{EPT_VIOLATION, NESTED_PAGE_FAULT};
 use super::l2::Nesting;
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
@@ -27,9 +28,6 @@ use umbra_shared::nested::{Nested, Way};
 use umbra_shared::probe::Answer;
 use umbra_shared::protocol::Command;
 
-/// SVM's exit code of a nested page fault (APM 2, appendix C); VMX's basic exit reason of an EPT violation (SDM 3D, appendix C).
-const NESTED_PAGE_FAULT: u64 = 0x400;
-const EPT_VIOLATION: u64 = 48;
 /// Differences that are named one by one.
 const NAMED: usize = 16;
 

@@ -9,8 +9,8 @@
 use super::mirror::{Expected, Mirror};
 use super::{Trial, describe, exit_of};
 use crate::failure::Failure;
-use crate::kvm::capabilities;
 use crate::report::record::Row;
+use crate::scenario::l1_cpu::caps_of;
 use crate::scenario::setup::Fault;
 use umbra_shared::nested::{L2_BASE, Way};
 use umbra_shared::probe::{Answer, Probe};
@@ -24,8 +24,7 @@ const AUDIT: u64 = 16;
 /// One row.
 pub fn row(mut trial: Trial) -> Result<Row, Failure> {
     trial.counts = ["edits", "epochs", "due", "probes", "violations"].map(|name| (name, 0)).into();
-    let offered = if trial.nested.way == Way::Vmx { Some(capabilities::nested_vmx()?) } else { None };
-    let mut turns = Turns { mirror: Mirror::new(&trial.nested, offered)?, trial };
+    let mut turns = Turns { mirror: Mirror::new(&trial.nested, caps_of(trial.nested.way)?)?, trial };
     turns.play()?;
     Ok(turns.trial.finish())
 }

@@ -14,9 +14,10 @@ use super::Setup;
 use super::l2::Nesting;
 use crate::failure::Failure;
 use crate::guest::{self, Plan};
+use crate::kvm::bus;
 use crate::progress::Progress;
 use crate::report::Record;
-use crate::report::record::{Counter, Row};
+use crate::report::record::{Counter, Row, Rows};
 use crate::scenario::setup::Fault;
 use crate::track::Kind;
 use forecast::{Expected, Foretold};
@@ -31,8 +32,10 @@ use umbra_shared::protocol::Command;
 
 /// Faults that are named one by one.
 const NAMED: usize = 16;
-/// How long an L2 that begins with nonsense, or finds it in the place of its code, may run; and one that probes.
+/// How long an L2 that begins with nonsense, or finds it in the place of its code, may run; one of KVM's that may come to that by its own writes, since
+/// nobody can take that one back; and one that probes.
 const PATIENCE: Duration = Duration::from_millis(100);
+const DOUBT: Duration = Duration::from_secs(2);
 const PROBING: Duration = Duration::from_secs(30);
 /// How long L1 may be silent.
 const SILENCE: Duration = Duration::from_secs(40);
@@ -50,20 +53,28 @@ const BYTES: u64 = 16 << 20;
 /// Runs the scenario.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("hostile: its options are missing".into())) };
-    let plan = super::nested::plan(setup, l2, Nesting::Umbra);
     let mut rows = Vec::new();
-    for &means in &l2.means {
-        let kind = Kind::Shadow(means);
-        let name = format!("umbra:{kind}");
-        let row = match &plan {
-            Ok(plan) => Siege::new(setup, plan, kind, &name, progress).and_then(|siege| siege.finish(progress)),
-            Err(Failure::NotHere(why)) => Err(Failure::NotHere(why.clone())),
-            Err(other) => Err(Failure::Check(other.to_string())),
+    for nesting in l2.ways_here(crate::host::vendor()).into_iter().filter(|way| *way != Nesting::Plain) {
+        let kinds: Vec<Option<Kind>> = match nesting {
+            Nesting::Umbra => l2.means.iter().map(|&means| Some(Kind::Shadow(means))).collect(),
+            _ => vec![None],
         };
-        rows.push(Setup::or_not_here(&name, row)?);
+        let plan = super::nested::plan(setup, l2, nesting);
+        for kind in kinds {
+            let name = kind.map_or_else(|| nesting.to_string(), |kind| format!("{nesting}:{kind}"));
+            let row = match &plan {
+                Ok(plan) => Siege::new(setup, plan, kind, &name, progress).and_then(|siege| siege.finish(progress)),
+                Err(Failure::NotHere(why)) => Err(Failure::NotHere(why.clone())),
+                Err(other) => Err(Failure::Check(other.to_string())),
+            };
+            rows.push(Setup::or_not_here(&name, row)?);
+        }
     }
-    let has_one = rows.iter().any(|row| matches!(row, crate::report::record::Rows::Measured(_)));
-    setup.record_of(rows, |_| !has_one || l2.means_by_name)
+    let has_umbra = rows.iter().any(|row| matches!(row, Rows::Measured(row) if row.name.starts_with("umbra:")));
+    setup.record_of(rows, |name| {
+        let umbra = name.starts_with("umbra:");
+        if umbra && has_umbra { l2.means_by_name } else { l2.named(name) || umbra && l2.means_by_name }
+    })
 }
 
 /// One row.
@@ -71,11 +82,12 @@ struct Siege<'a> {
     setup: &'a Setup,
     plan: Plan,
     nested: Nested,
-    kind: Kind,
+    /// `None` where KVM shadows L1's table.
+    kind: Option<Kind>,
     row: Row,
     counts: BTreeMap<&'static str, u64>,
-    /// The fault that breaks L1 was made.
-    broke: bool,
+    /// The fault that breaks L1, or slips a page in, was made.
+    injected: bool,
 }
 
 /// What became of a case.
@@ -87,29 +99,27 @@ struct Outcome {
 }
 
 impl<'a> Siege<'a> {
-    fn new(setup: &'a Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) -> Result<Self, Failure> {
-        let Kind::Shadow(means) = kind else { return Err(Failure::Check("hostile: no strategy".into())) };
-        let shadow = super::nested::shadow(setup, plan, means, progress)?;
+    fn new(
+        setup: &'a Setup,
+        plan: &Plan,
+        kind: Option<Kind>,
+        name: &str,
+        progress: &Progress,
+    ) -> Result<Self, Failure> {
+        let shadow = match kind {
+            Some(Kind::Shadow(means)) => super::nested::shadow(setup, plan, means, progress)?,
+            _ => None,
+        };
         let plan = Plan { shadow, patience: SILENCE, ..plan.clone() };
         let Some(nested) = plan.nested else { return Err(Failure::Check("hostile: a plan without an L2".into())) };
         let row = Row { name: name.to_owned(), ..Row::default() };
-        let counts = [
-            "cases",
-            "probes",
-            "told",
-            "compared",
-            "control_pages",
-            "blind",
-            "endless",
-            "exposed",
-            "guest_deaths",
-            "machines",
-            "faults",
-            "most_calls",
-            "most_bytes",
-        ];
-        let counts = counts.map(|name| (name, 0)).into();
-        Ok(Self { setup, plan, nested, kind, row, counts, broke: false })
+        let whoever = ["cases", "probes", "told", "compared", "blind", "exposed", "guest_deaths", "machines", "faults"];
+        let others = match kind {
+            Some(_) => &["control_pages", "endless", "most_calls", "most_bytes"][..],
+            None => &["beyond", "not_here"],
+        };
+        let counts = whoever.iter().chain(others).map(|&name| (name, 0)).collect();
+        Ok(Self { setup, plan, nested, kind, row, counts, injected: false })
     }
 
     fn finish(mut self, progress: &Progress) -> Result<Row, Failure> {
@@ -119,7 +129,7 @@ impl<'a> Siege<'a> {
             let mut fort = Fort::new(&self.plan, self.nested, self.kind)?;
             self.count("machines", 1);
             number = self.hold(&mut fort, number..cases, progress)?;
-            for (name, value) in fort.tracker.counters(&fort.machine) {
+            for (name, value) in fort.counters() {
                 self.count(name, value);
             }
         }
@@ -167,8 +177,7 @@ impl<'a> Siege<'a> {
                 fort.renew()?;
             }
             let mut outcome = self.case(fort, number)?;
-            let audited = fort.host.shadow()?.audit();
-            if let Err(what) = audited {
+            if let Some(what) = fort.audit()? {
                 self.fault(number, &what);
             }
             if outcome.exposed && outcome.end.is_none() {
@@ -176,18 +185,14 @@ impl<'a> Siege<'a> {
                 if self.setup.inject == Some(Fault::BreakL1) {
                     fort.break_l1()?;
                 }
-                // What is broken may not show at once.
-                outcome.end = fort.renew().err();
+                outcome.end = fort.last_table().err();
             }
             if outcome.exposed || outcome.end.is_some() {
                 self.end(number, outcome, progress);
                 return Ok(number + 1);
             }
             if number % HARVEST == HARVEST - 1 {
-                fort.tracker.harvest(&fort.machine)?;
-                if fort.tracker.clears() {
-                    fort.tracker.clear(&fort.machine)?;
-                }
+                fort.harvest()?;
             }
         }
         Ok(end)
@@ -217,9 +222,15 @@ impl<'a> Siege<'a> {
         self.count("cases", 1);
         let (calls, words) = (fort.calls()?, fort.words());
         fort.store(&case);
-        let attacked = fort.machine.untimed_within(0, Command::Attack, number, PATIENCE);
+        let patience = if fort.is_kvms() { PROBING } else { PATIENCE };
+        let attacked = fort.machine.untimed_within(0, Command::Attack, number, patience);
         self.bounded(fort, number, calls)?;
         let mut outcome = match &case.control {
+            // KVM's nesting has no control page, and L1 does nothing.
+            Some(_) if fort.is_kvms() => {
+                self.count("not_here", 1);
+                Outcome { exposed: false, end: None }
+            }
             Some(control) => {
                 self.count("control_pages", 1);
                 Outcome { exposed: control.misleads(), end: None }
@@ -228,7 +239,8 @@ impl<'a> Siege<'a> {
             None => Outcome { exposed: false, end: None },
         };
         match attacked {
-            Ok(expelled) => self.count("endless", u64::from(expelled > 0)),
+            Ok(0) => {}
+            Ok(_) => self.count("endless", 1),
             Err(error) => outcome.end = Some(error),
         }
         // The fault: a page of a window that EPT02 knows nothing of.
@@ -252,13 +264,23 @@ impl<'a> Siege<'a> {
         let reached = fort.reached(case);
         let own = reached.as_ref().is_none_or(|reached| fort.is_own(reached));
         // The fault: L1 breaks though it has done nothing that would break it.
-        if self.setup.inject == Some(Fault::BreakL1) && !self.broke && !misled && !own {
+        if self.setup.inject == Some(Fault::BreakL1) && !self.injected && !misled && !own {
             fort.break_l1()?;
-            self.broke = true;
+            self.injected = true;
+        }
+        // The fault: a page that L1's table does not grant, where KVM maps it.
+        if self.setup.inject == Some(Fault::StrayPage) && fort.is_kvms() && !self.injected && !misled && !own {
+            let told = foretold.as_ref().map_or(0, |foretold| foretold.answers.len());
+            self.injected = fort.slip_in(&case.probes()[..told]);
         }
         let prober = fort.machine.vcpus() - 1;
-        let patience = if misled { PATIENCE } else { PROBING };
+        let patience = match &reached {
+            _ if misled || own && fort.is_kvms() => PATIENCE,
+            Some(reached) if fort.is_kvms() && fort.is_code(reached) => DOUBT,
+            _ => PROBING,
+        };
         let calls = fort.calls()?;
+        drop(fort.went_beyond());
         let made = fort.machine.untimed_within(prober, Command::Probe, 0, patience);
         self.bounded(fort, number, calls)?;
         let misled = misled || fort.misleads();
@@ -269,11 +291,16 @@ impl<'a> Siege<'a> {
         }
         let answers = fort.machine.answers(prober)?;
         self.count("told", answers.probes.iter().zip(case.probes()).filter(|(it, _)| it.code != 0).count() as u64);
+        let beyond = fort.went_beyond();
+        if !beyond.is_empty() {
+            self.count("beyond", beyond.len() as u64);
+        }
         if foretold.is_none() {
             self.count("blind", 1);
         }
         let Foretold { answers: expected, written } = foretold.unwrap_or_default();
         self.compare(number, case, &expected, &answers.probes);
+        self.compare_beyond(number, case, &expected, &beyond);
         if let Some(what) = reached.and_then(|reached| fort.misplaced(words, &reached, &written)) {
             self.fault(number, &what);
         }
@@ -293,8 +320,20 @@ impl<'a> Siege<'a> {
         }
     }
 
+    /// What L2 did beyond L1's memory has to be what it was foretold to do there, for as many probes as were foretold.
+    fn compare_beyond(&mut self, number: u64, case: &Case, expected: &[Expected], found: &[bus::Access]) {
+        let foretold: Vec<_> = expected.iter().filter_map(|expected| expected.beyond).collect();
+        let all = expected.len() == case.probes().len();
+        if !found.starts_with(&foretold) || all && found.len() > foretold.len() {
+            self.fault(number, &format!("beyond L1's memory L2 did {found:x?}, and a walk of the table {foretold:x?}"));
+        }
+    }
+
     /// What L1's command made the monitor do is bounded, and so is what the monitor remembers.
     fn bounded(&mut self, fort: &Fort, number: u64, before: u64) -> Result<(), Failure> {
+        if fort.is_kvms() {
+            return Ok(());
+        }
         let calls = fort.calls()? - before;
         let (pages, bytes) = fort.sizes()?;
         for (name, value) in [("most_calls", calls), ("most_bytes", bytes)] {
