@@ -6,8 +6,8 @@
 //! was woken, and each skip wakes it once more, while the CPU runs again. On a quiet machine it is done long before the CPU halts; on a busy one,
 //! one in four boots of five minutes went wrong.
 //!
-//! So the main loop, when it has been woken, waits until the thread that executes all CPUs waits as well. build.rs makes a shared library of this file
-//! alone.
+//! So the main loop, when it has been woken, waits until the thread that executes all CPUs waits as well; or for [`PATIENCE`]: where the CPUs are busy for so
+//! long it goes on, once, and what is left of the danger is that a CPU halts in that very moment. build.rs makes a shared library of this file alone.
 
 #![no_std]
 
@@ -18,7 +18,8 @@ use core::ptr::null_mut;
 use core::sync::atomic::Ordering::SeqCst;
 use core::sync::atomic::{AtomicPtr, AtomicU32};
 
-/// The main loop waits no longer for a turn. Firmware polls a drive whose answer is the main loop's.
+/// The main loop waits no longer for a turn, in host time. Firmware polls a drive whose answer is the main loop's; and a main loop that polls while it holds
+/// QEMU's lock waits in vain, since the thread of the CPUs wants that.
 static PATIENCE: Time = Time { seconds: 0, nanoseconds: 100_000_000 };
 
 /// Not known yet: before the thread of the CPUs has waited for the first time nobody waits for it.
@@ -31,6 +32,8 @@ const WAITS: u32 = 2;
 static CPUS: AtomicU32 = AtomicU32::new(BEFORE);
 /// The condition that it waits for.
 static CONDITION: AtomicPtr<c_void> = AtomicPtr::new(null_mut());
+/// Its thread number: of the first thread but the main one that waits for a condition without a limit of time.
+static THREAD: AtomicU32 = AtomicU32::new(0);
 
 /// `struct timespec`.
 #[repr(C)]
@@ -47,6 +50,8 @@ unsafe extern "C" {
 const GETPID: usize = 39;
 const GETTID: usize = 186;
 const FUTEX: usize = 202;
+const EXIT_GROUP: usize = 231;
+const FAILED: usize = 1;
 const FUTEX_WAIT_PRIVATE: usize = 128;
 const FUTEX_WAKE_PRIVATE: usize = 129;
 const TIMED_OUT: isize = -110;
@@ -94,6 +99,10 @@ impl Real {
         }
         // SAFETY: both are C strings.
         let found = unsafe { dlvsym(RTLD_NEXT, self.name.as_ptr(), self.version.as_ptr()) };
+        if found.is_null() {
+            // SAFETY: it takes no pointer. QEMU ends, rather than a null pointer is called.
+            unsafe { syscall(EXIT_GROUP, [FAILED, 0, 0, 0]) };
+        }
         self.found.store(found, SeqCst);
         found
     }
@@ -107,6 +116,16 @@ static BROADCAST: Real = Real::new(c"pthread_cond_broadcast", c"GLIBC_2.3.2");
 fn is_main() -> bool {
     // SAFETY: neither takes a pointer.
     unsafe { syscall(GETTID, [0; 4]) == syscall(GETPID, [0; 4]) }
+}
+
+/// Whether this is the thread of the CPUs.
+fn has_cpus() -> bool {
+    if is_main() {
+        return false;
+    }
+    // SAFETY: it takes no pointer.
+    let thread = unsafe { syscall(GETTID, [0; 4]) } as u32;
+    THREAD.compare_exchange(0, thread, SeqCst, SeqCst).is_ok() || THREAD.load(SeqCst) == thread
 }
 
 /// Until the thread of the CPUs waits, or patience ends.
@@ -134,14 +153,14 @@ pub unsafe extern "C" fn ppoll(files: *mut c_void, count: u64, limit: *const c_v
     ready
 }
 
-/// The thread of the CPUs waits here when all are idle. It is the one thread but the main one that waits for a condition without a limit of time.
+/// The thread of the CPUs waits here when all are idle, and before they run for the first time.
 // SAFETY: as above.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pthread_cond_wait(condition: *mut c_void, mutex: *mut c_void) -> c_int {
     // SAFETY: it is glibc's function of this name and version.
     let real: Wait = unsafe { transmute(WAIT.get()) };
-    let main = is_main();
-    if !main {
+    let ours = has_cpus();
+    if ours {
         CONDITION.store(condition, SeqCst);
         // The lock is still held that the main loop needs next, so it cannot be too early.
         CPUS.store(WAITS, SeqCst);
@@ -150,7 +169,7 @@ pub unsafe extern "C" fn pthread_cond_wait(condition: *mut c_void, mutex: *mut c
     }
     // SAFETY: what the caller answers for.
     let result = unsafe { real(condition, mutex) };
-    if !main {
+    if ours {
         CPUS.store(RUNS, SeqCst);
     }
     result

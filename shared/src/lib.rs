@@ -3,7 +3,7 @@
 //! One definition serves both sides: [`pattern`] is executed by the firmware and evaluated by the monitor (that
 //! evaluation is the *truth*), [`layout`] is the guest's physical map, [`protocol`] the doorbells and the pages that
 //! both read, [`nested`] what L2 is when the firmware is a hypervisor, [`control`] how the monitor runs it for the firmware, [`violation`] a
-//! list of accesses that L1's table may not permit, [`edits`] random edits of that table, [`race`] those that race a running L2, [`hostile`] those of a malicious L1. Nothing here knows KVM or the host.
+//! list of accesses that L1's table may not permit, [`edits`] random edits of that table, which [`board`] makes, with the [`probe`]s that L2 makes of them, [`race`] those that race a running L2, [`hostile`] those of a malicious L1. Nothing here knows KVM or the host.
 #![cfg_attr(not(test), no_std)]
 
 pub mod board;

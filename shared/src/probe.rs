@@ -45,7 +45,7 @@ impl Answer {
     }
 }
 
-/// What L1 reports of an epoch.
+/// What L1 reports of an epoch, or of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct Answers {

@@ -24,7 +24,7 @@ impl Mmu {
     pub fn prefetch(&mut self, env: &mut Env<'_>, root: RootId, l2_gpa: u64, stretches: u64) -> Result<(), MmuError> {
         let (page, frames) = self.roots.get(root).map(|root| (root.page, root.frames))?;
         let first = L2Gfn::containing(l2_gpa);
-        let end = (first.0 >> 9).saturating_add(stretches.max(1)) << 9;
+        let end = (first.0 >> 9).saturating_add(stretches.max(1)).saturating_mul(512);
         let done = self.prefetch_until(env, root, page, (first, end.min(frames)));
         // Also when it failed: what was pushed out on the way is posted.
         self.finish(env);

@@ -65,7 +65,7 @@ counters! {
     log_entries,
     /// Copies made of huge leaves.
     twins,
-    /// Pages that were compared with a copy.
+    /// Pages of leaves that were compared with a copy; those that are found to be zero on both sides by other means count as well.
     compared,
     /// Times that 2 MiB of memory were found to be written densely.
     made_dense,

@@ -15,9 +15,9 @@ const PACKAGE: &str = "qemu-system-x86";
 /// nothing while no CPU is reset.
 const TRIPLE_FAULT: &str = "Triple fault";
 
-/// Main loop and CPUs take turns, see monitor/preload/turns.rs,
+/// Main loop and CPUs take turns, see monitor/preload/turns.rs;
 const TURNS: &[u8] = include_bytes!(env!("UMBRA_TURNS"));
-/// by this file beside the machine's others.
+/// its name among the machine's files.
 const LIBRARY: &str = "turns.so";
 
 /// Name and version, as the Record has them.
@@ -42,7 +42,7 @@ pub fn end(log: &str) -> Option<End> {
 ///
 /// Under the instruction clock one virtual nanosecond is one executed instruction and nothing in the machine depends on the host:
 /// `sleep=off` skips idle time instead of waiting for it, the RTC follows the virtual clock, the seed fixes what QEMU draws, QEMU's threads take
-/// turns, and the guest has no RDRAND. The serial ports are files, because a write to a file never makes the guest wait for a reader.
+/// turns (but for a wait of 100 ms of the host's, see there), and the guest has no RDRAND. The serial ports are files, because a write to a file never makes the guest wait for a reader.
 ///
 /// # Errors
 /// [`Failure::NotHere`] when QEMU is not installed or a file cannot be written.
@@ -95,8 +95,11 @@ mod tests {
         let turns = goblin::elf::Elf::parse(TURNS).unwrap();
         let qemu = fs::read(crate::lab::child::find(PROGRAM).expect("QEMU")).unwrap();
         let qemu = goblin::elf::Elf::parse(&qemu).unwrap();
-        for symbol in turns.dynsyms.iter().filter(|symbol| symbol.st_value != 0) {
-            let name = turns.dynstrtab.get_at(symbol.st_name).unwrap();
+        let ours = turns.dynsyms.iter().filter(|symbol| symbol.st_value != 0);
+        let mut names: Vec<_> = ours.filter_map(|symbol| turns.dynstrtab.get_at(symbol.st_name)).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["ppoll", "pthread_cond_broadcast", "pthread_cond_signal", "pthread_cond_wait"]);
+        for name in names {
             let called = |other: &goblin::elf::Sym| qemu.dynstrtab.get_at(other.st_name) == Some(name);
             assert!(qemu.dynsyms.iter().any(|other| other.is_import() && called(&other)), "{name}");
         }

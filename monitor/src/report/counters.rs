@@ -15,7 +15,8 @@ pub fn tables(rows: &[&Row]) -> Vec<Table> {
     let names = names(rows);
     let widest = |lengths: &mut dyn Iterator<Item = usize>| lengths.max().unwrap_or(0) + GAP;
     let first = widest(&mut names.iter().map(|(name, source)| name.len() + source.len() + GAP));
-    let column = widest(&mut rows.iter().map(|row| row.name.len()));
+    let longest = |row: &&Row| row.counters.values().map(|counter| counter.value.to_string().len()).max().unwrap_or(0);
+    let column = widest(&mut rows.iter().map(|row| row.name.len().max(longest(row))));
     let columns = (WIDTH.saturating_sub(first) / column).max(1);
     // As many in each as can be.
     let columns = rows.len().div_ceil(rows.len().div_ceil(columns).max(1)).max(1);

@@ -329,12 +329,12 @@ pub(super) fn right(text: String) -> Cell {
     Cell::new(text).set_alignment(CellAlignment::Right)
 }
 
-/// Truth and stalls, a row for each row of the Record, and one more for those that have an L2: the same by L2's pages.
-/// Whether something is tracked in that row, be it that nothing was written.
+/// Whether something was tracked in that row; one without phases says it by its pages alone.
 fn is_tracked(row: &Row) -> bool {
     !row.phases.is_empty() || row.truth.pages != Pages::default()
 }
 
+/// Truth and stalls, a row for each row of the Record, and one more for those that have an L2: the same by L2's pages.
 fn checks(rows: &[&Row]) -> Table {
     let mut table = plain_table();
     let unchanged = rows.iter().any(|row| row.truth.pages.unchanged > 0);

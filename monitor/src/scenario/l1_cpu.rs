@@ -4,6 +4,8 @@ use crate::kvm;
 use crate::kvm::capabilities::{self, NestedEpt, NestedNpt};
 use umbra_mmu::Format;
 use umbra_mmu::guest::GuestCaps;
+use umbra_shared::PAGE_SIZE;
+use umbra_shared::control::Exit;
 use umbra_shared::nested::{self, Flags, Nested, Way};
 
 /// SVM's exit code of a nested page fault (APM 2, appendix C).
@@ -36,6 +38,17 @@ pub fn caps_of(way: Way) -> Result<GuestCaps, kvm::Error> {
         Way::Vmx => capabilities::nested_vmx()?.into(),
         Way::Umbra | Way::Plain => GuestCaps::default(),
     })
+}
+
+/// The code by which L1 is told of a violation, and to how many bytes the address is known. Umbra's fault sources know the page of an access, not always
+/// the byte.
+#[must_use]
+pub const fn violation(way: Way) -> (u64, u64) {
+    match way {
+        Way::Svm => (NESTED_PAGE_FAULT, 1),
+        Way::Vmx => (EPT_VIOLATION, 1),
+        Way::Umbra | Way::Plain => (Exit::Violation as u64, PAGE_SIZE),
+    }
 }
 
 /// The format of L1's table.

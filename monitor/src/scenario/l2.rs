@@ -214,6 +214,12 @@ impl L2Options {
         }
     }
 
+    /// Those of them that have an L2 with a table of its own.
+    #[must_use]
+    pub fn nested_ways_here(&self, vendor: &str) -> Vec<Nesting> {
+        self.ways_here(vendor).into_iter().filter(|way| *way != Nesting::Plain).collect()
+    }
+
     /// Whether the row of this name was asked for by its way, so that it is a failure when it is missing.
     #[must_use]
     pub fn named(&self, row: &str) -> bool {

@@ -5,6 +5,7 @@ mod collapse;
 mod cures;
 mod dirty_log;
 mod dirty_rate;
+mod each_way;
 mod edits;
 mod hostile;
 mod l1_cpu;

@@ -7,6 +7,7 @@
 //! The trackers track L1's pages, as a VMM does that migrates a guest hypervisor.
 
 use super::Setup;
+use super::each_way;
 use super::l2::{self, FirstTouch, L2Options, Nesting};
 use super::pass::{self, Case, Ending, ExplainedBy, Run};
 use crate::failure::Failure;
@@ -17,7 +18,7 @@ use crate::kvm::{self, capabilities};
 use crate::nested::{Means, Options};
 use crate::progress::Progress;
 use crate::report::Record;
-use crate::report::record::{Row, Rows};
+use crate::report::record::Row;
 use crate::track::Kind;
 use umbra_shared::Level;
 use umbra_shared::nested::{AliasKind, Flags, Format, Way};
@@ -30,7 +31,6 @@ const ENTRIES: u64 = 3;
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("nested: its options are missing".into())) };
     setup.check_named()?;
-    let mut rows = Vec::new();
     let ways = l2.ways_here(host::vendor());
     if ways.contains(&Nesting::Umbra)
         && l2.map.kind() == AliasKind::Scattered
@@ -38,28 +38,7 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     {
         progress.step(&format!("umbra: leaves that are scattered over L1's memory take a mapping each: {error}"));
     }
-    for nesting in ways {
-        let kinds: Vec<Kind> = match nesting {
-            Nesting::Umbra => l2.means.iter().copied().map(Kind::Shadow).collect(),
-            _ => setup.trackers().to_vec(),
-        };
-        let plan = plan(setup, l2, nesting);
-        for kind in kinds {
-            let name = format!("{nesting}:{kind}");
-            let row = match &plan {
-                Ok(plan) => row(setup, plan, kind, &name, progress),
-                Err(Failure::NotHere(why)) => Err(Failure::NotHere(why.clone())),
-                Err(other) => Err(Failure::Check(other.to_string())),
-            };
-            rows.push(Setup::or_not_here(&name, row)?);
-        }
-    }
-    // A way that nobody asked for may be missing; the trackers that were asked for are there. Of umbra's means a host may have some alone.
-    let has_umbra = rows.iter().any(|row| matches!(row, Rows::Measured(row) if row.name.starts_with("umbra:")));
-    setup.record_of(rows, |name| {
-        let umbra = name.starts_with("umbra:");
-        if umbra && has_umbra { l2.means_by_name } else { l2.named(name) || umbra && l2.means_by_name }
-    })
+    each_way::record(setup, l2, &ways, setup.trackers(), |plan, kind, name| row(setup, plan, kind, name, progress))
 }
 
 /// The machine of a way to run L2, if the firmware and this host can. Umbra's rows differ in their means.

@@ -35,9 +35,9 @@ pub enum Fault {
     ExtraPage,
     /// Has the walker play another epoch than L1, once.
     LoseEdit,
-    /// L1 leaves out one invalidation in four.
+    /// L1 makes no invalidation.
     LoseInvalidation,
-    /// L1 says that it is over before it makes it, one in four.
+    /// L1 says that each invalidation is over before it makes it.
     LateInvalidation,
     /// What the log of L2's VM holds for pages that are closed is lost.
     LoseTransfer,

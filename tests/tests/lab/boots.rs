@@ -3,7 +3,7 @@
 //!
 //! | boot | machine | what is had from it |
 //! | --- | --- | --- |
-//! | first, second | svm, 6.12 from the shelf, then the same kernel as if it were the user's own; one matrix, killed between them | every figure on AMD; up to [`SHIFT`] both are equal to the instruction, behind it the same work is shifted; the first one ends with the [`LONGEST`] runs |
+//! | first, second | svm, 6.12 from the shelf, then the same kernel as if it were the user's own; one matrix, killed between them | every figure on AMD; up to [`SHIFT`] both are equal to the instruction, behind it the same work is shifted |
 //! | dropping | svm, 5.10, whose TDP MMU drops roots | what a lost root costs |
 //! | intel | vmx, 6.12 | EPT, its log, nested VMX |
 //! | wall | svm, 6.12 on two CPUs without the instruction clock, KVM's older MMU, no eager splitting | what is true at any speed: concurrent harvests, edits, a malicious L1; and runs that fail |
@@ -27,9 +27,6 @@ pub const PINNED: &str = "6.12.111-1~deb12u1";
 /// The runs between which the first two boots differ: in one digit of the image, and from there on in time and in what memory was used.
 pub const SHIFT: [&str; 2] = ["model --memory 2M --strategy log", "model --memory 4M --strategy log"];
 
-/// The runs that take longest, once is enough for them.
-const LONGEST: [&str; 3] = [figures::DIRTY_LOG, nested::FIRST_TOUCH, nested::TWIN];
-
 /// Which boot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Boot {
@@ -48,10 +45,10 @@ impl Boot {
     pub fn jobs(self) -> Vec<&'static str> {
         match self {
             Self::First | Self::Second => {
-                let mut before = [figures::JOBS, nested::JOBS, roots::JOBS].concat();
-                before.retain(|job| !LONGEST.contains(job));
-                let (shift, last) = if self == Self::First { (SHIFT[0], &LONGEST[..]) } else { (SHIFT[1], &[][..]) };
-                [&before[..], &[shift], matrix::JOBS, last].concat()
+                // The plan with all runs is a part of the image, so the two differ in nothing else.
+                let shift = SHIFT[usize::from(self == Self::Second)];
+                let before = [figures::JOBS, nested::JOBS, roots::JOBS].concat();
+                [&before[..], &[shift], matrix::JOBS].concat()
             }
             Self::Dropping => roots::JOBS[..roots::COMMON].to_vec(),
             Self::Intel => vmx::JOBS.to_vec(),
@@ -76,9 +73,8 @@ impl Boot {
         let results = match self {
             Self::First | Self::Second => {
                 let both = MATRIX.get_or_init(|| caught(&|| matrix::both().records.iter().cloned().map(Ok).collect()));
-                let [first, second] = [Self::First, Self::Second].map(|boot| boot.jobs().len());
-                both.as_ref()
-                    .map(|both| if self == Self::First { &both[..first] } else { &both[first..first + second] })
+                let jobs = self.jobs().len();
+                both.as_ref().map(|both| if self == Self::First { &both[..jobs] } else { &both[jobs..2 * jobs] })
             }
             Self::Intel => OTHERS[0].get_or_init(|| caught(&|| self.boot("6.12", Emulator::Bochs, &[]))).as_deref(),
             // Its default is still the older MMU.

@@ -18,7 +18,7 @@ pub const JOBS: &[&str] = &[
     "dirty-log --memory 16M --backing hugetlb --tracker clear+init-set --chunk 512 --guest-page 2m",
     MODEL,
 ];
-pub const DIRTY_LOG: &str = "dirty-log";
+const DIRTY_LOG: &str = "dirty-log";
 const EMPTY: &str = "dirty-log --memory 16M --pattern empty --tracker bitmap,clear";
 const QUARTER: &str = "dirty-log --memory 15M --slots 3 --vcpus 2 --pattern random --write-percent 25 --guest-page 4k";
 const MODEL: &str = "model --memory 16M --leaf 2m --split shatter";

@@ -23,9 +23,8 @@ pub const JOBS: &[&str] = &[
     "nested --memory 16K --tracker bitmap --backing anonymous --alias 1025 --rounds 1 --nesting svm,umbra --mechanism kvm-bitmap",
     TWIN,
 ];
-pub const FIRST_TOUCH: &str =
-    "nested --memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect";
-pub const TWIN: &str = "nested --memory 16M --tracker bitmap --leaf 2m --rounds 3 --pattern random --write-percent 50 --nesting umbra --strategy twin,twin+log --mechanism mprotect,kvm-clear";
+const FIRST_TOUCH: &str = "nested --memory 16M --tracker clear --backing anonymous --rounds 2 --strategy log,write-protect --mechanism kvm-bitmap,kvm-clear,pagemap,mprotect";
+const TWIN: &str = "nested --memory 16M --tracker bitmap --leaf 2m --rounds 3 --pattern random --write-percent 50 --nesting umbra --strategy twin,twin+log --mechanism mprotect,kvm-clear";
 /// What runs without the instruction clock: runs that go wrong, the last of them with a firmware that writes a page too few; 500 random edits of L1's
 /// table; a malicious L1, and faults that it must not be blamed for; edits that race L2, and such of an L1 that loses invalidations.
 pub const FAST: &[&str] = &[

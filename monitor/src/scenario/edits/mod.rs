@@ -10,8 +10,7 @@ mod race;
 mod turns;
 
 use super::Setup;
-use super::l1_cpu::{EPT_VIOLATION, NESTED_PAGE_FAULT};
-use super::l2::Nesting;
+use super::each_way;
 use crate::failure::Failure;
 use crate::guest::{Machine, Plan};
 use crate::pages::PageSet;
@@ -21,10 +20,8 @@ use crate::report::record::{Counter, Row};
 use crate::track::{Kind, Tracker};
 use mirror::Mirror;
 use std::collections::BTreeMap;
-use umbra_shared::PAGE_SIZE;
-use umbra_shared::control;
 use umbra_shared::edits::Epoch;
-use umbra_shared::nested::{Nested, Way};
+use umbra_shared::nested::Nested;
 use umbra_shared::probe::Answer;
 use umbra_shared::protocol::Command;
 
@@ -34,31 +31,9 @@ const NAMED: usize = 16;
 /// Runs the scenario.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("edits: its options are missing".into())) };
-    let mut rows = Vec::new();
-    for nesting in l2.ways_here(crate::host::vendor()).into_iter().filter(|way| *way != Nesting::Plain) {
-        let kinds: Vec<Option<Kind>> = match nesting {
-            Nesting::Umbra => l2.means.iter().map(|&means| Some(Kind::Shadow(means))).collect(),
-            _ => vec![None],
-        };
-        let plan = super::nested::plan(setup, l2, nesting);
-        for kind in kinds {
-            let name = kind.map_or_else(|| nesting.to_string(), |kind| format!("{nesting}:{kind}"));
-            let row = match &plan {
-                Ok(plan) => row(setup, plan, kind, &name, progress),
-                Err(Failure::NotHere(why)) => Err(Failure::NotHere(why.clone())),
-                Err(other) => Err(Failure::Check(other.to_string())),
-            };
-            rows.push(Setup::or_not_here(&name, row)?);
-        }
-    }
-    let measured = |row: &crate::report::record::Rows| matches!(row, crate::report::record::Rows::Measured(_));
-    let has_umbra = rows.iter().any(|row| measured(row) && row.name().starts_with("umbra:"));
-    setup.record_of(
-        rows,
-        |name| {
-            if name.starts_with("umbra:") && has_umbra { l2.means_by_name } else { l2.named(name) }
-        },
-    )
+    each_way::record(setup, l2, &l2.nested_ways_here(crate::host::vendor()), &[None], |plan, kind, name| {
+        row(setup, plan, kind, name, progress)
+    })
 }
 
 fn row(setup: &Setup, plan: &Plan, kind: Option<Kind>, name: &str, progress: &Progress) -> Result<Row, Failure> {
@@ -133,9 +108,12 @@ impl<'a> Trial<'a> {
         self.count("due", epoch.due.into());
     }
 
+    /// Begins to track; what is reported because it was there before is harvested at once.
     fn start(&mut self) -> Result<(), Failure> {
-        let Some((_, tracker)) = &mut self.tracker else { return Ok(()) };
-        Ok(tracker.start(&self.machine)?)
+        let Some((kind, tracker)) = &mut self.tracker else { return Ok(()) };
+        let all = kind.initially_all_set();
+        tracker.start(&self.machine)?;
+        if all { self.harvest() } else { Ok(()) }
     }
 
     /// Asks for what was written, and clears it.
@@ -198,16 +176,6 @@ impl Differences {
         let more = self.count - self.named.len() as u64;
         let last = (more > 0).then(|| format!("and {more} more differences"));
         row.truth.faults = self.named.into_iter().chain(last).map(|what| format!("{}: {what}", row.name)).collect();
-    }
-}
-
-/// The code by which L1 is told of a violation, and to how many bytes the address is known. Umbra's fault sources know the page of an access, not always
-/// the byte.
-const fn exit_of(way: Way) -> (u64, u64) {
-    match way {
-        Way::Svm => (NESTED_PAGE_FAULT, 1),
-        Way::Vmx => (EPT_VIOLATION, 1),
-        Way::Umbra | Way::Plain => (control::Exit::Violation as u64, PAGE_SIZE),
     }
 }
 

@@ -13,11 +13,12 @@
 
 use super::chronicle::{Chronicle, May};
 use super::mirror::Mirror;
-use super::{Trial, describe, exit_of};
+use super::{Trial, describe};
 use crate::failure::Failure;
 use crate::kvm::Vm;
 use crate::pages::PageSet;
 use crate::report::record::{Pages, Row, TruthOfL2};
+use crate::scenario::l1_cpu::violation;
 use crate::scenario::setup::Fault;
 use std::time::Duration;
 use umbra_shared::nested::L2_BASE;
@@ -26,7 +27,7 @@ use umbra_shared::race::{Access, Lapse, Order, Turn};
 
 /// Epochs of a race, at most.
 const EPOCHS: u64 = 64;
-/// Edits of an epoch, on the average.
+/// Edits of an epoch: on the average it has rather more.
 const EDITS: u64 = 4;
 /// Harvests while it is on, and the time from one to the next.
 const HARVESTS: u32 = 4;
@@ -114,10 +115,6 @@ impl<'a> Race<'a> {
             && let Some(log) = &mut l2.shadow()?.places.here_mut().log
         {
             log.forgetful = true;
-        }
-        if self.trial.tracker.as_ref().is_some_and(|(kind, _)| kind.initially_all_set()) {
-            // What was there when tracking began is reported once.
-            self.harvest()?;
         }
         Ok(())
     }
@@ -216,7 +213,7 @@ impl<'a> Race<'a> {
             if probe.write { !may.lead_to.is_empty() } else { may.lead_to.iter().any(read) }
         } else {
             self.trial.count("violations", 1);
-            let (code, bytes) = exit_of(self.trial.nested.way);
+            let (code, bytes) = violation(self.trial.nested.way);
             let within = if probe.write { turn.word() as u64 * 8 } else { 0 };
             let address = L2_BASE.plus(probe.page).address() + within;
             answer.code == code

@@ -7,10 +7,10 @@
 //! ```
 
 use super::mirror::{Expected, Mirror};
-use super::{Trial, describe, exit_of};
+use super::{Trial, describe};
 use crate::failure::Failure;
 use crate::report::record::Row;
-use crate::scenario::l1_cpu::caps_of;
+use crate::scenario::l1_cpu::{caps_of, violation};
 use crate::scenario::setup::Fault;
 use umbra_shared::nested::{L2_BASE, Way};
 use umbra_shared::probe::{Answer, Probe};
@@ -42,13 +42,13 @@ impl Turns<'_> {
             number += 1;
             self.epoch(number)?;
             if number % HARVEST == 0 {
-                self.harvest(number)?;
+                self.harvest()?;
             }
             if number % AUDIT == 0 {
                 self.trial.audit(number)?;
             }
         }
-        self.harvest(number)?;
+        self.harvest()?;
         self.trial.audit(number)?;
         self.compare_memory();
         Ok(())
@@ -83,19 +83,17 @@ impl Turns<'_> {
     }
 
     /// Compares what the tracker reports with what was written since the last time.
-    fn harvest(&mut self, number: u64) -> Result<(), Failure> {
+    fn harvest(&mut self) -> Result<(), Failure> {
         let Self { trial, mirror } = self;
-        let Some((kind, _)) = trial.tracker else { return Ok(()) };
+        if trial.tracker.is_none() {
+            return Ok(());
+        }
         trial.harvest()?;
-        let missed = mirror.written.without(&trial.reported).count();
-        let unwritten = trial.reported.without(&mirror.written).count();
-        let explained = if kind.initially_all_set() && number == HARVEST { unwritten } else { 0 };
         let pages = &mut trial.row.truth.pages;
         pages.written += mirror.written.count();
         pages.reported += trial.reported.count();
-        pages.missed += missed;
-        pages.extra += unwritten - explained;
-        pages.explained += explained;
+        pages.missed += mirror.written.without(&trial.reported).count();
+        pages.extra += trial.reported.without(&mirror.written).count();
         mirror.written.clear();
         Ok(())
     }
@@ -115,7 +113,7 @@ impl Turns<'_> {
 
 /// What is wrong with an answer, if something is.
 fn difference(way: Way, probe: Probe, answer: &Answer, expected: Expected) -> Option<String> {
-    let (code, bytes) = exit_of(way);
+    let (code, bytes) = violation(way);
     let address = L2_BASE.plus(probe.page).address();
     let right = match expected {
         Expected::Done(value) => answer.code == 0 && answer.value == value,

@@ -7,7 +7,7 @@
 //! | --- | --- | --- | --- |
 //! | a page, and the right to read or write it | it is read or written; without the right to execute: exit `ExecuteRights` | read or written | read or written |
 //! | an entry without that right, or that is not present | exit `Violation` | exit 400h, EXITINFO1 (APM 2, 15.25.6) | exit reason 48, qualification (SDM 3C, table 28-7) |
-//! | a reserved bit or combination | EPT: exit `Misconfigured`; NPT: exit `Violation` with RSV | exit 400h with P and RSV | exit reason 49, qualification 0 (SDM 3C, 28.3.3.1) |
+//! | a reserved bit or combination | EPT: exit `Misconfigured`; NPT: exit `Violation` with RSV | exit 400h with P and RSV | exit reason 49, qualification 0 (SDM 3C, 29.3.3.1) |
 //! | a page beyond L1's memory | exit `Beyond` | an access to a device: `KVM_EXIT_MMIO` with L1's address, then all bits set, or lost | the same |
 //! | a table beyond L1's memory | exit `Beyond` | as an entry that is not present | the same, bits 5:3 the rights of the entries above |
 //!
@@ -20,7 +20,7 @@
 use crate::kvm;
 use crate::kvm::bus;
 use crate::nested::memory::View;
-use crate::scenario::l1_cpu::{EPT_MISCONFIGURATION, EPT_VIOLATION, NESTED_PAGE_FAULT, caps_of, format_of};
+use crate::scenario::l1_cpu::{EPT_MISCONFIGURATION, EPT_VIOLATION, NESTED_PAGE_FAULT, caps_of, format_of, violation};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use umbra_mmu::guest::{GuestCaps, Reflection};
@@ -30,7 +30,7 @@ use umbra_shared::control::Exit;
 use umbra_shared::nested::{L2_BASE, Nested, Way};
 use umbra_shared::paging::ept::qualification;
 use umbra_shared::probe::{Answer, Probe};
-use umbra_shared::{Gfn, L2Gfn, PAGE_SIZE};
+use umbra_shared::{Gfn, L2Gfn};
 
 /// Who runs L2, and what L1's table means there.
 #[derive(Clone, Copy, Debug)]
@@ -58,11 +58,6 @@ impl Rules {
     /// Whether it is KVM that shadows the table.
     fn are_kvms(&self) -> bool {
         matches!(self.way, Way::Svm | Way::Vmx)
-    }
-
-    /// To how many bytes L1 is told an address. Umbra's fault sources know the page of an access, not always the byte.
-    fn precision(&self) -> u64 {
-        if self.are_kvms() { 1 } else { PAGE_SIZE }
     }
 
     /// Code and information of what L1 is told; `write` is bit 1 where the table's format does not say more.
@@ -221,7 +216,7 @@ impl<'a> Forecast<'a> {
         for &(probe, word) in probes {
             let end = self.end(&overlay, probe);
             let mut expected =
-                Expected { answer: Answer::default(), any: 0, precision: self.rules.precision(), beyond: None };
+                Expected { answer: Answer::default(), any: 0, precision: violation(self.rules.way).1, beyond: None };
             match end {
                 End::Page(frame) => {
                     pages.push((answers.len(), probe, frame));
@@ -290,6 +285,7 @@ impl<'a> Forecast<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use umbra_shared::PAGE_SIZE;
 
     fn rules(way: Way) -> Rules {
         let format = match way {

@@ -74,15 +74,22 @@ impl Fort {
         let host = machine.l2().map(Arc::clone);
         let pages = host.as_ref().map_or_else(|| Arc::new(L1Pages::of(machine.vm())), |host| Arc::clone(host.memory()));
         let slots = Slots::new(&pages.slots(), pages.frames()).map_err(Failure::Check)?;
+        let pages_of_l1 = pages.frames();
         let view = View(pages);
         let rules = Rules::of(&nested)?;
         let Report { table_root: root, table_pages, .. } = machine.nested_report()?;
+        // The firmware says it, and it may be anybody's.
+        let sound = root.is_multiple_of(PAGE_SIZE) && table_pages <= pages_of_l1;
+        let Some(first) = slots.find(Gfn::containing(root)).filter(|_| sound).map(|found| found.frame) else {
+            return Err(Failure::Check(format!(
+                "hostile: L1 says that its table has {table_pages} pages from {root:#x} on"
+            )));
+        };
         let (l1, l2) = (nested.map.l1_pages(), nested.map.l2_pages());
         let Some(board) = Board::find(Memory(&view), root, nested.format, l1, l2) else {
             return Err(Failure::Check("hostile: L1's table has no leaf tables".into()));
         };
         let place = Place::of(&board, root, table_pages);
-        let first = slots.find(Gfn::containing(root)).map_or(Frame(0), |found| found.frame);
         let tables = first..first.plus(place.table_pages);
         let code = code(&Memory(&view), root, view.0.frames());
         let starts = code.iter().filter(|(address, _)| address.is_multiple_of(PAGE_SIZE));

@@ -1,6 +1,6 @@
-//! A malicious L1 against the monitor ([`umbra_shared::hostile`]): words that are no entries in its table, nonsense in its control page,
-//! doorbells out of turn. After each case L2 reads and writes the pages concerned; what comes of it has to be what a naive walk of the table says, the
-//! windows have to be what EPT02 and the process's memory map say, and what the monitor did has to stay within bounds.
+//! A malicious L1 against whoever shadows its table, the monitor or KVM ([`umbra_shared::hostile`]): words in that table that are no entries, nonsense in
+//! its control page, doorbells out of turn. After each case L2 reads and writes the pages concerned; what comes of it has to be what a naive walk of the
+//! table says. Where it is the monitor, the windows have to be what EPT02 and the process's memory map say, and what it did has to stay within bounds.
 //!
 //! An L1 may break itself: its table may let L2 write L1's own memory, or lead L2 to code that is none. Whether it may have is told by the table alone
 //! (`reach`). Then it may end in any way, each of which is one clear line, and another L1 goes on with the next case. One that ends otherwise is a
@@ -11,13 +11,13 @@ mod fort;
 mod reach;
 
 use super::Setup;
-use super::l2::Nesting;
+use super::each_way;
 use crate::failure::Failure;
 use crate::guest::{self, Plan};
 use crate::kvm::bus;
 use crate::progress::Progress;
 use crate::report::Record;
-use crate::report::record::{Counter, Row, Rows};
+use crate::report::record::{Counter, Row};
 use crate::scenario::setup::Fault;
 use crate::track::Kind;
 use forecast::{Expected, Foretold};
@@ -53,27 +53,8 @@ const BYTES: u64 = 16 << 20;
 /// Runs the scenario.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("hostile: its options are missing".into())) };
-    let mut rows = Vec::new();
-    for nesting in l2.ways_here(crate::host::vendor()).into_iter().filter(|way| *way != Nesting::Plain) {
-        let kinds: Vec<Option<Kind>> = match nesting {
-            Nesting::Umbra => l2.means.iter().map(|&means| Some(Kind::Shadow(means))).collect(),
-            _ => vec![None],
-        };
-        let plan = super::nested::plan(setup, l2, nesting);
-        for kind in kinds {
-            let name = kind.map_or_else(|| nesting.to_string(), |kind| format!("{nesting}:{kind}"));
-            let row = match &plan {
-                Ok(plan) => Siege::new(setup, plan, kind, &name, progress).and_then(|siege| siege.finish(progress)),
-                Err(Failure::NotHere(why)) => Err(Failure::NotHere(why.clone())),
-                Err(other) => Err(Failure::Check(other.to_string())),
-            };
-            rows.push(Setup::or_not_here(&name, row)?);
-        }
-    }
-    let has_umbra = rows.iter().any(|row| matches!(row, Rows::Measured(row) if row.name.starts_with("umbra:")));
-    setup.record_of(rows, |name| {
-        let umbra = name.starts_with("umbra:");
-        if umbra && has_umbra { l2.means_by_name } else { l2.named(name) || umbra && l2.means_by_name }
+    each_way::record(setup, l2, &l2.nested_ways_here(crate::host::vendor()), &[None], |plan, kind, name| {
+        Siege::new(setup, plan, kind, name, progress)?.finish(progress)
     })
 }
 
@@ -275,8 +256,9 @@ impl<'a> Siege<'a> {
         }
         let prober = fort.machine.vcpus() - 1;
         let patience = match &reached {
-            _ if misled || own && fort.is_kvms() => PATIENCE,
-            Some(reached) if fort.is_kvms() && fort.is_code(reached) => DOUBT,
+            _ if misled => PATIENCE,
+            Some(reached) if fort.is_kvms() && (own || fort.is_code(reached)) => DOUBT,
+            None if fort.is_kvms() => DOUBT,
             _ => PROBING,
         };
         let calls = fort.calls()?;
@@ -290,6 +272,11 @@ impl<'a> Siege<'a> {
             return Ok(outcome);
         }
         let answers = fort.machine.answers(prober)?;
+        let (made, due) = (answers.count, case.probes().len());
+        if made != due as u64 {
+            self.fault(number, &format!("L2 made {made} probes of {due}"));
+            return Ok(outcome);
+        }
         self.count("told", answers.probes.iter().zip(case.probes()).filter(|(it, _)| it.code != 0).count() as u64);
         let beyond = fort.went_beyond();
         if !beyond.is_empty() {

@@ -1,6 +1,6 @@
 //! What L2 may have come to, whatever was cached: every page to which some walk of L1's table leads, each entry as it is or as it was at some moment
-//! since L1 last said that something changed (DESIGN.md, the invariant). More the monitor must never map, so what L2 breaks out of this reach is the
-//! monitor's fault; and an L1 that breaks although its own memory was out of reach was broken by the monitor.
+//! since L1 last said that something changed (DESIGN.md, the invariant). More must never be mapped, so what L2 breaks out of this reach is the
+//! fault of whoever shadows the table, the monitor or KVM; and an L1 that breaks although its own memory was out of reach was broken by it.
 
 use super::forecast::Forecast;
 use crate::nested::memory::View;
