@@ -10,6 +10,7 @@ use super::wire::{self, Message, Told};
 use crate::failure::Failure;
 use crate::ground::{Clock, Ground};
 use crate::host;
+use crate::kvm::exits::{Exits, Hits};
 use crate::kvm::vm::Resident;
 use crate::progress::Progress;
 use crate::scenario;
@@ -34,6 +35,9 @@ const BAUD: u32 = 115_200;
 const JOB: &str = "UMBRA_LAB_JOB";
 const SHMEM_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+
+/// What fault sources and observed passes ask for, held over all jobs.
+const TRACED: &[Hits] = &[("page_faults", "kvm_page_fault", None)];
 
 /// Whether this process is PID 1 of a lab machine, or one of its jobs.
 #[must_use]
@@ -161,8 +165,10 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     quiet::ask()?;
     // Memfds get huge pages where they are asked for; most distributions leave that off.
     std::fs::write(SHMEM_HUGE_PAGES, "advise").map_err(check(SHMEM_HUGE_PAGES))?;
-    // Where CPUs run at a time, so that between two jobs no last VM goes and no first one comes either. A job says what a machine without KVM lacks.
-    let resident = (plan.clock == Clock::Nanoseconds).then(|| Resident::new().ok());
+    // Where CPUs run at a time, so that between two jobs no last VM goes and no first one comes either, and no event of a thread's, for which the
+    // scheduler is patched as well (`perf_sched_events`). A job says what a machine without KVM lacks.
+    let resident =
+        (plan.clock == Clock::Nanoseconds).then(|| (Resident::new().ok(), Exits::count(&[getpid()], TRACED).ok()));
     step(port, "waiting until the machine is idle")?;
     if let Err(why) = idle::wait(plan.clock, plan.nanoseconds_per_instruction) {
         step(port, &format!("the machine is not idle: {why}"))?;
