@@ -154,7 +154,7 @@ pub fn edited(row: &Row, edits: u64) {
 pub fn raced(row: &Row, edits: u64) {
     let count = |name: &str| count(row, name);
     assert!(count("edits") >= edits && count("due") * 2 > count("epochs"), "{}: {:?}", row.name, row.counters);
-    for (name, least) in [("reads", edits), ("writes", edits), ("violations", edits / 4), ("raced", edits / 20)] {
+    for (name, least) in [("reads", edits), ("writes", edits), ("violations", edits / 4), ("raced", edits / 100)] {
         assert!(count(name) > least, "{}: {:?}", row.name, row.counters);
     }
     assert!(count("overwritten") * 4 < count("writes"), "{}: {:?}", row.name, row.counters);
@@ -166,6 +166,15 @@ pub fn raced(row: &Row, edits: u64) {
         assert!(pages.explained * 20 <= pages.written, "{}: {pages:?}", row.name);
         assert!(pages.written > edits / 4 || !row.name.starts_with("umbra:"), "{}: {pages:?}", row.name);
     }
+}
+
+/// What a row of `soak` has to have, however slow the machine is: `soak` goes on until there were four harvests, and four rounds of each of `vcpus`.
+///
+/// # Panics
+/// If it has not.
+pub fn soaked(row: &Row, vcpus: u64) {
+    let (harvests, rounds) = (count(row, "harvests"), count(row, "guest_rounds"));
+    assert!(harvests >= 4 && rounds >= 4 * vcpus, "{}: {harvests} harvests, {rounds} rounds", row.name);
 }
 
 /// What a row of `hostile` has to have: cases of both kinds, most of whose probes could be foretold, at least `compared` of them, and nothing that went

@@ -140,7 +140,7 @@ fn no_write_is_lost_while_the_controller_harvests() {
     };
     for row in record.measured() {
         assert_eq!(row.truth.pages.missed, 0, "{}", row.name);
-        assert!(row.counters["harvests"].value > 10 && row.counters["guest_rounds"].value > 10, "{:?}", row.counters);
+        umbra_tests::soaked(row, 2);
     }
 }
 

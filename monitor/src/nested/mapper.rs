@@ -22,7 +22,8 @@ impl Windows {
         frame: Frame,
         writable: bool,
     ) -> io::Result<()> {
-        let (told_apart, left) = (self.tells_apart(), self.pre_faults && self.log.is_none());
+        let (told_apart, raced) = (self.tells_apart(), self.l2_runs());
+        let left = self.pre_faults && self.log.is_none();
         let (source, memory) = (&*self.source, &*self.memory);
         let Some(window) = self.all.get_mut(index) else { return Ok(()) };
         let mut at = pages.start;
@@ -39,7 +40,7 @@ impl Windows {
             }
             let alone = self.pieces && piece / PIECE % 2 == 1;
             let tables = match (told_apart && logged, left) {
-                (true, _) => Tables::ToldApart,
+                (true, _) => Tables::ToldApart { raced },
                 (false, true) if part.small || !writable || !memory.is_resident() => Tables::Left,
                 (false, _) => Tables::Filled,
             };

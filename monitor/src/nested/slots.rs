@@ -9,7 +9,6 @@ use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
 use umbra_mmu::Frame;
 use umbra_shared::{L2Gfn, Level, control};
 
@@ -263,7 +262,7 @@ impl Windows {
                 }
             }
         }
-        let put_off = self.in_kvm.load(Ordering::Acquire) > 0;
+        let put_off = self.l2_runs();
         self.due.settle = put_off;
         self.due.log &= put_off;
         Ok(())
@@ -303,7 +302,7 @@ impl Windows {
             return Ok(());
         }
         let same = old.iter().map(|slot| &slot.pages).eq(parts.iter().map(|(pages, _)| pages));
-        if !same && self.in_kvm.load(Ordering::Acquire) > 0 {
+        if !same && self.l2_runs() {
             return Ok(());
         }
         for run in window.runs_in(Frame(0), pages.clone()) {

@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use umbra_mmu::{Extent, Mapper, RootId};
 use umbra_shared::{L2Gfn, control};
 
@@ -51,7 +51,7 @@ pub struct Windows {
     /// What slots wait for.
     pub(super) due: Due,
     /// vCPUs that are in KVM. More of them enter with the shadow MMU's lock alone.
-    pub(super) in_kvm: Arc<AtomicUsize>,
+    in_kvm: Arc<AtomicUsize>,
     /// What is to be mapped, and is not yet.
     pub(super) queue: Queue,
     /// Maps scattered leaves together; `None` where the host has none.
@@ -311,6 +311,11 @@ impl Windows {
 
     pub(super) fn fail(&mut self, failed: io::Error) {
         self.failed.get_or_insert(failed);
+    }
+
+    /// Whether L2 may be running on some vCPU. Who finds that it is not may rely on it as long as the shadow MMU's lock is held.
+    pub(super) fn l2_runs(&self) -> bool {
+        self.in_kvm.load(Ordering::Acquire) > 0
     }
 
     /// Whether what is mapped now must tell KVM's log a read from a write.

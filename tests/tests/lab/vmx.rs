@@ -59,7 +59,7 @@ fn the_machine_is_an_intel_one_and_its_truth_holds() {
         }
     }
     for row in Boot::Intel.good(SOAK).measured() {
-        assert!(count(row, "harvests") > 3 && count(row, "guest_rounds") > 3, "{:?}", row.counters);
+        umbra_tests::soaked(row, 1);
     }
 }
 

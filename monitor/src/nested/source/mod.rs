@@ -192,7 +192,10 @@ pub enum Tables {
     Filled,
     /// The same, and L2's first write to each page is told from a read before it. KVM asks the host for a page with the right to write even if L2
     /// reads, and counts the page as written when it gets that. In memory that is registered for write protection it does not, protected or not.
-    ToldApart,
+    ToldApart {
+        /// L2 may run on another vCPU meanwhile, and read the pages before they are registered.
+        raced: bool,
+    },
 }
 
 /// What a closed page is.

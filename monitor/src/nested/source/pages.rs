@@ -66,14 +66,16 @@ pub fn map_part(
     if part.pages < stretch.pages {
         return Err(io::ErrorKind::InvalidInput.into());
     }
-    map(stretch, part.file, part.offset, Rights { write, populate: tables == Tables::Filled })?;
-    // It is a hint: what it does not do, a fault will.
-    match tables {
-        Tables::Left | Tables::Filled => {}
-        Tables::ToldApart => {
-            register(stretch)?;
-            let _ = populate(stretch);
+    // Who reads before `register` must not be given the right to write.
+    let hold_back = write && tables == Tables::ToldApart { raced: true };
+    map(stretch, part.file, part.offset, Rights { write: write && !hold_back, populate: tables == Tables::Filled })?;
+    if let Tables::ToldApart { .. } = tables {
+        register(stretch)?;
+        if hold_back {
+            allow_writes(stretch, true)?;
         }
+        // It is a hint: what it does not do, a fault will.
+        let _ = populate(stretch);
     }
     Ok(())
 }
