@@ -38,7 +38,9 @@ pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     {
         progress.step(&format!("umbra: leaves that are scattered over L1's memory take a mapping each: {error}"));
     }
-    each_way::record(setup, l2, &ways, setup.trackers(), |plan, kind, name| row(setup, plan, kind, name, progress))
+    each_way::record(setup, l2, &ways, setup.trackers(), progress, |plan, kind, name| {
+        row(setup, plan, kind, name, progress)
+    })
 }
 
 /// The machine of a way to run L2, if the firmware and this host can. Umbra's rows differ in their means.
@@ -109,16 +111,12 @@ fn not_here(capability: &'static str, consequence: &str) -> Failure {
 }
 
 fn row(setup: &Setup, plan: &Plan, kind: Kind, name: &str, progress: &Progress) -> Result<Row, Failure> {
-    let mut plan = plan.clone();
-    let (begin, explained_by): (fn(&mut Run) -> _, _) = match (plan.nested.map(|nested| nested.way), kind) {
-        (Some(Way::Umbra), Kind::Shadow(means)) => {
-            plan.shadow = shadow(setup, &plan, means, progress)?;
-            (begin_nested, ExplainedBy::L1)
-        }
-        (Some(Way::Svm | Way::Vmx), _) => (begin_nested, ExplainedBy::L2),
-        _ => (begin_plain, ExplainedBy::L1),
+    let (begin, explained_by): (fn(&mut Run) -> _, _) = match plan.nested.map(|nested| nested.way) {
+        Some(Way::Umbra) => (begin_nested, ExplainedBy::L1),
+        Some(Way::Svm | Way::Vmx) => (begin_nested, ExplainedBy::L2),
+        Some(Way::Plain) | None => (begin_plain, ExplainedBy::L1),
     };
-    let case = Case { setup, plan: &plan, name: name.to_owned(), kind, explained_by, begin, ending: Ending::Stopped };
+    let case = Case { setup, plan, name: name.to_owned(), kind, explained_by, begin, ending: Ending::Stopped };
     pass::row(&case, progress)
 }
 

@@ -31,7 +31,7 @@ const NAMED: usize = 16;
 /// Runs the scenario.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("edits: its options are missing".into())) };
-    each_way::record(setup, l2, &l2.nested_ways_here(crate::host::vendor()), &[None], |plan, kind, name| {
+    each_way::record(setup, l2, &l2.nested_ways_here(crate::host::vendor()), &[None], progress, |plan, kind, name| {
         row(setup, plan, kind, name, progress)
     })
 }
@@ -64,13 +64,9 @@ impl<'a> Trial<'a> {
         name: &str,
         progress: &Progress,
     ) -> Result<Self, Failure> {
-        let mut plan = plan.clone();
-        if let Some(Kind::Shadow(means)) = kind {
-            plan.shadow = super::nested::shadow(setup, &plan, means, progress)?;
-        }
         let Some(nested) = plan.nested else { return Err(Failure::Check("edits: a plan without an L2".into())) };
         progress.step(&format!("{name}: boot"));
-        let machine = Machine::new(&plan, None, |_| Ok(()))?;
+        let machine = Machine::new(plan, None, |_| Ok(()))?;
         for slot in machine.vm().slots() {
             let first = slot.place.first_page;
             (0..slot.place.pages).for_each(|page| {

@@ -53,8 +53,8 @@ const BYTES: u64 = 16 << 20;
 /// Runs the scenario.
 pub fn run(setup: &Setup, progress: &Progress) -> Result<Record, Failure> {
     let Some(l2) = &setup.l2 else { return Err(Failure::Input("hostile: its options are missing".into())) };
-    each_way::record(setup, l2, &l2.nested_ways_here(crate::host::vendor()), &[None], |plan, kind, name| {
-        Siege::new(setup, plan, kind, name, progress)?.finish(progress)
+    each_way::record(setup, l2, &l2.nested_ways_here(crate::host::vendor()), &[None], progress, |plan, kind, name| {
+        Siege::new(setup, plan, kind, name)?.finish(progress)
     })
 }
 
@@ -80,18 +80,8 @@ struct Outcome {
 }
 
 impl<'a> Siege<'a> {
-    fn new(
-        setup: &'a Setup,
-        plan: &Plan,
-        kind: Option<Kind>,
-        name: &str,
-        progress: &Progress,
-    ) -> Result<Self, Failure> {
-        let shadow = match kind {
-            Some(Kind::Shadow(means)) => super::nested::shadow(setup, plan, means, progress)?,
-            _ => None,
-        };
-        let plan = Plan { shadow, patience: SILENCE, ..plan.clone() };
+    fn new(setup: &'a Setup, plan: &Plan, kind: Option<Kind>, name: &str) -> Result<Self, Failure> {
+        let plan = Plan { patience: SILENCE, ..plan.clone() };
         let Some(nested) = plan.nested else { return Err(Failure::Check("hostile: a plan without an L2".into())) };
         let row = Row { name: name.to_owned(), ..Row::default() };
         let whoever = ["cases", "probes", "told", "compared", "blind", "exposed", "guest_deaths", "machines", "faults"];
