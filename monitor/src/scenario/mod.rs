@@ -26,6 +26,7 @@ mod toggles;
 mod unpaged;
 mod violations;
 
+pub(crate) use pass::tries;
 pub use setup::{Options, Setup};
 pub(crate) use setup::{has_edits, has_l2};
 
