@@ -369,7 +369,7 @@ mod tests {
         let text = matrix(&[sums.clone(), record("6.1", 100_000)]);
         assert!(text.contains("36864") && text.contains("-: this kernel, or this row, has no such counter"), "{text}");
         assert!(!matrix(&[sums]).contains("has no such counter"));
-        assert_eq!(lines("pages_2m_after_disable"), "pages 2m\nafter\ndisable");
+        assert_eq!(lines("pages_2m_after_disable"), "pages 2m\nafter disable");
         assert_eq!(lines("kvm_sec_page_table_bytes"), "kvm sec page\ntable bytes");
     }
 
