@@ -32,6 +32,10 @@ pub fn version() -> Result<String, Failure> {
     }
 }
 
+/// What the kernel is told where time is the host's, who may be busy: not to conclude from ticks that came late that the timer does not work ("IO-APIC +
+/// timer doesn't work", two boots of six beside a load of ten), nor that the time-stamp counter is not to be trusted, for which it would patch itself.
+pub const APPEND_ON_THE_WALL: &str = "no_timer_check tsc=reliable";
+
 /// What an end was, as the log tells it.
 #[must_use]
 pub fn end(log: &str) -> Option<End> {

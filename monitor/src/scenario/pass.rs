@@ -281,7 +281,7 @@ impl<'a> Run<'a> {
                     false
                 }
             }) {
-                return Err(Failure::Check(format!("{}: the guest did not get into its round", self.case.name)));
+                return Err(Failure::Check("the guest did not get into its round".to_owned()));
             }
         }
         let before = Witness::beside_vcpus(timer.clock()).look();

@@ -329,7 +329,7 @@ impl<'a> Run<'a> {
                     .and_then(|()| self.replace_memory())
             })?,
             Change::SmiStorm | Change::Script | Change::TwelveRoles | Change::Unpaged(_) => {
-                return Err(Failure::Check(format!("{toggling}: it is no single change")));
+                return Err(Failure::Check("it is no single change".to_owned()));
             }
         };
         std::thread::sleep(REST);

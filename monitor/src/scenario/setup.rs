@@ -476,7 +476,7 @@ impl Setup {
         self.record_of(rows, |name| self.trackers.named.iter().any(|kind| kind.to_string() == name))
     }
 
-    /// A row, or why this host has none.
+    /// A row, or why this host has none. A failure tells which row it was.
     ///
     /// # Errors
     /// All but [`Failure::NotHere`].
@@ -484,6 +484,7 @@ impl Setup {
         match row {
             Ok(row) => Ok(Rows::Measured(Box::new(row))),
             Err(Failure::NotHere(not_here)) => Ok(Rows::NotHere { name: name.to_owned(), not_here }),
+            Err(Failure::Check(what)) => Err(Failure::Check(format!("{name}: {what}"))),
             Err(other) => Err(other),
         }
     }

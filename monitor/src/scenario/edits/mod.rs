@@ -64,7 +64,7 @@ impl<'a> Trial<'a> {
         name: &str,
         progress: &Progress,
     ) -> Result<Self, Failure> {
-        let Some(nested) = plan.nested else { return Err(Failure::Check("edits: a plan without an L2".into())) };
+        let Some(nested) = plan.nested else { return Err(Failure::Check("a plan without an L2".into())) };
         progress.step(&format!("{name}: boot"));
         let machine = Machine::new(plan, None, |_| Ok(()))?;
         for slot in machine.vm().slots() {

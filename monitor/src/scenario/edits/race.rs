@@ -151,7 +151,7 @@ impl<'a> Race<'a> {
         }
         self.trial.count("races", 1);
         if played == 0 {
-            return Err(Failure::Check(format!("{}: race {}: L1 made no edit", self.trial.row.name, self.first)));
+            return Err(Failure::Check(format!("race {}: L1 made no edit", self.first)));
         }
         let journals = (1..self.trial.machine.vcpus())
             .map(|vcpu| self.trial.machine.journal(vcpu))

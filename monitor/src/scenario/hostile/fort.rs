@@ -81,13 +81,11 @@ impl Fort {
         // The firmware says it, and it may be anybody's.
         let sound = root.is_multiple_of(PAGE_SIZE) && table_pages <= pages_of_l1;
         let Some(first) = slots.find(Gfn::containing(root)).filter(|_| sound).map(|found| found.frame) else {
-            return Err(Failure::Check(format!(
-                "hostile: L1 says that its table has {table_pages} pages from {root:#x} on"
-            )));
+            return Err(Failure::Check(format!("L1 says that its table has {table_pages} pages from {root:#x} on")));
         };
         let (l1, l2) = (nested.map.l1_pages(), nested.map.l2_pages());
         let Some(board) = Board::find(Memory(&view), root, nested.format, l1, l2) else {
-            return Err(Failure::Check("hostile: L1's table has no leaf tables".into()));
+            return Err(Failure::Check("L1's table has no leaf tables".into()));
         };
         let place = Place::of(&board, root, table_pages);
         let tables = first..first.plus(place.table_pages);

@@ -82,7 +82,7 @@ struct Outcome {
 impl<'a> Siege<'a> {
     fn new(setup: &'a Setup, plan: &Plan, kind: Option<Kind>, name: &str) -> Result<Self, Failure> {
         let plan = Plan { patience: SILENCE, ..plan.clone() };
-        let Some(nested) = plan.nested else { return Err(Failure::Check("hostile: a plan without an L2".into())) };
+        let Some(nested) = plan.nested else { return Err(Failure::Check("a plan without an L2".into())) };
         let row = Row { name: name.to_owned(), ..Row::default() };
         let whoever = ["cases", "probes", "told", "compared", "blind", "exposed", "guest_deaths", "machines", "faults"];
         let others = match kind {
