@@ -195,7 +195,7 @@ impl<'a> Forecast<'a> {
     }
 
     /// Whether KVM would have to emulate L2's own code, or what it works with, because a page of it is beyond L1's memory: then L2 ends, and its L1
-    /// with it. Umbra tells L1.
+    /// with it, or spins (docs/nesting.md). Umbra tells L1.
     pub fn breaks_code(&self) -> bool {
         let beyond = |number| matches!(self.ask(self.view, L2Gfn(number), Kind::Read), Verdict::NoMemory(_));
         self.rules.are_kvms() && (0..self.first_tracked.0).any(beyond)
