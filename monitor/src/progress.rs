@@ -27,22 +27,25 @@ pub enum Progress {
 #[derive(Default)]
 pub struct Lines {
     patience_is_over: bool,
-    /// The step that began before it was.
-    pending: Option<String>,
+    /// The steps that began before it was, and go on.
+    pending: Vec<String>,
 }
 
 impl Lines {
-    fn step(&mut self, what: &str) {
+    fn step(&mut self, what: &str, beside: bool) {
         if self.patience_is_over {
             eprintln!("umbra: {what}");
-        } else {
-            self.pending = Some(what.to_owned());
+            return;
         }
+        if !beside {
+            self.pending.clear();
+        }
+        self.pending.push(what.to_owned());
     }
 
     fn lose_patience(&mut self) {
         self.patience_is_over = true;
-        if let Some(what) = self.pending.take() {
+        for what in self.pending.drain(..) {
             eprintln!("umbra: {what}");
         }
     }
@@ -82,11 +85,20 @@ impl Progress {
 
     /// Says what is being done now.
     pub fn step(&self, what: &str) {
+        self.say(what, false);
+    }
+
+    /// Says what is being done now, beside what was said last.
+    pub fn beside(&self, what: &str) {
+        self.say(what, true);
+    }
+
+    fn say(&self, what: &str, beside: bool) {
         match self {
             Self::Bar(bar) => bar.set_message(what.to_owned()),
             Self::Lines(lines) => {
                 if let Ok(mut lines) = lines.lock() {
-                    lines.step(what);
+                    lines.step(what, beside);
                 }
             }
             Self::Sink(sink) => {
@@ -112,5 +124,22 @@ impl Drop for Progress {
         if let Self::Bar(bar) = self {
             bar.finish_and_clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_steps_that_came_early_those_are_shown_that_go_on() {
+        let mut lines = Lines::default();
+        lines.step("kernel 6.1", false);
+        lines.step("boot 1", false);
+        lines.step("boot 2", true);
+        assert_eq!(lines.pending, ["boot 1", "boot 2"]);
+        lines.lose_patience();
+        lines.step("boot 3", true);
+        assert!(lines.pending.is_empty(), "it was shown");
     }
 }

@@ -20,6 +20,9 @@ pub const TABLES: &str = "kvm_table_bytes";
 /// Bytes of page tables as the kernel counts them.
 pub const SECONDARY: &str = "kvm_sec_page_table_bytes";
 
+/// All of them.
+pub const NAMES: [&str; 4] = [TABLES, HEADERS, LISTS, SECONDARY];
+
 /// Where a counter of this module comes from, as the Record says it.
 #[must_use]
 pub fn source(counter: &str) -> &'static str {

@@ -165,10 +165,10 @@ fn prepare_and_run(port: &mut Port) -> Result<(), Failure> {
     quiet::ask()?;
     // Memfds get huge pages where they are asked for; most distributions leave that off.
     std::fs::write(SHMEM_HUGE_PAGES, "advise").map_err(check(SHMEM_HUGE_PAGES))?;
-    // Where CPUs run at a time, so that between two jobs no last VM goes and no first one comes either, and no event of a thread's, for which the
+    // So that between two rows or jobs no last VM goes and no first one comes; and, where CPUs run at a time, no event of a thread's, for which the
     // scheduler is patched as well (`perf_sched_events`). A job says what a machine without KVM lacks.
-    let resident =
-        (plan.clock == Clock::Nanoseconds).then(|| (Resident::new().ok(), Exits::count(&[getpid()], TRACED).ok()));
+    let event = || Exits::count(&[getpid()], TRACED).ok();
+    let resident = (Resident::new().ok(), (plan.clock == Clock::Nanoseconds).then(event));
     step(port, "waiting until the machine is idle")?;
     if let Err(why) = idle::wait(plan.clock, plan.nanoseconds_per_instruction) {
         step(port, &format!("the machine is not idle: {why}"))?;

@@ -4,7 +4,10 @@ use super::module::Param;
 use crate::cli::{self, Command, RunArgs};
 use crate::failure::Failure;
 use crate::ground::Clock;
+use crate::kvm::clock::settle;
+use crate::report::snapshot::PERCENTS;
 use crate::scenario;
+use crate::track::{self, OF_KVM};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -71,23 +74,49 @@ impl Job {
     }
 }
 
-/// Generously, the virtual time that a run needs: a second for four MiB and round (measured: less than 0.2), and what `soak` was given.
+/// Generously, the virtual time that a run needs: a second for four MiB and round of four rows (measured: less than 0.2), the waits before each
+/// window, and what `soak` was given.
 #[must_use]
 pub fn effort(args: &RunArgs) -> Duration {
     let mib = (args.memory >> 20).saturating_mul(args.shadow.alias.unwrap_or(1));
-    // A row for each tracker and share of writes, where others have a row for each of KVM's four trackers.
-    let rows = if args.scenario == "snapshot" { 9 } else { 1 };
-    let touches =
-        mib.saturating_mul(args.rounds.max(1)).saturating_mul(1 + args.accesses_per_page / 16).saturating_mul(rows);
+    let (rows, rounds) = (rows(args), args.rounds.max(1));
+    let touches = mib
+        .saturating_mul(rounds)
+        .saturating_mul(1 + args.accesses_per_page / 16)
+        .saturating_mul(rows.div_ceil(OF_KVM.len() as u64));
+    // Before each window the machine comes to rest. A row whose windows are not clean is tried again, and then it is observed.
+    let windows = rounds.saturating_mul(3).saturating_add(6);
+    let passes = rows.saturating_mul(u64::from(scenario::tries(Clock::Instructions)) + 1);
+    let rest = u64::try_from(settle(Clock::Instructions).as_millis()).unwrap_or(u64::MAX);
+    let waits = windows.saturating_mul(passes).saturating_mul(rest).div_ceil(1000);
     // A row for each toggle, and several with several vCPUs, of four machines at most that come to rest in between; a script of a hundred and more, twice;
     // a thousandth of a second for an SMI.
-    let rows = 200_u64.saturating_mul(args.rounds.max(1).saturating_add(args.vcpus as u64));
-    let toggles = if args.scenario == "roots" { rows.saturating_add(args.smis / 1000) } else { 0 };
+    let toggles = 200_u64.saturating_mul(rounds.saturating_add(args.vcpus as u64)).saturating_add(args.smis / 1000);
+    let toggles = if args.scenario == "roots" { toggles } else { 0 };
     // Rows of up to sixteen ways to run an L2, each with machines that come to rest; an edit or a hostile case takes less than a twentieth of a second.
     let edits = if scenario::has_edits(&args.scenario) { args.nested.edits.unwrap_or(2000) } else { 0 };
-    let rows = if scenario::has_l2(&args.scenario) { edits.saturating_add(100).saturating_mul(16) / 20 } else { 0 };
+    let ways = if scenario::has_l2(&args.scenario) { edits.saturating_add(100).saturating_mul(16) / 20 } else { 0 };
     // An absurd size is refused inside; it must not overflow here.
-    Duration::from_secs((touches / 4).saturating_add(args.seconds + toggles).saturating_add(rows).min(1 << 20))
+    let seconds = (touches / 4).saturating_add(waits).saturating_add(args.seconds + toggles).saturating_add(ways);
+    Duration::from_secs(seconds.min(1 << 20))
+}
+
+/// Rows of a run with trackers: one for each of them and for each share of writes, or way to stop.
+fn rows(args: &RunArgs) -> u64 {
+    let trackers = if args.tracker.is_empty() {
+        scenario::ALL
+            .iter()
+            .find(|scenario| scenario.name == args.scenario)
+            .map_or(0, |scenario| scenario.trackers.len())
+    } else {
+        args.tracker.iter().map(|word| if word == "all" { track::ALL.len() } else { 1 }).sum()
+    };
+    let each = match args.scenario.as_str() {
+        "snapshot" => PERCENTS.len(),
+        "collapse" => 2,
+        _ => 1,
+    };
+    trackers.saturating_mul(each).max(1) as u64
 }
 
 #[cfg(test)]
@@ -105,5 +134,22 @@ mod tests {
         let inside = serde_json::from_slice::<Job>(&text).unwrap().args().unwrap();
         assert_eq!(inside.config(), args.config());
         assert_eq!(inside.firmware, Some("/umbra/firmware/0/fw.elf".into()));
+    }
+    /// 173 s were too few for 36 rows, half of which were tried again: 34 were done. With every row tried three times they wait for 108 s alone.
+    #[test]
+    fn a_row_has_time_for_its_waits() {
+        let limit = |words: &[&str]| {
+            let words = ["umbra", "run"].iter().chain(words).map(|&word| word.to_owned());
+            let Command::Run(args) = cli::parse(words).unwrap().command else { panic!() };
+            Job::new(&args, None, 1).limit.as_secs()
+        };
+        assert!(limit(&["snapshot", "--memory=16M"]) >= 60 + 108 + 108);
+        assert!(limit(&["dirty-log", "--memory=1M", "--rounds=100"]) >= 4 * 4 * 306 / 20);
+        let tracked = |tracker| limit(&["dirty-log", "--memory=16M", tracker]);
+        assert!(tracked("--tracker=all") > tracked("--tracker=bitmap,clear"));
+        assert!(
+            limit(&["dirty-log", "--rounds=18446744073709551615"]) <= 60 + (1 << 20),
+            "an absurd number is no overflow"
+        );
     }
 }

@@ -33,7 +33,7 @@ pub fn version() -> Result<String, Failure> {
 }
 
 /// What the kernel is told where time is the host's, who may be busy. It counts its timer's interrupts for some ten ticks of the time-stamp counter, and
-/// panics over fewer than five ("IO-APIC + timer doesn't work!", `timer_irq_works` in arch/x86/kernel/apic/io_apic.c): so it does not. And it watches that
+/// panics over fewer than five ("IO-APIC + timer doesn't work!", `timer_irq_works` in `arch/x86/kernel/apic/io_apic.c`): so it does not. And it watches that
 /// counter, and patches itself when it finds it not to be trusted.
 pub const APPEND_ON_THE_WALL: &str = "no_timer_check tsc=reliable";
 

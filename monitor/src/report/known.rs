@@ -121,6 +121,8 @@ fn figure(value: &toml::Value) -> Option<(f64, f64)> {
 /// One figure beside what was measured. All in instructions for the whole phase.
 struct Line<'a> {
     known: &'a Known,
+    /// Instructions in a unit of the figures.
+    scale: f64,
     figure: f64,
     /// What neither of the two is worth.
     rounded: f64,
@@ -146,7 +148,7 @@ impl<'a> Line<'a> {
             Per::Page => count(pages(record)),
         };
         let (figure, rounded, value) = (figure * scale, rounded * scale, count(phase.value));
-        let mut line = Self { known, figure, rounded, value, accounted: 0.0, why: Vec::new() };
+        let mut line = Self { known, scale, figure, rounded, value, accounted: 0.0, why: Vec::new() };
         for more in &known.more {
             if !more.phases.iter().any(|phase| phase == title)
                 || !(more.rows.is_empty() || more.rows.contains(&row.name))
@@ -188,7 +190,7 @@ pub fn table(records: &[Record], known: &[Option<Known>], pinned: &[String]) -> 
         return (String::new(), over);
     }
     let mut table = plain_table();
-    let header = ["run", "row", "phase", "known", "here", "of it", "accounted for", "left of the gap"];
+    let header = ["run", "row", "phase", "known", "here", "differs by", "accounted for", "left of the gap"];
     table.set_header(header.map(heading_cell));
     for (record, known) in records.iter().zip(known) {
         let Some(known) = known else { continue };
@@ -231,16 +233,17 @@ pub fn table(records: &[Record], known: &[Option<Known>], pinned: &[String]) -> 
 }
 
 fn cells(line: &Line, title: &str) -> [String; 6] {
-    let thousands = |value: f64| format!("{:.1}k", value / 1000.0);
+    let unit = if line.known.per == Per::Phase { "k" } else { "" };
+    let scaled = |value: f64| format!("{:.1}{unit}", value / line.scale);
     // A gap that is small enough needs no account.
     let (accounted, left) = if line.near() || line.why.is_empty() {
         (String::new(), String::new())
     } else {
         let left = (line.gap() - line.accounted) / line.gap() * 100.0;
-        (thousands(line.accounted), format!("{left:.1}%"))
+        (scaled(line.accounted), format!("{left:.1}%"))
     };
     let away = format!("{:+.2}%", 100.0 * (line.value / line.figure - 1.0));
-    [title.to_owned(), thousands(line.figure), thousands(line.value), away, accounted, left]
+    [title.to_owned(), scaled(line.figure), scaled(line.value), away, accounted, left]
 }
 
 /// What tells this run from the others of its spec: the kernel, and the parameters that were not left as they are.
@@ -267,7 +270,11 @@ fn footnotes(known: &[Option<Known>]) -> String {
     let mut sources: Vec<&Known> = known.iter().flatten().collect();
     sources.dedup_by(|a, b| a.source == b.source);
     for known in &sources {
-        let _ = writeln!(text, "known: {}; to agree within {}%", known.source, known.within);
+        let unit = match known.per {
+            Per::Page => "a page, or an access",
+            Per::Phase => "a phase, in thousands",
+        };
+        let _ = writeln!(text, "known: {}; instructions {unit}; to agree within {}%", known.source, known.within);
     }
     let mut said: Vec<(&str, String)> = Vec::new();
     for more in known.iter().flatten().flat_map(|known| &known.more) {
@@ -338,6 +345,17 @@ mod tests {
         assert_eq!(over(record(90_000, true), &more(80.0)).len(), 1);
         let text = table(&[record(90_000, true)], &known(&more(95.0)), &[]).0;
         assert!(text.contains("-10.00%") && text.contains("9.5k") && text.contains("5.0%"), "{text}");
+    }
+
+    /// 100 pages, one access each.
+    #[test]
+    fn a_figure_is_shown_in_the_unit_that_it_is_known_in() {
+        let mut known = known("");
+        let text = table(&[record(103_400, true)], &known, &[]).0;
+        assert!(text.contains("103.4k") && text.contains("a phase, in thousands"), "{text}");
+        known[0].as_mut().unwrap().per = Per::Page;
+        let text = table(&[record(10_140, true)], &known, &[]).0;
+        assert!(text.contains(" 101.4 ") && text.contains("+1.40%") && text.contains("a page, or an access"), "{text}");
     }
 
     #[test]

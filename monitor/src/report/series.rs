@@ -4,6 +4,7 @@ use super::compare::{changes_a_slot, noise};
 use super::record::{Record, Row, Rows};
 use super::roots;
 use super::table::{self, COLUMNS, Rounds, heading_cell, per, plain_table, right, smallest};
+use crate::kvm::footprint;
 use comfy_table::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -24,7 +25,8 @@ pub fn matrix(records: &[Record]) -> String {
 }
 
 fn one_scenario(scenario: &str, records: &[&Record]) -> String {
-    let places: Vec<BTreeMap<String, String>> = records.iter().map(|record| place(record)).collect();
+    let mut places: Vec<BTreeMap<String, String>> = records.iter().map(|record| place(record)).collect();
+    one_spelling(&mut places);
     let names: BTreeSet<&String> = places.iter().flat_map(BTreeMap::keys).collect();
     let (mut varying, mut fixed) = (Vec::new(), Vec::new());
     for name in names {
@@ -53,15 +55,19 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     if stalls {
         header.extend(["stall p50", "max"].map(heading_cell));
     }
-    let counted: Vec<&str> =
-        COUNTED.iter().copied().filter(|name| measured().any(|row| row.counters.contains_key(*name))).collect();
-    header.extend(counted.iter().map(|name| heading_cell(&name.replace('_', " "))));
+    let counts = |name: &str| measured().any(|row| row.counters.contains_key(name));
+    let counted: Vec<&str> = COUNTED
+        .iter()
+        .copied()
+        .filter(|name| counts(name) && (!footprint::NAMES.contains(name) || counts(footprint::LISTS)))
+        .collect();
+    header.extend(counted.iter().map(|name| heading_cell(&lines(name))));
     let bytes = measured().any(|row| row.memory.is_some());
     if bytes {
         header.push(heading_cell("bytes"));
     }
     table.set_header(header);
-    let (mut rest, mut unclean, mut failed) = (String::new(), false, false);
+    let (mut rest, mut unclean, mut failed, mut uncounted) = (String::new(), false, false, false);
     let mut last: Vec<String> = Vec::new();
     for (record, place) in records.iter().zip(&places) {
         let here: Vec<String> =
@@ -88,6 +94,7 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
                     }
                     let value =
                         |name: &str| row.counters.get(name).map_or_else(|| "-".to_owned(), |it| it.value.to_string());
+                    uncounted |= counted.iter().any(|name| !row.counters.contains_key(*name));
                     cells.extend(counted.iter().map(|name| right(value(name))));
                     if bytes {
                         let bytes = row.memory.map(|bytes| table::scaled(bytes.total()));
@@ -102,7 +109,15 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
         }
     }
     let mut text = format!("{scenario}: {}\n\n{table}\n{rest}", fixed.join(", "));
-    text.push_str("Instructions (or nanoseconds, by the clock) per page, per access for dirty and retouch; 2+: the cheapest of the later rounds.\n");
+    let clocks: BTreeSet<&str> = records.iter().map(|record| record.host.clock.as_str()).collect();
+    let clocks = clocks.into_iter().collect::<Vec<_>>().join(" or ");
+    let _ = writeln!(
+        text,
+        "Phases: {clocks} per page, per access for dirty and retouch; 2+: the cheapest of the later rounds."
+    );
+    if uncounted {
+        text.push_str("-: this kernel, or this row, has no such counter.\n");
+    }
     if unclean {
         text.push_str("* another task ran inside this window.\n");
     }
@@ -112,7 +127,40 @@ fn one_scenario(scenario: &str, records: &[&Record]) -> String {
     text
 }
 
-/// Counters that a scenario is about, or that somebody asked for by the kernel's command line (kvm/footprint.rs): shown where a row has them.
+/// Modules spell their switches as `Y` and `N` or as `1` and `0`, and some change that from kernel to kernel (`kvm_amd.npt`): the first where both occur.
+fn one_spelling(places: &mut [BTreeMap<String, String>]) {
+    let switches: BTreeSet<String> = places
+        .iter()
+        .flatten()
+        .filter(|(name, value)| name.contains('.') && matches!(value.as_str(), "Y" | "N"))
+        .map(|(name, _)| name.clone())
+        .collect();
+    for (_, value) in places.iter_mut().flatten().filter(|(name, _)| switches.contains(*name)) {
+        match value.as_str() {
+            "1" => "Y".clone_into(value),
+            "0" => "N".clone_into(value),
+            _ => {}
+        }
+    }
+}
+
+/// A counter's name as a heading: words, in lines of some twelve columns.
+fn lines(name: &str) -> String {
+    let mut text = String::new();
+    let mut width = 0;
+    for word in name.split('_') {
+        if width > 0 {
+            text.push(if width + word.len() < 13 { ' ' } else { '\n' });
+            width = if text.ends_with('\n') { 0 } else { width + 1 };
+        }
+        text.push_str(word);
+        width += word.len();
+    }
+    text
+}
+
+/// Counters that a scenario is about, shown where a row has them; and KVM's bytes (kvm/footprint.rs), where all of them are known because somebody asked
+/// for them by the kernel's command line.
 const COUNTED: &[&str] = &[
     "faults",
     "pages_2m_before",
@@ -289,6 +337,40 @@ mod tests {
         for row in [["-", "amd"], ["Y", "intel"], ["N", "intel"]] {
             assert!(words.iter().any(|line| line.starts_with(&row)), "{row:?}: {text}");
         }
+    }
+
+    /// 5.10 says `kvm_amd.npt=1` where 6.1 says `Y`: the same.
+    #[test]
+    fn a_switch_is_the_same_however_it_is_spelt() {
+        let spelt = |kernel: &str, npt: &str, nested: &str| {
+            let mut record = record(kernel, 100_000);
+            record.host.params = [("kvm_amd.npt", npt), ("kvm_amd.nested", nested)]
+                .map(|(name, value)| (name.into(), value.into()))
+                .into();
+            record
+        };
+        let text = matrix(&[spelt("5.10.1", "1", "1"), spelt("6.1.1", "Y", "1")]);
+        let first = text.lines().next().unwrap();
+        assert!(first.contains("kvm_amd.npt Y") && first.contains("kvm_amd.nested 1"), "{text}");
+        let text = matrix(&[spelt("5.10.1", "0", "1"), spelt("6.1.1", "Y", "0")]);
+        let words: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert!(words.iter().any(|line| line.starts_with(&["5.10.1", "1", "N"])), "{text}");
+    }
+
+    #[test]
+    fn kvms_bytes_are_shown_where_all_of_them_are_known() {
+        let mut sums = record("6.12", 100_000);
+        let Rows::Measured(row) = &mut sums.rows[0] else { unreachable!() };
+        let count = |value| Counter { value, source: "slabinfo".into(), pass: "observed".into() };
+        row.counters.insert(footprint::TABLES.into(), count(36_864));
+        assert!(!matrix(&[sums.clone()]).contains("36864"));
+        let Rows::Measured(row) = &mut sums.rows[0] else { unreachable!() };
+        row.counters.insert(footprint::LISTS.into(), count(0));
+        let text = matrix(&[sums.clone(), record("6.1", 100_000)]);
+        assert!(text.contains("36864") && text.contains("-: this kernel, or this row, has no such counter"), "{text}");
+        assert!(!matrix(&[sums]).contains("has no such counter"));
+        assert_eq!(lines("pages_2m_after_disable"), "pages 2m\nafter disable");
+        assert_eq!(lines("kvm_sec_page_table_bytes"), "kvm sec page\ntable bytes");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The table of scenario `snapshot`: what a page that was written costs under each tracker, and what a page that was not.
 
-use super::record::{Record, Row};
+use super::record::{Phase, Record, Row};
 use super::table::{heading_cell, per, plain_table, right, scaled};
 use comfy_table::{Cell, Table};
 use std::collections::BTreeMap;
@@ -20,6 +20,8 @@ stall: one write, at 100% (p50), and the longest of all. reported: in the last r
 struct Round {
     guest: u64,
     monitor: u64,
+    /// Whether nobody else ran meanwhile, in the guest's round and in the monitor's work.
+    clean: [bool; 2],
     written: u64,
     reported: u64,
 }
@@ -29,16 +31,15 @@ fn round(row: &Row) -> Option<Round> {
     let phase = |name: &str| {
         let timed =
             || row.phases.iter().filter(|phase| phase.pass == "timed" && phase.phase == name && phase.round > 0);
-        timed()
-            .filter(|phase| phase.round > 1)
-            .map(|phase| phase.value)
-            .min()
-            .or(timed().map(|phase| phase.value).min())
+        let least = |phase: &&Phase| phase.value;
+        timed().filter(|phase| phase.round > 1).min_by_key(least).or(timed().min_by_key(least))
     };
     let last = row.truth.rounds.last()?.pages;
+    let (guest, get, clear) = (phase("dirty")?, phase("get")?, phase("clear"));
     Some(Round {
-        guest: phase("dirty")?,
-        monitor: phase("get")? + phase("clear").unwrap_or(0),
+        guest: guest.value,
+        monitor: get.value + clear.map_or(0, |clear| clear.value),
+        clean: [guest.clean, get.clean && clear.is_none_or(|clear| clear.clean)],
         written: last.written,
         reported: last.reported,
     })
@@ -92,17 +93,21 @@ fn cells(name: &str, rows: &BTreeMap<u64, &Row>, pages: u64) -> Option<Vec<Cell>
     let (clean, dirty) = rounds.split_first()?;
     let start =
         rows.values().flat_map(|row| &row.phases).filter(|phase| phase.pass == "timed" && phase.phase == "enable");
-    let start = start.map(|phase| phase.value).min()?;
+    let start = start.min_by_key(|phase| phase.value)?;
+    let marked = |text: String, clean: bool| if clean { text } else { text + "*" };
+    let both = |guest: String, monitor: String, clean: [bool; 2]| {
+        right(format!("{}\n{}", marked(guest, clean[0]), marked(monitor, clean[1])))
+    };
     let mut cells = vec![
         Cell::new(name),
-        right(format!("{}\n{}", per(start, pages), scaled(start))),
-        right(format!("{}\n{}", per(clean.guest, pages), per(clean.monitor, pages))),
+        both(per(start.value, pages), scaled(start.value), [start.clean; 2]),
+        both(per(clean.guest, pages), per(clean.monitor, pages), clean.clean),
     ];
     for round in dirty {
         let guest = each(round.guest, clean.guest, round.written, pages);
         let monitor = each(round.monitor, clean.monitor, round.written, pages);
         let [guest, monitor] = [guest, monitor].map(|cost| cost.map_or_else(|| "-".to_owned(), scaled));
-        cells.push(right(format!("{guest}\n{monitor}")));
+        cells.push(both(guest, monitor, round.clean));
     }
     let stalls = || rows.values().filter_map(|row| row.stall.as_ref());
     cells.push(right(scaled(rows.get(&100)?.stall.as_ref()?.p50)));
@@ -115,7 +120,7 @@ fn cells(name: &str, rows: &BTreeMap<u64, &Row>, pages: u64) -> Option<Vec<Cell>
 
 #[cfg(test)]
 mod tests {
-    use super::super::record::{Host, Pages, Phase, Rows, Stall, Truth, TruthRound};
+    use super::super::record::{Host, Pages, Rows, Stall, Truth, TruthRound};
     use super::*;
 
     /// A tracker that costs the guest 10 a clean page and 100 a dirty one, and the monitor 1 and 7.
@@ -159,6 +164,13 @@ mod tests {
         let guest = ["clear", "3.0", "10", "100", "100", "100", "190", "7100", "13", "103", "0"];
         let monitor = ["3000", "1.0", "7", "7", "7", "of", "10", "of", "100"];
         assert!(lines.iter().any(|line| *line == guest) && lines.iter().any(|line| *line == monitor), "{text}");
+        assert!(!text.contains('*'), "{text}");
+        // Somebody else ran in the cheapest GET of 10%.
+        let Rows::Measured(ten) = &mut record.rows[2] else { unreachable!() };
+        let get = ten.phases.iter_mut().find(|phase| phase.phase == "get" && phase.round == 2).unwrap();
+        (get.clean, get.value) = (false, get.value - 1);
+        let text = table(&record, 1000).to_string();
+        assert!(text.contains(" 6* ") && text.matches('*').count() == 1, "{text}");
         // Without one of its shares a tracker has no row.
         record.rows.pop();
         assert!(!table(&record, 1000).to_string().contains("clear"));

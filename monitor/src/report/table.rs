@@ -14,8 +14,8 @@ pub fn render(record: &Record) -> String {
         let _ = write!(text, "\n{}\n", snapshot::table(record, pages(record)));
         text.push_str(&missing(record));
         text.push_str(snapshot::FOOTNOTES);
-        text.push_str(&about_clock(record, &measured));
-        return text;
+        let about = about_clock(record, &text);
+        return text + &about;
     }
     if measured.iter().any(|row| row.rate.is_some()) {
         let _ = write!(text, "\n{}\n", rate::table(&measured));
@@ -30,8 +30,8 @@ pub fn render(record: &Record) -> String {
         let _ = write!(text, "{}{}", roots::scripts(record), roots::storms(record));
         text.push_str(&missing(record));
         text.push_str(roots::footnotes(record));
-        text.push_str(&about_clock(record, &measured));
-        return text;
+        let about = about_clock(record, &text);
+        return text + &about;
     }
     if measured.iter().any(|row| !row.phases.is_empty()) {
         let _ = write!(text, "\n{}\n", costs(record, &measured));
@@ -45,8 +45,8 @@ pub fn render(record: &Record) -> String {
     }
     text.push_str(&missing(record));
     text.push_str(&footnotes(record, &measured));
-    text.push_str(&about_clock(record, &measured));
-    text
+    let about = about_clock(record, &text);
+    text + &about
 }
 
 /// What this host cannot do: a line for each reason, with the rows that it keeps away.
@@ -420,7 +420,8 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
 }
 
 /// What the clock's figures are worth.
-fn about_clock(record: &Record, rows: &[&Row]) -> String {
+/// What the figures are, and what a mark in the table that is `shown` says.
+fn about_clock(record: &Record, shown: &str) -> String {
     let mut text = String::new();
     text.push_str(match (record.scenario.as_str(), record.host.clock.as_str()) {
         ("model", "instructions") => {
@@ -435,7 +436,7 @@ fn about_clock(record: &Record, rows: &[&Row]) -> String {
         }
         _ => "Wall-clock time on a machine that others may share: compare ratios, not single figures.\n",
     });
-    if rows.iter().flat_map(|row| &row.phases).any(|phase| !phase.clean && phase.pass == "timed") {
+    if shown.contains('*') {
         text.push_str("* another task ran inside this window.\n");
     }
     text

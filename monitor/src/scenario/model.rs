@@ -3,9 +3,10 @@
 //! Without a clock a phase's value is the number of faults in it; in the lab it is instructions, walker included, and an observed pass of
 //! the same rounds adds how long each access took. Truth is held per L1 page, whichever alias was written.
 
+use super::pass;
 use crate::cli::RunArgs;
 use crate::failure::Failure;
-use crate::ground::Ground;
+use crate::ground::{Clock, Ground};
 use crate::guest::Image;
 use crate::host;
 use crate::kvm::clock::{Timer, Window};
@@ -283,10 +284,15 @@ fn row(
         return Ok(Rows::NotHere { name, not_here: error.to_string() });
     }
     let config = ModelConfig { mmu: Config { strategy, ..plan.config.mmu }, ..plan.config };
-    progress.step(&format!("{name}: building EPT12"));
-    let model = Model::new(config).map_err(Failure::Input)?;
-    let row = Row { name, memory: Some(Bytes::default()), ..Row::default() };
-    let mut row = Measurement { plan, timer, progress, model, row }.run()?;
+    let measure = || {
+        progress.step(&format!("{name}: building EPT12"));
+        let model = Model::new(config).map_err(Failure::Input)?;
+        let row = Row { name: name.clone(), memory: Some(Bytes::default()), ..Row::default() };
+        Measurement { plan, timer, progress, model, row }.run()
+    };
+    // Without a clock faults are counted, which no other task changes.
+    let clock = timer.map_or(Clock::Nanoseconds, |timer| timer.clock());
+    let mut row = pass::until_clean(clock, &name, progress, measure)?;
     if let Some(timer) = timer {
         progress.step(&format!("{}: each access", row.name));
         row.stall = Some(stall(plan, config, timer)?);

@@ -238,7 +238,7 @@ impl Work<'_> {
     /// What each of the threads does.
     fn boot_until_done(&self) {
         loop {
-            let (group, number) = {
+            let (group, name) = {
                 let mut state = self.state();
                 if state.stop.is_some() {
                     return;
@@ -249,10 +249,14 @@ impl Work<'_> {
                 let longest = (0..state.groups.len()).rev().max_by_key(|&at| effort(&state.groups[at]));
                 let Some(group) = longest.and_then(|at| state.groups.remove(at)) else { return };
                 state.begun += 1;
-                (group, state.begun)
+                let name = format!("boot {} of {}: {}", state.begun, self.all, group.name);
+                if state.begun == 1 {
+                    self.progress.step(&name);
+                } else {
+                    self.progress.beside(&name);
+                }
+                (group, name)
             };
-            let name = format!("boot {number} of {}: {}", self.all, group.name);
-            self.progress.step(&name);
             let jobs: Vec<RunArgs> = group.runs.iter().map(|&run| self.runs[run].run.clone()).collect();
             let begun = Instant::now();
             let results =
