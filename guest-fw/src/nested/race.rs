@@ -60,7 +60,7 @@ impl Course {
     }
 }
 
-/// Lets others run until all of `words`, those of the other vCPUs, have come to `number`.
+/// Lets others run until all of `words` have come to `number`.
 fn wait(words: &[AtomicU64], number: u64) {
     while words.iter().any(|word| word.load(Acquire) < number) {
         port::ring(Doorbell::Wait);
@@ -152,6 +152,8 @@ impl<E: Extension> Hypervisor<E> {
         let me = vcpu::current();
         journal.clear();
         COURSE.joined[me].store(order.first, SeqCst);
+        // Else a journal may be full before L1 has edited anything.
+        wait(core::slice::from_ref(&COURSE.begun), order.first);
         loop {
             let wanted = COURSE.wanted.load(Acquire);
             if COURSE.heeded[me].load(Acquire) != wanted {

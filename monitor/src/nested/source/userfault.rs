@@ -39,7 +39,8 @@ struct State {
     blocked: BTreeSet<Hva>,
     /// Windows without rights, where the process had no room for the mapping that one page takes.
     whole: Vec<Stretch>,
-    /// The last fault of each thread.
+    /// What each thread is about to fail with: a fault on a page that was blocked for it and has been since. Once the page is not, its access goes on,
+    /// and the next one that fails there is another.
     faults: BTreeMap<u64, Fault>,
     /// What ended the thread.
     failed: Option<String>,
@@ -71,8 +72,15 @@ impl State {
         }
     }
 
+    /// These pages are blocked no longer.
+    fn forget(&mut self, stretch: Stretch) {
+        self.blocked.retain(|page| stretch.page(*page).is_none());
+        self.faults.retain(|_, fault| !matches!(fault.place, Place::Hva(page) if stretch.page(page).is_some()));
+    }
+
     /// Gives what is blocked its rights back.
     fn release(&mut self) -> io::Result<()> {
+        self.faults.clear();
         std::mem::take(&mut self.whole).into_iter().try_for_each(|window| pages::admit(window, true))?;
         std::mem::take(&mut self.blocked)
             .into_iter()
@@ -195,7 +203,7 @@ impl Source for Userfaults {
         let (window, first) = state.window(stretch)?;
         window.hole.close(stretch, || self.shared.userfault.register_missing(stretch).map_err(as_told))?;
         set(window, first, stretch.pages, Page::Closed);
-        state.blocked.retain(|page| stretch.page(*page).is_none());
+        state.forget(stretch);
         Ok(())
     }
 
@@ -215,7 +223,7 @@ impl Source for Userfaults {
             pages::set_apart(stretch)?;
         }
         set(window, first, stretch.pages, page);
-        state.blocked.retain(|page| stretch.page(*page).is_none());
+        state.forget(stretch);
         Ok(())
     }
 
@@ -227,8 +235,14 @@ impl Source for Userfaults {
         Ok(())
     }
 
+    fn interrupted(&self) -> Option<Fault> {
+        // L2 may never come back to what it was about.
+        self.shared.state().faults.remove(&this_thread());
+        None
+    }
+
     fn told(&self) -> Told {
-        let thread = u64::from(rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs());
+        let thread = this_thread();
         let mut state = self.shared.state();
         if state.failed.is_some() {
             return Told::Nothing;
@@ -238,11 +252,7 @@ impl Source for Userfaults {
             // back for it. Whoever touches it next is told anew.
             return if state.release().is_ok() { Told::Again } else { Told::Nothing };
         };
-        match fault.place {
-            Place::Hva(page) if state.blocked.contains(&page) => Told::At(fault),
-            // Another vCPU faulted there as well, and its fault is settled.
-            _ => Told::Again,
-        }
+        Told::At(fault)
     }
 
     fn settled(&self, fault: &Fault) -> io::Result<()> {
@@ -251,10 +261,12 @@ impl Source for Userfaults {
         if !state.whole.is_empty() {
             return state.release();
         }
-        if state.blocked.remove(&start) {
-            pages::admit(Stretch { start, pages: 1 }, true)?;
+        if !state.blocked.contains(&start) {
+            return Ok(());
         }
-        Ok(())
+        let page = Stretch { start, pages: 1 };
+        state.forget(page);
+        pages::admit(page, true)
     }
 }
 
@@ -265,4 +277,9 @@ impl Userfaults {
         }
         self.shared.userfault.protect(stretch, on).map_err(as_told)
     }
+}
+
+/// The calling thread, as userfaultfd names it.
+fn this_thread() -> u64 {
+    u64::from(rustix::thread::gettid().as_raw_nonzero().get().unsigned_abs())
 }
