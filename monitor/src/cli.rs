@@ -198,7 +198,7 @@ pub struct RunArgs {
     /// The shadow MMU, for `model`; what of it concerns L1's table also for `nested`.
     #[command(flatten)]
     pub shadow: ShadowArgs,
-    /// Seconds that `soak` runs.
+    /// Seconds that `soak` runs, shared out among the trackers; one that has checked little by then gets up to 10 more.
     #[arg(long, default_value_t = 5)]
     pub seconds: u64,
     /// L2, for `nested`.

@@ -135,6 +135,7 @@ mod tests {
         assert_eq!(inside.config(), args.config());
         assert_eq!(inside.firmware, Some("/umbra/firmware/0/fw.elf".into()));
     }
+
     /// 173 s were too few for 36 rows, half of which were tried again: 34 were done. With every row tried three times they wait for 108 s alone.
     #[test]
     fn a_row_has_time_for_its_waits() {

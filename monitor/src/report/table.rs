@@ -419,8 +419,7 @@ fn footnotes(record: &Record, rows: &[&Row]) -> String {
     text
 }
 
-/// What the clock's figures are worth.
-/// What the figures are, and what a mark in the table that is `shown` says.
+/// What the clock's figures are, and what a mark in the table that is `shown` says.
 fn about_clock(record: &Record, shown: &str) -> String {
     let mut text = String::new();
     text.push_str(match (record.scenario.as_str(), record.host.clock.as_str()) {

@@ -572,6 +572,7 @@ mod tests {
         let joined = with_clean_windows_of(row(again), row(first));
         assert_eq!(joined, row([(10, true), (20, true), (38, false)]));
     }
+
     /// Two windows of which one more is clean in each try: a clean one counts from its first.
     #[test]
     fn a_row_runs_again_until_each_window_was_clean() {
